@@ -1,0 +1,82 @@
+"""Reverse-distilled ESM-2 embeddings as a PyTorch module.
+
+`RDModel` runs a family of ESM-2 models in one forward pass and returns nested embeddings: the first
+features of the large model's embedding are the small models' embeddings (Catrina, Bepler, Sledzieski
+and Singh, ICLR 2026, arXiv 2603.07710).
+
+Names load on first use, so that `rd-torch --help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig
+    from rd_torch.embedding import embed
+    from rd_torch.esm2 import ESM2
+    from rd_torch.fitting import fit
+    from rd_torch.model import RDModel
+    from rd_torch.moments import RunningMoments
+    from rd_torch.output import RDOutput
+    from rd_torch.solve import solve_stages
+    from rd_torch.stage import Stage
+
+_HOMES = {
+    "ESM2": "esm2",
+    "ESM2_LEVELS": "config",
+    "Explained": "config",
+    "Level": "config",
+    "RDConfig": "config",
+    "RDModel": "model",
+    "RDOutput": "output",
+    "RunningMoments": "moments",
+    "Stage": "stage",
+    "embed": "embedding",
+    "fit": "fitting",
+    "solve_stages": "solve",
+}
+
+__all__ = [
+    "ESM2",
+    "ESM2_LEVELS",
+    "Explained",
+    "Level",
+    "RDConfig",
+    "RDModel",
+    "RDOutput",
+    "RunningMoments",
+    "Stage",
+    "embed",
+    "fit",
+    "solve_stages",
+]
+
+
+def _require_fair_esm() -> None:
+    """Raises an ImportError unless the installed top-level package `esm` is fair-esm's."""
+    spec = importlib.util.find_spec("esm")
+    if spec is None:
+        raise ImportError("expected the package fair-esm, got none: pip install fair-esm")
+    places = spec.submodule_search_locations or ()
+    if not any((Path(place) / "model" / "esm2.py").is_file() for place in places):
+        raise ImportError(
+            "expected the top-level package `esm` of fair-esm, got the other one of that name: "
+            "pip uninstall esm, then pip install --force-reinstall fair-esm"
+        )
+
+
+_require_fair_esm()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

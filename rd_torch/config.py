@@ -1,0 +1,190 @@
+"""Facts and choices as frozen dataclasses: the alphabet, the ESM-2 sizes, `Level`, `RDConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
+from typing import Any, Final, Literal, TypeAlias
+
+import esm
+
+Regressor: TypeAlias = Literal["pcr", "ols", "ridge"]
+PredictFrom: TypeAlias = Literal["nested", "previous"]
+SpecialRows: TypeAlias = Literal["maps", "larger"]
+
+ALPHABET: Final = esm.data.Alphabet.from_architecture("ESM-1b")
+"""fair-esm's alphabet: 33 tokens, the same in every size of ESM-2."""
+
+RESIDUE_LETTERS: Final = "LAGVSERTIDPKQNFYMHWCXBUZO"
+"""The letters that are residues, in the order of their ids, 4 to 28."""
+
+FIRST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[0])
+LAST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[-1])
+
+FORMAT_VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class Level:
+    """One backbone of a family by name, with its shape.
+
+    Attributes:
+        name: how the level is called, `"650M"`; a module name, so without a dot.
+        num_layers: transformer layers.
+        width: features a token.
+        attention_heads: heads a layer; their size is `width / attention_heads`.
+
+    Raises:
+        ValueError: for a name that no module can have, or heads that do not divide the width evenly.
+    """
+
+    name: str
+    num_layers: int
+    width: int
+    attention_heads: int
+
+    def __post_init__(self) -> None:
+        if not self.name or "." in self.name:
+            raise ValueError(f"expected a level name without a dot, got {self.name!r}")
+        if self.width % (2 * self.attention_heads):
+            raise ValueError(
+                f"expected heads of an even size, got width {self.width} "
+                f"over {self.attention_heads} heads in level {self.name}"
+            )
+
+
+ESM2_LEVELS: Final[Mapping[str, Level]] = {
+    name: Level(name, num_layers, width, attention_heads)
+    for name, num_layers, width, attention_heads in (
+        ("8M", 6, 320, 20),
+        ("35M", 12, 480, 20),
+        ("150M", 30, 640, 20),
+        ("650M", 33, 1280, 20),
+        ("3B", 36, 2560, 40),
+        ("15B", 48, 5120, 40),
+    )
+}
+"""The published sizes of ESM-2 (Lin et al., Science 2023, doi:10.1126/science.ade2574)."""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What a stage explains of the larger embedding, on the data it was fitted on.
+
+    Attributes:
+        r2: `1 - tr cov(r) / tr cov(y)`: the share of the larger embedding's variance that the
+            regression predicts.
+        kept: share of the residual variance that the added directions keep.
+    """
+
+    r2: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class RDConfig:
+    """What a checkpoint is, apart from its tensors.
+
+    Attributes:
+        levels: the backbones' shapes, smallest first.
+        added: directions that each stage adds; one fewer than levels.
+        explained: what each stage explains; None where it is not known.
+        predict_from: what W acts on: the nested embedding, or the previous backbone's raw one.
+        special_rows: what stands at `<cls>`, `<eos>`, `<mask>` of the widest level: the maps' rows
+            or the larger backbone's raw vectors.
+        provenance: where backbones and maps come from, in words and numbers.
+
+    Raises:
+        ValueError: when the tuples do not fit together or a choice does not exist.
+    """
+
+    levels: tuple[Level, ...]
+    added: tuple[int, ...]
+    explained: tuple[Explained | None, ...]
+    predict_from: PredictFrom = "nested"
+    special_rows: SpecialRows = "maps"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("expected at least one level, got none")
+        names = [level.name for level in self.levels]
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected levels of different names, got {', '.join(names)}")
+        if not len(self.added) == len(self.explained) == len(self.levels) - 1:
+            raise ValueError(
+                f"expected one stage fewer than the {len(self.levels)} levels, "
+                f"got {len(self.added)} and {len(self.explained)} reports"
+            )
+        check_choice("predict_from", self.predict_from, ("nested", "previous"))
+        check_choice("special_rows", self.special_rows, ("maps", "larger"))
+        self._check_special_rows()
+
+    def _check_special_rows(self) -> None:
+        shapes = zip(self.levels, self.widths.values(), strict=True)
+        uneven = [level.name for level, width in shapes if level.width != width]
+        if self.special_rows == "larger" and uneven:
+            raise ValueError(
+                'expected special_rows="maps", got "larger", though the nested width differs from '
+                f"the backbone's at {', '.join(uneven)}: its raw vectors do not fit there"
+            )
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Nested width of each level, smallest first."""
+        totals = accumulate(self.added, initial=self.levels[0].width)
+        return {level.name: width for level, width in zip(self.levels, totals, strict=True)}
+
+    def require_level(self, level: str) -> None:
+        """Raises a ValueError that lists the levels unless `level` is one of them."""
+        check_choice("level", level, tuple(self.widths))
+
+    def until(self, level: str) -> RDConfig:
+        """The config of the chain that ends at `level`."""
+        self.require_level(level)
+        stages = list(self.widths).index(level)
+        return replace(
+            self,
+            levels=self.levels[: stages + 1],
+            added=self.added[:stages],
+            explained=self.explained[:stages],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """This config as plain JSON values."""
+        return {"format": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RDConfig:
+        """The config that `to_json` wrote.
+
+        Raises:
+            ValueError: for another format or a missing or unknown key.
+        """
+        if values.get("format") != FORMAT_VERSION:
+            raise ValueError(
+                f"expected a config of format {FORMAT_VERSION}, got {values.get('format')!r}: "
+                "a newer rd_torch may read it"
+            )
+        try:
+            return cls(
+                **{key: value for key, value in values.items() if key not in _PARSED},
+                levels=tuple(Level(**level) for level in values["levels"]),
+                added=tuple(values["added"]),
+                explained=tuple(item and Explained(**item) for item in values["explained"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"expected a config as rd_torch writes it, got one that lacks or adds keys: {error}"
+            ) from error
+
+
+_PARSED = frozenset({"format", "levels", "added", "explained"})
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError that lists the choices unless `value` is one of them."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"expected {name} to be one of {listed}, got {value!r}")

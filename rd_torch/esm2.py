@@ -1,0 +1,227 @@
+"""One backbone: ESM-2 as a plain module over packed tokens.
+
+Parameter names are fair-esm's, so that its state dicts load unchanged; numerics are fair-esm's too
+(Lin et al., Science 2023, doi:10.1126/science.ade2574). Two things differ: no work is done on padding
+and attention maps are built only when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from einops import rearrange
+from esm.model.esm2 import ESM2 as FairESM2
+from esm.modules import ContactPredictionHead, RobertaLMHead
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rd_torch.config import ALPHABET, Level
+from rd_torch.packing import Packing
+from rd_torch.stage import apply_outside_half
+
+# Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
+# token dropout left on average, to which every sequence is scaled back.
+MEAN_SHARE_KEPT = 1 - 0.15 * 0.8
+
+EMBEDDING = "embed_tokens.weight"
+
+Rotation = tuple[Tensor, Tensor]
+AttentionSink = Callable[[Tensor], None]
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles of rotary position embeddings (Su et al., arXiv 2104.09864).
+
+    The inverse frequencies are a buffer because they belong to the checkpoint: the published ones
+    carry the rounding of half-precision training, and fresh ones shift cosines by up to 0.2.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, head_size: int) -> None:
+        super().__init__()
+        exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+        self.register_buffer("inv_freq", 10_000.0**-exponents)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        self.inv_freq = apply_outside_half(fn, self.inv_freq)
+        return self
+
+    def forward(self, positions: Tensor) -> Rotation:
+        """Cosines and sines, each `(tokens, 1, head_size / 2)`, of `(tokens,)` positions."""
+        angles = positions[:, None, None].to(self.inv_freq.dtype) * self.inv_freq
+        return angles.cos(), angles.sin()
+
+
+def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
+    """Rotates `(tokens, heads, size)`: feature i of the first half pairs with i of the second."""
+    cos, sin = rotation
+    first, second = heads.chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(heads.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention within each sequence of the packing."""
+
+    def __init__(self, width: int, attention_heads: int) -> None:
+        super().__init__()
+        self.attention_heads = attention_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.rot_emb = RotaryEmbedding(width // attention_heads)
+
+    def forward(
+        self, x: Tensor, packing: Packing, rotation: Rotation, sink: AttentionSink | None = None
+    ) -> Tensor:
+        """`(tokens, width)` to `(tokens, width)`; `sink` receives the attention maps if given."""
+        q, k, v = (
+            rearrange(project(x), "t (h d) -> t h d", h=self.attention_heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if sink is not None:
+            sink(attention_maps(q, k, packing))
+        mixed = [
+            bucket.gather(
+                functional.scaled_dot_product_attention(
+                    bucket.spread(q), bucket.spread(k), bucket.spread(v), bucket.mask
+                )
+            )
+            for bucket in packing.buckets
+        ]
+        return self.out_proj(torch.cat(mixed).flatten(1) if mixed else x)
+
+
+def attention_maps(q: Tensor, k: Tensor, packing: Packing) -> Tensor:
+    """Attention of packed `q` to packed `k`, `(batch, heads, time, time)`, zeros at padding."""
+    padded_q, padded_k = packing.unpack(q), packing.unpack(k)
+    scores = torch.einsum("bihd,bjhd->bhij", padded_q * q.shape[-1] ** -0.5, padded_k)
+    keys, queries = packing.real[:, None, None, :], packing.real[:, None, :, None]
+    lowest = torch.finfo(scores.dtype).min
+    maps = scores.masked_fill(~keys, lowest).softmax(
+        -1, dtype=torch.promote_types(scores.dtype, torch.float32)
+    )
+    return maps.to(scores.dtype).masked_fill(~(keys & queries), 0)
+
+
+class TransformerLayer(nn.Module):
+    """One pre-norm layer: attention, then a feed-forward block four times as wide."""
+
+    def __init__(self, width: int, attention_heads: int) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(width, attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(
+        self, x: Tensor, packing: Packing, rotation: Rotation, sink: AttentionSink | None = None
+    ) -> Tensor:
+        """`(tokens, width)` to `(tokens, width)`."""
+        x = x + self.self_attn(self.self_attn_layer_norm(x), packing, rotation, sink)
+        return x + self.fc2(functional.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class ESM2(nn.Module):
+    """An ESM-2 encoder of any size: token ids in, final hidden states of the real tokens out.
+
+    Args:
+        num_layers: transformer layers.
+        embed_dim: features a token.
+        attention_heads: heads a layer.
+    """
+
+    def __init__(self, num_layers: int = 33, embed_dim: int = 1280, attention_heads: int = 20) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        self.embed_dim = embed_dim
+        self.attention_heads = attention_heads
+        self.embed_tokens = nn.Embedding(len(ALPHABET), embed_dim, padding_idx=ALPHABET.padding_idx)
+        self.layers = nn.ModuleList(TransformerLayer(embed_dim, attention_heads) for _ in range(num_layers))
+        self.emb_layer_norm_after = nn.LayerNorm(embed_dim)
+        self.lm_head = RobertaLMHead(embed_dim, len(ALPHABET), weight=self.embed_tokens.weight)
+        self.contact_head = ContactPredictionHead(
+            num_layers * attention_heads, prepend_bos=True, append_eos=True, eos_idx=ALPHABET.eos_idx
+        )
+
+    @classmethod
+    def from_tensors(cls, level: Level, tensors: Mapping[str, Tensor]) -> ESM2:
+        """A module around the given tensors under fair-esm's names, which it shares, not copies.
+
+        Raises:
+            ValueError: when names or shapes are not the level's, or layers disagree on their angles.
+        """
+        with torch.device("meta"):
+            module = cls(level.num_layers, level.width, level.attention_heads)
+        tied = {"lm_head.weight": tensors[EMBEDDING]} if EMBEDDING in tensors else {}
+        try:
+            module.load_state_dict({**tensors, **tied}, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"expected the tensors of level {level.name}, got others: {error}") from error
+        module.lm_head.weight = module.embed_tokens.weight
+        angles = [buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")]
+        if not all(torch.equal(other, angles[0]) for other in angles[1:]):
+            raise ValueError(f"expected one inv_freq for all layers of level {level.name}, got several")
+        return module
+
+    @classmethod
+    def sharing(cls, module: nn.Module) -> ESM2:
+        """The module itself, or one of ours around the tensors of an `esm.ESM2` object.
+
+        Raises:
+            TypeError: for a module of another kind.
+        """
+        if isinstance(module, cls):
+            return module
+        if not isinstance(module, FairESM2):
+            raise TypeError(f"expected a backbone of rd_torch.ESM2 or esm.ESM2, got {type(module).__name__}")
+        trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        level = Level("shared", module.num_layers, module.embed_dim, module.attention_heads)
+        ours = cls.from_tensors(level, module.state_dict(keep_vars=True)).train(module.training)
+        for name, parameter in ours.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        return ours
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, the tied weight of the language-model head once."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name != "lm_head.weight"}
+
+    def freeze_heads(self) -> None:
+        """Stops the heads from training, but for the weight that is tied to the embeddings."""
+        for head in (self.lm_head, self.contact_head):
+            for parameter in head.parameters():
+                if parameter is not self.embed_tokens.weight:
+                    parameter.requires_grad_(False)
+
+    def forward(self, tokens: Tensor, packing: Packing, sink: AttentionSink | None = None) -> Tensor:
+        """Runs all layers and the last LayerNorm.
+
+        Args:
+            tokens: `(batch, time)` integer ids of fair-esm's alphabet.
+            packing: the packing of `tokens != padding`.
+            sink: called once a layer with its `(batch, heads, time, time)` attention maps.
+
+        Returns:
+            `(tokens, width)` final hidden states in packed order; `packing.unpack` pads them.
+        """
+        x = self._embed(tokens, packing)
+        rotation = cast(TransformerLayer, self.layers[0]).self_attn.rot_emb(packing.positions)
+        for layer in self.layers:
+            x = layer(x, packing, rotation, sink)
+        return self.emb_layer_norm_after(x)
+
+    def _embed(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Token embeddings under token dropout: `<mask>` is zero, the rest scaled to make up for it."""
+        masked = tokens == ALPHABET.mask_idx
+        real = packing.real.sum(1)
+        kept = (real - masked.sum(1)).clamp(min=1) / real.clamp(min=1)
+        scale = MEAN_SHARE_KEPT / kept
+        ids = packing.pack(tokens)
+        x = self.embed_tokens(ids) * (ids != ALPHABET.mask_idx)[:, None]
+        return x * scale.to(x.dtype)[packing.sequence][:, None]

@@ -1,0 +1,91 @@
+"""Exact streaming mean and covariance; knows nothing of proteins or models.
+
+Batches are centred at their own mean before they are multiplied, and merged by the update of Chan,
+Golub and LeVeque (1979), so a mean far from zero costs no digits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class RunningMoments:
+    """Count, mean and centred products of rows that stream by, in float64.
+
+    Memory is `width * width * 8` bytes however many rows come.
+
+    Args:
+        width: features of a row.
+        device: where the sums live; a device without float64 is replaced by the CPU.
+
+    Raises:
+        ValueError: for a width below 1.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        if width < 1:
+            raise ValueError(f"expected a width of at least 1, got {width}")
+        device = torch.device(device)
+        device = torch.device("cpu") if device.type == "mps" else device
+        self.count = 0
+        self._mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    @property
+    def width(self) -> int:
+        """Features of a row."""
+        return self._mean.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """`(width,)` mean of all rows so far; zeros before the first."""
+        return self._mean.clone()
+
+    def covariance(self) -> Tensor:
+        """`(width, width)` unbiased covariance of all rows so far.
+
+        Raises:
+            ValueError: with fewer than two rows, which have none.
+        """
+        if self.count < 2:
+            raise ValueError(f"expected at least 2 rows for a covariance, got {self.count}")
+        return self._scatter / (self.count - 1)
+
+    def update(self, batch: Tensor) -> None:
+        """Adds `(rows, width)`; a batch without rows changes nothing.
+
+        Raises:
+            ValueError: for another shape, or values that are not finite.
+        """
+        if batch.ndim != 2 or batch.shape[1] != self.width:
+            raise ValueError(f"expected (rows, {self.width}), got {tuple(batch.shape)}")
+        if not len(batch):
+            return
+        rows = batch.detach().to(self._mean.device, torch.float64)
+        mean = rows.mean(0)
+        if not bool(mean.isfinite().all()):
+            raise ValueError("expected finite rows, got NaN or infinity")
+        centred = rows - mean
+        self._scatter.addmm_(centred.T, centred)
+        self._shift_to(mean, len(rows))
+
+    def merge(self, other: RunningMoments) -> None:
+        """Adds all rows that `other` has seen.
+
+        Raises:
+            ValueError: for another width.
+        """
+        if other.width != self.width:
+            raise ValueError(f"expected moments of width {self.width}, got {other.width}")
+        if other.count:
+            self._scatter += other._scatter.to(self._scatter.device)
+            self._shift_to(other._mean.to(self._mean.device), other.count)
+
+    def _shift_to(self, mean: Tensor, count: int) -> None:
+        """Accounts for the distance between the mean so far and that of `count` new rows."""
+        total = self.count + count
+        offset = mean - self._mean
+        self._scatter.addr_(offset, offset, alpha=self.count * count / total)
+        self._mean += offset * (count / total)
+        self.count = total

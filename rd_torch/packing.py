@@ -1,0 +1,156 @@
+"""Padded `(batch, time)` to packed `(tokens,)` and back: no work is done on padding.
+
+Packed tokens stand sequence after sequence, longest first, so that sequences of similar length
+are neighbours and attention can run on whole buckets of them. One packing serves every backbone
+of a chain. While tracing (`torch.compile`, `torch.export`) shapes must not depend on values: the
+packing is then *padded*, every position counts as a token and a mask keeps attention off padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A sequence joins a bucket while it is at least this share of the bucket's longest: attention does
+# at most 1 / 0.85^2 times the work on padding, and a batch needs few calls.
+SHORTEST_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbouring sequences that share one attention call.
+
+    Attributes:
+        start: first packed token of the bucket.
+        stop: packed token behind its last.
+        rows: number of sequences n.
+        length: tokens of its longest sequence.
+        slots: `(n * length,)` packed token of each slot, relative to `start`; None if every
+            sequence has `length` tokens, so that the packed tokens are the slots.
+        mask: `(n, 1, 1, length)` True at slots that hold a token; None likewise.
+    """
+
+    start: int
+    stop: int
+    rows: int
+    length: int
+    slots: Tensor | None = None
+    mask: Tensor | None = None
+
+    def spread(self, packed: Tensor) -> Tensor:
+        """`(tokens, heads, size)` of the whole batch to this bucket's `(n, heads, length, size)`."""
+        here = packed[self.start : self.stop]
+        if self.slots is not None:
+            here = here[self.slots]
+        return here.unflatten(0, (self.rows, self.length)).transpose(1, 2)
+
+    def gather(self, spread: Tensor) -> Tensor:
+        """`(n, heads, length, size)` back to this bucket's packed `(stop - start, heads, size)`."""
+        slots = spread.transpose(1, 2).flatten(0, 1)
+        if self.slots is None or self.mask is None or self.stop - self.start == slots.shape[0]:
+            return slots
+        return slots[self.mask.flatten()]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the real tokens of a padded batch stand, and how attention groups them.
+
+    Attributes:
+        shape: `(batch, time)` of the padded batch.
+        real: `(batch, time)` True at tokens that are not padding.
+        index: `(tokens,)` flat place in the padded batch of each packed token; None when the
+            packing is padded and every place counts.
+        positions: `(tokens,)` column of each token: 0 at the first, padding counted, as fair-esm.
+        sequence: `(tokens,)` row of each token.
+        buckets: the groups for attention, in packed order.
+    """
+
+    shape: tuple[int, int]
+    real: Tensor
+    index: Tensor | None
+    positions: Tensor
+    sequence: Tensor
+    buckets: tuple[Bucket, ...]
+
+    @classmethod
+    def of(cls, real: Tensor) -> Packing:
+        """Packs the places where `real`, `(batch, time)` bool, is True."""
+        if torch.compiler.is_compiling():
+            return cls.padded(real)
+        counts = real.sum(1)
+        order = torch.argsort(counts, descending=True, stable=True)
+        places = torch.arange(real.numel(), device=real.device).view(real.shape)
+        index = places[order][real[order]]
+        batch, time = real.shape
+        lengths = counts[order].tolist()
+        return cls(
+            shape=(batch, time),
+            real=real,
+            index=index,
+            positions=index % max(time, 1),
+            sequence=index // max(time, 1),
+            buckets=_cut_buckets([length for length in lengths if length], real.device),
+        )
+
+    @classmethod
+    def padded(cls, real: Tensor) -> Packing:
+        """The packing that keeps every place of the batch, padding too, behind a mask."""
+        batch, time = real.shape
+        places = torch.arange(time, device=real.device)
+        rows = torch.arange(batch, device=real.device)
+        bucket = Bucket(0, batch * time, batch, time, mask=real[:, None, None, :])
+        return cls(
+            shape=(batch, time),
+            real=real,
+            index=None,
+            positions=places.repeat(batch),
+            sequence=rows.repeat_interleave(time, output_size=batch * time),
+            buckets=(bucket,),
+        )
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`(batch, time, ...)` to `(tokens, ...)`."""
+        flat = padded.flatten(0, 1)
+        return flat if self.index is None else flat[self.index]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`(tokens, ...)` to `(batch, time, ...)`, zeros at padding."""
+        batch, time = self.shape
+        if self.index is None:
+            padded = packed.unflatten(0, (batch, time))
+            real = self.real.view(batch, time, *[1] * (packed.ndim - 1))
+            return padded.masked_fill(~real, 0)
+        flat = packed.new_zeros(batch * time, *packed.shape[1:])
+        return flat.index_copy(0, self.index, packed).unflatten(0, (batch, time))
+
+
+def _cut_buckets(lengths: Sequence[int], device: torch.device) -> tuple[Bucket, ...]:
+    """Cuts falling lengths into buckets of sequences that are nearly as long as each one's first."""
+    buckets: list[Bucket] = []
+    first = start = 0
+    while first < len(lengths):
+        longest = lengths[first]
+        last = first
+        while last < len(lengths) and lengths[last] >= SHORTEST_SHARE * longest:
+            last += 1
+        buckets.append(_bucket(lengths[first:last], start, device))
+        start = buckets[-1].stop
+        first = last
+    return tuple(buckets)
+
+
+def _bucket(lengths: Sequence[int], start: int, device: torch.device) -> Bucket:
+    """One bucket of sequences of the given falling lengths, whose first token is `start`."""
+    rows, length, stop = len(lengths), lengths[0], start + sum(lengths)
+    if lengths[-1] == length:
+        return Bucket(start, stop, rows, length)
+    counts = torch.tensor(lengths, device=device)
+    ends = counts.cumsum(0)
+    places = torch.arange(length, device=device)
+    mask = places < counts[:, None]
+    slots = torch.where(mask, (ends - counts)[:, None] + places, 0)
+    return Bucket(start, stop, rows, length, slots.flatten(), mask[:, None, None, :])

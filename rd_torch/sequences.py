@@ -1,0 +1,237 @@
+"""FASTA in, residues normalised, token batches cut by a token budget."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Final
+
+import torch
+from torch import Tensor
+
+from rd_torch.config import ALPHABET, FIRST_RESIDUE, LAST_RESIDUE, RESIDUE_LETTERS
+
+SPECIAL_TOKENS: Final = 2
+"""`<cls>` in front of a sequence and `<eos>` behind it."""
+
+WINDOW_BATCHES: Final = 64
+"""Batches' worth of sequences that are sorted by length at a time."""
+
+_OPENERS: Final = ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\x00", lzma.open))
+_RESIDUES: Final = frozenset(RESIDUE_LETTERS)
+
+
+@dataclass(frozen=True)
+class Protein:
+    """A sequence and its identifier, the first word of its FASTA header."""
+
+    identifier: str
+    sequence: str
+
+
+def open_text(path: str | Path) -> IO[str]:
+    """Opens a text file that may be gzipped or xz-compressed, told by its first bytes.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a FASTA file at {path}, got nothing there")
+    with path.open("rb") as handle:
+        magic = handle.read(6)
+    for mark, opener in _OPENERS:
+        if magic.startswith(mark):
+            return opener(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def read_fasta(path: str | Path) -> list[Protein]:
+    """All records of a FASTA file, gzipped or xz-compressed or plain, in file order.
+
+    Sequences come as they are written; `normalize` makes residues of them.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for a file that is not FASTA, has no record, a record without identifier or
+            without sequence, or an identifier twice.
+    """
+    from Bio.SeqIO.FastaIO import SimpleFastaParser  # loads only where a file is read
+
+    try:
+        with open_text(path) as handle:
+            first = next((line for line in handle if line.strip()), "")
+            if first and not first.startswith(">"):
+                raise ValueError(
+                    f"expected a FASTA file, whose first line starts with '>', got {first[:40]!r} in {path}"
+                )
+            handle.seek(0)
+            records = list(SimpleFastaParser(handle))
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"expected a FASTA file, got one that cannot be read: {path}: {error}") from error
+    if not records:
+        raise ValueError(f"expected at least one FASTA record, got an empty file: {path}")
+    proteins = [_protein(number, *record) for number, record in enumerate(records, start=1)]
+    counts = Counter(protein.identifier for protein in proteins)
+    twice = [identifier for identifier, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"expected every identifier once, got {len(twice)} more often in {path}: "
+            f"{', '.join(twice[:5])}; rename or remove the repeated records"
+        )
+    return proteins
+
+
+def _protein(number: int, header: str, sequence: str) -> Protein:
+    """One record, checked for an identifier and a sequence."""
+    words = header.split()
+    if not words:
+        raise ValueError(f"expected an identifier behind '>', got none in record {number}")
+    if not sequence.strip("*"):
+        raise ValueError(f"expected a sequence in record {number} ({words[0]}), got none")
+    return Protein(words[0], sequence)
+
+
+@dataclass
+class Corrections:
+    """Counts of what `normalize` changed."""
+
+    stops: int = 0
+    unknown: int = 0
+    truncated: int = 0
+
+    def warn(self) -> None:
+        """Issues one warning that counts every kind of change, none where nothing changed."""
+        kinds = (
+            (self.stops, "a '*' at the end dropped from {} sequences"),
+            (self.unknown, "{} letters that are no residue read as X"),
+            (self.truncated, "{} sequences cut to the maximal length"),
+        )
+        said = [text.format(f"{count:,}") for count, text in kinds if count]
+        if said:
+            warnings.warn("; ".join(said), stacklevel=3)
+
+
+def normalize(
+    protein: Protein, corrections: Corrections, *, strict: bool = False, max_length: int | None = None
+) -> Protein:
+    """A protein whose letters all are residues of the alphabet.
+
+    Lower case is read as upper. A `*` at the end is dropped. Every other letter that is no residue
+    (J, `-`, `.`, an inner `*`, ...) becomes X. The length changes in no other way unless `max_length`
+    cuts it.
+
+    Args:
+        protein: the record.
+        corrections: receives the counts of what was changed.
+        strict: refuse letters that are no residue.
+        max_length: residues to keep; by default all.
+
+    Raises:
+        ValueError: for a sequence without residues; when strict, for the first letter that is none,
+            with its record and position.
+    """
+    sequence = protein.sequence.upper()
+    if sequence.endswith("*"):
+        sequence = sequence[:-1]
+        corrections.stops += 1
+    if not sequence:
+        raise ValueError(f"expected a sequence in record {protein.identifier}, got none")
+    if not _RESIDUES.issuperset(sequence):
+        places = [place for place, letter in enumerate(sequence) if letter not in _RESIDUES]
+        if strict:
+            raise ValueError(
+                f"expected residues ({''.join(sorted(_RESIDUES))}), got {sequence[places[0]]!r} at "
+                f"position {places[0] + 1} of record {protein.identifier}"
+            )
+        corrections.unknown += len(places)
+        sequence = "".join(letter if letter in _RESIDUES else "X" for letter in sequence)
+    if max_length is not None and len(sequence) > max_length:
+        corrections.truncated += 1
+        sequence = sequence[:max_length]
+    return Protein(protein.identifier, sequence)
+
+
+def normalized(sequences: Iterable[str]) -> Iterator[str]:
+    """The sequences with only residues in them, as they come; at the end one warning counts the changes.
+
+    Raises:
+        ValueError: for a sequence without residues, by its number.
+    """
+    corrections = Corrections()
+    for number, sequence in enumerate(sequences, start=1):
+        yield normalize(Protein(f"number {number}", sequence), corrections).sequence
+    corrections.warn()
+
+
+def tokenize(sequences: Sequence[str]) -> Tensor:
+    """`(batch, time)` token ids of normalised sequences, `<cls>` and `<eos>` around each, padded.
+
+    Equal to fair-esm's batch converter on sequences of single letters.
+    """
+    length = max((len(sequence) for sequence in sequences), default=0) + SPECIAL_TOKENS
+    tokens = torch.full((len(sequences), length), ALPHABET.padding_idx)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        ids = [ALPHABET.cls_idx, *map(ALPHABET.tok_to_idx.__getitem__, sequence), ALPHABET.eos_idx]
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens
+
+
+def cut_batches(sequences: Iterable[str], tokens_per_batch: int) -> Iterator[list[tuple[int, str]]]:
+    """Batches of `(index, sequence)`, longest first within a window, so that neighbours are alike.
+
+    A batch holds at most `tokens_per_batch` tokens, padding counted, and at least one sequence.
+    Memory holds one window of about 64 batches.
+
+    Raises:
+        ValueError: for a budget below 1.
+    """
+    if tokens_per_batch < 1:
+        raise ValueError(f"expected tokens_per_batch of at least 1, got {tokens_per_batch}")
+    numbered = enumerate(sequences)
+    window: list[tuple[int, str]] = []
+    tokens = 0
+    for item in numbered:
+        window.append(item)
+        tokens += len(item[1]) + SPECIAL_TOKENS
+        if tokens >= WINDOW_BATCHES * tokens_per_batch:
+            yield from _cut_window(window, tokens_per_batch)
+            window, tokens = [], 0
+    yield from _cut_window(window, tokens_per_batch)
+
+
+def _cut_window(window: list[tuple[int, str]], tokens_per_batch: int) -> Iterator[list[tuple[int, str]]]:
+    """Cuts one window, sorted by falling length, into batches."""
+    waiting = iter(sorted(window, key=lambda item: -len(item[1])))
+    for longest in waiting:
+        rows = max(1, tokens_per_batch // (len(longest[1]) + SPECIAL_TOKENS))
+        yield [longest, *islice(waiting, rows - 1)]
+
+
+def is_residue(tokens: Tensor) -> Tensor:
+    """True at amino acids and X, B, U, Z, O: ids 4 to 28."""
+    return (tokens >= FIRST_RESIDUE) & (tokens <= LAST_RESIDUE)
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Raises unless `tokens` is `(batch, time)` of integer ids of the alphabet; ids in eager mode only."""
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+        got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(
+            f"expected tokens as an int64 or int32 tensor, got {got}: use a batch converter, or .long()"
+        )
+    if tokens.ndim != 2:
+        raise ValueError(
+            f"expected tokens of shape (batch, time), got {tuple(tokens.shape)}: unsqueeze(0) a single row"
+        )
+    if torch.compiler.is_compiling() or not tokens.numel():
+        return
+    lowest, highest = (int(bound) for bound in tokens.aminmax())
+    if lowest < 0 or highest >= len(ALPHABET):
+        raise ValueError(f"expected token ids from 0 to {len(ALPHABET) - 1}, got {lowest} to {highest}")

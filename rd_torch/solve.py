@@ -1,0 +1,209 @@
+"""Closed forms: joint moments in, stages out.
+
+Mean and covariance of the concatenated raw embeddings are all a fit needs: the nested embedding is
+an affine map of them, so its covariance, its regression on the next level and the principal
+directions of the residual follow without another look at the data (Catrina et al., ICLR 2026,
+arXiv 2603.07710). Everything is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rd_torch.config import Explained, PredictFrom, Regressor, check_choice
+from rd_torch.moments import RunningMoments
+from rd_torch.stage import Stage
+
+RELATIVE_CUTOFF = 1e-12
+"""Directions of the source whose variance is at most this share of the largest count as absent.
+
+A covariance in float64 knows its eigenvalues to about `width * 2e-16` of the largest.
+"""
+
+Filter = Callable[[Tensor], Tensor]
+
+
+def solve_stages(
+    moments: RunningMoments,
+    widths: Mapping[str, int] | Sequence[int],
+    *,
+    levels: Sequence[Hashable] | None = None,
+    added: Sequence[int] | int | Literal["all"] | None = None,
+    regressor: Regressor = "pcr",
+    alpha: float = 1.0,
+    predict_from: PredictFrom = "nested",
+) -> list[Stage]:
+    """Solves all stages of a chain from one joint covariance.
+
+    A stage regresses the next raw embedding y on the nested embedding x, then takes the principal
+    directions of the residual. Regressors, with S the centred covariances and n rows:
+
+    - `"ols"`: `W = pinv(S_xx) S_xy`, the minimum-norm solution where S_xx has no full rank;
+    - `"pcr"`: the same on the principal components of x whose variance exceeds
+      `sigma^2 (1 + sqrt(p / n))^2` (Johnstone 2001), see `significant_components`;
+    - `"ridge"`: `(n - 1) S_xx` and `S_xy` as centred sums, `(S_xx + alpha I) W = S_xy`.
+
+    The intercept is free of any penalty. Signs are fixed: the entry of largest size in each direction
+    is positive.
+
+    Args:
+        moments: joint moments of the raw embeddings, concatenated in the order of `widths`.
+        widths: width of each raw embedding, by level name, or in order and then named 0, 1, 2, ...
+        levels: the sub-chain to solve, in order; by default all.
+        added: directions a stage adds: one number for each stage (or one for all of them), or
+            `"all"` for every direction of its larger embedding. By default as many as make the
+            nested width that of the larger embedding.
+        regressor: how y is predicted.
+        alpha: penalty of `"ridge"`; the others ignore it.
+        predict_from: whether a stage predicts from the nested embedding (the paper's algorithm) or
+            from the previous backbone's raw one.
+
+    Returns:
+        One float64 stage fewer than levels, in order; a single level needs none.
+
+    Raises:
+        ValueError: for moments of fewer than two rows or another width, levels that are not there or
+            not in order, or a number of directions that cannot be.
+    """
+    check_choice("regressor", regressor, ("pcr", "ols", "ridge"))
+    check_choice("predict_from", predict_from, ("nested", "previous"))
+    named: dict[Hashable, int] = dict(widths.items() if isinstance(widths, Mapping) else enumerate(widths))
+    chain = list(named) if levels is None else list(levels)
+    columns = _columns(moments, named, chain)
+    sizes = [named[level] for level in chain]
+    counts = _added_counts(sizes, added)
+    covariance = moments.covariance()[columns[:, None], columns]
+    weigh = _spectral_filter(regressor, alpha, moments.count)
+    identity = torch.eye(len(columns), dtype=torch.float64, device=columns.device)
+    raw = identity.split(sizes, dim=1)
+    means = moments.mean[columns].split(sizes)
+    nested, nested_mean = raw[0], means[0]
+    stages = []
+    for k, count in enumerate(counts, start=1):
+        source, source_mean = (
+            (nested, nested_mean) if predict_from == "nested" else (raw[k - 1], means[k - 1])
+        )
+        W = _regression(source, raw[k], covariance, weigh)
+        miss = raw[k] - source @ W
+        V, explained = _directions(miss, raw[k], covariance, count)
+        stages.append(Stage(W, means[k] - source_mean @ W, torch.zeros_like(means[k]), V, explained))
+        nested = torch.cat((nested, miss @ V), dim=1)
+        nested_mean = torch.cat((nested_mean, nested_mean.new_zeros(count)))
+    return stages
+
+
+def _columns(moments: RunningMoments, named: Mapping[Hashable, int], chain: Sequence[Hashable]) -> Tensor:
+    """Columns of the joint moments that belong to the chain, level after level."""
+    if sum(named.values()) != moments.width:
+        raise ValueError(
+            f"expected moments of width {sum(named.values())}, the sum of {list(named.values())}, "
+            f"got {moments.width}"
+        )
+    names = list(named)
+    if not chain or any(level not in named for level in chain):
+        raise ValueError(f"expected levels among {names}, got {list(chain)}")
+    places = [names.index(level) for level in chain]
+    if places != sorted(set(places)):
+        raise ValueError(f"expected each level once in the order {names}, got {list(chain)}")
+    blocks = torch.arange(moments.width, device=moments.mean.device).split(list(named.values()))
+    return torch.cat([blocks[place] for place in places])
+
+
+def _added_counts(sizes: Sequence[int], added: Sequence[int] | int | Literal["all"] | None) -> list[int]:
+    """Directions of each stage, checked."""
+    larger = list(sizes[1:])
+    if isinstance(added, str):
+        check_choice("added", added, ("all",))
+        return larger
+    if isinstance(added, int):
+        added = [added] * len(larger)
+    if added is None:
+        nested = sizes[0]
+        counts = []
+        for q in larger:
+            counts.append(q - nested)
+            nested += counts[-1]
+    else:
+        counts = list(added)
+    fits = len(counts) == len(larger) and all(0 <= n <= q for n, q in zip(counts, larger, strict=True))
+    if not fits:
+        raise ValueError(
+            f"expected {len(larger)} numbers of added directions, each from 0 to the larger width "
+            f"({larger}), got {counts}: where widths do not grow, say how many with `added`"
+        )
+    return counts
+
+
+def _regression(source: Tensor, larger: Tensor, covariance: Tensor, weigh: Filter) -> Tensor:
+    """W of the larger embedding on the source, both given as maps of the concatenated raw ones."""
+    source_covariance = source.T @ covariance @ source
+    eigenvalues, vectors = torch.linalg.eigh(source_covariance)
+    cross = source.T @ covariance @ larger
+    return vectors @ (weigh(eigenvalues)[:, None] * (vectors.T @ cross))
+
+
+def _spectral_filter(regressor: Regressor, alpha: float, count: int) -> Filter:
+    """What stands for `1 / eigenvalue` in the inverse of the source's covariance."""
+    if regressor == "ridge" and not alpha >= 0:
+        raise ValueError(f"expected alpha of at least 0, got {alpha}")
+    penalty = alpha / (count - 1) if regressor == "ridge" and count > 1 else 0.0
+
+    def weigh(eigenvalues: Tensor) -> Tensor:
+        largest = float(eigenvalues[-1])
+        there = eigenvalues + penalty > RELATIVE_CUTOFF * max(largest, 0.0)
+        there &= eigenvalues + penalty > 0
+        if regressor == "pcr":
+            there &= significant_components(eigenvalues, count)
+        inverse = torch.zeros_like(eigenvalues)
+        inverse[there] = 1 / (eigenvalues[there] + penalty)
+        return inverse
+
+    return weigh
+
+
+def significant_components(eigenvalues: Tensor, count: int) -> Tensor:
+    """Which principal components stand out of noise.
+
+    A component counts when its variance exceeds `sigma^2 (1 + sqrt(p / n))^2`, the edge of the
+    spectrum of pure noise (Johnstone 2001, doi:10.1214/aos/1009210544). `sigma^2` is the median of
+    the eigenvalues which, divided by the mean one, lie below that edge (if none does: of the
+    smallest quarter). If none counts, those that explain 95 % of the variance do.
+
+    Args:
+        eigenvalues: `(p,)` of a covariance, rising.
+        count: rows n that it came from.
+
+    Returns:
+        `(p,)` bool.
+    """
+    p = len(eigenvalues)
+    edge = (1 + math.sqrt(p / count)) ** 2
+    bulk = eigenvalues[eigenvalues < edge * eigenvalues.mean()]
+    if not len(bulk):
+        bulk = eigenvalues[: max(1, p // 4)]
+    kept = eigenvalues > bulk.quantile(0.5) * edge
+    if bool(kept.any()):
+        return kept
+    falling = eigenvalues.flip(0).clamp(min=0)
+    before = falling.cumsum(0) - falling
+    return (before < 0.95 * falling.sum()).flip(0)
+
+
+def _directions(miss: Tensor, larger: Tensor, covariance: Tensor, count: int) -> tuple[Tensor, Explained]:
+    """The leading directions of the residual, and what prediction and directions explain."""
+    residual = miss.T @ covariance @ miss
+    eigenvalues, vectors = torch.linalg.eigh((residual + residual.T) / 2)
+    variances, V = eigenvalues.flip(0).clamp(min=0), vectors.flip(1)[:, :count]
+    peaks = V.gather(0, V.abs().argmax(0, keepdim=True)) if count else V[:1]
+    total = float(torch.trace(larger.T @ covariance @ larger))
+    missed = float(variances.sum())
+    explained = Explained(
+        r2=1 - missed / total if total > 0 else 1.0,
+        kept=float(variances[:count].sum()) / missed if missed > 0 else 1.0,
+    )
+    return V * torch.where(peaks < 0, -1.0, 1.0), explained
