@@ -16,7 +16,7 @@ setup: .venv/installed
 	touch $@
 
 demo: setup
-	$(BIN)/python -m benchmarks.demo --output demo
+	$(BIN)/python benchmarks/demo.py --output demo
 
 test: setup
 	$(BIN)/pytest -m "not slow"

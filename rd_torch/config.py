@@ -140,6 +140,20 @@ class RDConfig:
         """Raises a ValueError that lists the levels unless `level` is one of them."""
         check_choice("level", level, tuple(self.widths))
 
+    def require_width(self, width: int | None) -> None:
+        """Raises a ValueError that lists the levels unless `width` is None or a number of features."""
+        widest = self.widths[self.levels[-1].name]
+        if width is not None and not 1 <= width <= widest:
+            listed = ", ".join(f"{name} {size}" for name, size in self.widths.items())
+            raise ValueError(f"expected a width from 1 to {widest} (levels: {listed}), got {width}")
+
+    def levels_for(self, width: int | None) -> list[str]:
+        """The levels up to the first that holds `width` features; all for None."""
+        self.require_width(width)
+        names = list(self.widths)
+        narrower = [name for name, size in self.widths.items() if width is None or size < width]
+        return names[: len(narrower) + 1]
+
     def until(self, level: str) -> RDConfig:
         """The config of the chain that ends at `level`."""
         self.require_level(level)

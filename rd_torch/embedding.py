@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from rd_torch.config import check_choice
 from rd_torch.model import RDModel
-from rd_torch.sequences import cut_batches, is_residue, normalized, tokenize
-
-DEFAULT_TOKENS_PER_BATCH = 8_192
+from rd_torch.sequences import (
+    DEFAULT_TOKENS_PER_BATCH,
+    Protein,
+    cut_batches,
+    is_residue,
+    normalized,
+    tokenize,
+)
+from rd_torch.store.hdf5 import check_identifiers, write_embeddings
 
 Pool: TypeAlias = Literal["mean", "none"]
+Embedded: TypeAlias = tuple[int, np.ndarray]
+
+
+class EmbedOptions(TypedDict, total=False):
+    """What `embed` may be told."""
+
+    pool: Pool
+    width: int | None
+    tokens_per_batch: int | None
 
 
 def embed(
@@ -47,9 +65,10 @@ def embed(
     """
     if isinstance(sequences, str):
         raise TypeError("expected a sequence of strings, got one string: put it in a list")
-    arrays: dict[int, np.ndarray] = dict(
-        embed_stream(model, normalized(sequences), pool=pool, width=width, tokens_per_batch=tokens_per_batch)
+    stream = embed_stream(
+        model, normalized(sequences), pool=pool, width=width, tokens_per_batch=tokens_per_batch
     )
+    arrays = dict(stream)
     ordered = [arrays[index] for index in range(len(arrays))]
     if pool == "none":
         return ordered
@@ -57,23 +76,61 @@ def embed(
     return np.stack(ordered) if ordered else np.zeros((0, features), dtype=np.float32)
 
 
-def embed_stream(
+def embed_to_file(
     model: RDModel,
-    sequences: Iterable[str],
+    proteins: Sequence[Protein],
+    path: Path,
     *,
-    pool: Pool = "mean",
-    width: int | None = None,
-    tokens_per_batch: int | None = None,
-) -> Iterator[tuple[int, np.ndarray]]:
+    save_dtype: str = "float32",
+    progress: Callable[[Iterable[Embedded]], Iterable[Embedded]] = iter,
+    attributes: Mapping[str, Any] | None = None,
+    **options: Unpack[EmbedOptions],
+) -> None:
+    """Embeds normalised proteins into an HDF5 file, one dataset a protein.
+
+    The file appears under its name when the last protein is written, not before.
+
+    Args:
+        model: the chain.
+        proteins: records with different identifiers.
+        path: the HDF5 file; one that is there is replaced at the end.
+        save_dtype: what the file holds.
+        progress: wraps the stream of proteins, as `tqdm` does.
+        attributes: more attributes for the file, beside levels, widths, width, pool and version.
+        **options: `pool`, `width` and `tokens_per_batch` of `embed`.
+
+    Raises:
+        FileNotFoundError: when the folder is not there.
+        ValueError: for identifiers that coincide, a pool or width that does not exist.
+    """
+    check_identifiers(protein.identifier for protein in proteins)
+    widths = model.config.widths
+    facts = {
+        "levels": list(widths),
+        "widths": list(widths.values()),
+        "width": options.get("width") or model.embed_dim,
+        "pool": options.get("pool", "mean"),
+        "rd_torch_version": version("rd_torch"),
+    }
+    with write_embeddings(path, {**facts, **(attributes or {})}) as add:
+        stream = embed_stream(model, (protein.sequence for protein in proteins), **options)
+        for index, array in progress(stream):
+            add(proteins[index].identifier, array.astype(save_dtype))
+
+
+def embed_stream(
+    model: RDModel, sequences: Iterable[str], **options: Unpack[EmbedOptions]
+) -> Iterator[Embedded]:
     """Embeds normalised sequences as they come; yields `(index, array)` in the order of the batches.
 
     Arguments and errors as for `embed`.
     """
+    pool, width = options.get("pool", "mean"), options.get("width")
+    budget = options.get("tokens_per_batch")
     check_choice("pool", pool, ("mean", "none"))
-    model.require_width(width)
+    model.config.require_width(width)
     device = next(model.parameters()).device
-    budget = DEFAULT_TOKENS_PER_BATCH if tokens_per_batch is None else tokens_per_batch
-    for batch in cut_batches(sequences, budget):
+    for batch in cut_batches(sequences, DEFAULT_TOKENS_PER_BATCH if budget is None else budget):
         tokens = tokenize([sequence for _, sequence in batch]).to(device)
         with torch.inference_mode():
             embeddings = model.encode(tokens, width=width)

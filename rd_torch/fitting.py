@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import nn
@@ -14,10 +14,8 @@ from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.packing import Packing
-from rd_torch.sequences import cut_batches, is_residue, normalized, tokenize
+from rd_torch.sequences import DEFAULT_TOKENS_PER_BATCH, cut_batches, is_residue, normalized, tokenize
 from rd_torch.solve import solve_stages
-
-DEFAULT_TOKENS_PER_BATCH = 8_192
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -37,6 +35,7 @@ def fit(
     *,
     tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
     progress: Progress = iter,
+    provenance: Mapping[str, Any] | None = None,
     **options: Unpack[SolveOptions],
 ) -> RDModel:
     """Fits a reverse-distilled chain in one pass over the sequences.
@@ -46,7 +45,8 @@ def fit(
             `esm.ESM2`. Tensors are shared with the model that comes back.
         sequences: amino-acid letters; may be a generator, memory does not grow with their number.
         tokens_per_batch: tokens a batch holds at most, padding counted.
-        progress: wraps the stream of residues counted per batch, as `tqdm` does.
+        progress: wraps the stream of sequences, as `tqdm` does.
+        provenance: where backbones and sequences come from; saved with the model.
         **options: `added`, `regressor`, `alpha` and `predict_from` of `solve_stages`.
 
     Returns:
@@ -61,40 +61,23 @@ def fit(
     widths = {name: backbone.embed_dim for name, backbone in family.items()}
     device = next(iter(family.values())).embed_tokens.weight.device
     moments = RunningMoments(sum(widths.values()), device)
-    count = _Count()
-    batches = cut_batches(count(normalized(sequences)), tokens_per_batch)
-    for _ in progress(_update(moments, family, batches)):
-        pass
+    batches = cut_batches(normalized(sequences), tokens_per_batch)
+    count = sum(1 for _ in progress(_update(moments, family, batches)))
     stages = solve_stages(moments, widths, **options)
-    provenance = {
-        "fit": {
-            "sequences": count.items,
-            "residues": moments.count,
-            "regressor": options.get("regressor", "pcr"),
-            "alpha": options.get("alpha", 1.0) if options.get("regressor") == "ridge" else None,
-        }
-    }
+    facts = {"sequences": count, "residues": moments.count, "solve": {"regressor": "pcr", **options}}
     return RDModel(
-        family, stages, predict_from=options.get("predict_from", "nested"), provenance=provenance
+        family,
+        stages,
+        predict_from=options.get("predict_from", "nested"),
+        provenance={**(provenance or {}), "fit": facts},
     ).eval()
-
-
-class _Count:
-    """Counts what passes through."""
-
-    items = 0
-
-    def __call__(self, sequences: Iterable[str]) -> Iterator[str]:
-        for sequence in sequences:
-            self.items += 1
-            yield sequence
 
 
 @torch.no_grad()
 def _update(
     moments: RunningMoments, family: Mapping[str, ESM2], batches: Iterable[list[tuple[int, str]]]
 ) -> Iterator[int]:
-    """Adds the residues of each batch to the joint moments; yields how many sequences it held."""
+    """Adds the residues of each batch to the joint moments; yields the index of each sequence."""
     device = next(iter(family.values())).embed_tokens.weight.device
     for batch in batches:
         tokens = tokenize([sequence for _, sequence in batch]).to(device)
@@ -102,4 +85,4 @@ def _update(
         residues = packing.pack(is_residue(tokens))
         hidden = [backbone(tokens, packing)[residues] for backbone in family.values()]
         moments.update(torch.cat(hidden, dim=1))
-        yield len(batch)
+        yield from (index for index, _ in batch)

@@ -143,14 +143,14 @@ class RDModel(nn.Module):
         maps: list[Tensor] = []
         sink = maps.append if need_head_weights or return_contacts else None
         embeddings, nested, larger, packing = self._run(tokens, width, sink)
-        largest = self._backbone(self._levels_to_run(width)[-1])
+        largest = self._backbone(self.config.levels_for(width)[-1])
         attentions = torch.stack(maps, 1) if maps else None
         return RDOutput(
             embeddings=embeddings,
             logits=packing.unpack(largest.lm_head(larger)),
             residue_mask=is_residue(tokens),
             nested=nested,
-            widths=tuple((name, self.config.widths[name]) for name in self._levels_to_run(width)),
+            widths=tuple((name, self.config.widths[name]) for name in self.config.levels_for(width)),
             num_layers=self.num_layers,
             repr_layers=None if repr_layers is None else tuple(repr_layers),
             attentions=attentions,
@@ -266,7 +266,7 @@ class RDModel(nn.Module):
         self, tokens: Tensor, width: int | None, sink: AttentionSink | None
     ) -> tuple[Tensor, Tensor, Tensor, Packing]:
         """Embeddings and nested, padded; the largest raw hidden state, packed; and the packing."""
-        names = self._levels_to_run(width)
+        names = self.config.levels_for(width)
         check_tokens(tokens)
         packing = Packing.of(tokens != self.padding_idx)
         raw: list[Tensor] = []
@@ -295,19 +295,6 @@ class RDModel(nn.Module):
             previous = larger
         assert nested is not None, "a chain has at least one level"
         return nested
-
-    def require_width(self, width: int | None) -> None:
-        """Raises a ValueError that lists the levels unless `width` is None or a number of features."""
-        if width is not None and not 1 <= width <= self.embed_dim:
-            listed = ", ".join(f"{name} {size}" for name, size in self.config.widths.items())
-            raise ValueError(f"expected a width from 1 to {self.embed_dim} (levels: {listed}), got {width}")
-
-    def _levels_to_run(self, width: int | None) -> list[str]:
-        """The levels up to the first that holds `width` features."""
-        self.require_width(width)
-        widths = self.config.widths
-        narrower = [name for name, size in widths.items() if width is not None and size < width]
-        return list(widths) if width is None else list(widths)[: len(narrower) + 1]
 
     def _check_layers(self, repr_layers: Sequence[int] | None) -> None:
         """Raises a ValueError for hidden layers, which have no reverse-distilled form."""

@@ -3,7 +3,7 @@
     python checkpoints/esm2-rd-mini/train.py --data DATA --state STATE --level 28K
 
 trains one level on `DATA/natural50_train.fasta.xz` and leaves `STATE/28K.pt`; run again, it goes on
-where it stopped. `make_checkpoint.py` beside it measures, fits and writes the folder.
+where it stopped. `make.py` beside it measures the losses, fits the maps and writes the checkpoint.
 
 Every step draws its windows and masks from a generator seeded with the step, so that a resumed run
 sees what an uninterrupted one would have seen. Matrix products run in bfloat16, the rest in float32.
@@ -12,8 +12,6 @@ sees what an uninterrupted one would have seen. Matrix products run in bfloat16,
 from __future__ import annotations
 
 import argparse
-import lzma
-import math
 import os
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ from torch.nn import functional
 from rd_torch.config import ALPHABET, Level
 from rd_torch.esm2 import ESM2
 from rd_torch.packing import Packing
+from rd_torch.sequences import is_residue, normalized, read_fasta, tokenize
 
 LEVELS = {
     level.name: level
@@ -41,26 +40,20 @@ TOKENS = 60_000_000
 TOKENS_PER_STEP = 8_192
 WINDOWS = (128, 256, 1024)
 WINDOW_SHARES = (0.80, 0.17, 0.03)
-MUON_RATE, ADAM_RATE = 0.02, 4e-3
+MUON_RATE, ADAM_RATE = 0.02, 4e-3  # peaks at width 32, see `peak_rates`
 WARMUP = 0.02
-RESIDUES = (4, 29)
 STANDARD_RESIDUES = (4, 24)
 
 
 def read_tokens(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """All sequences of a FASTA as one array of ids, `<cls>` and `<eos>` included, and their ends."""
-    table = np.full(256, ALPHABET.unk_idx, dtype=np.uint8)
-    for letter, index in ALPHABET.tok_to_idx.items():
-        if len(letter) == 1:
-            table[ord(letter)] = index
-    with lzma.open(path, "rt") as handle:
-        records = handle.read().split(">")[1:]
-    rows = []
-    for record in records:
-        letters = "".join(record.split("\n")[1:])
-        ids = table[np.frombuffer(letters.encode(), dtype=np.uint8)]
-        rows.append(np.concatenate(([ALPHABET.cls_idx], ids, [ALPHABET.eos_idx])).astype(np.uint8))
+    rows = [tokenize([sequence])[0].numpy().astype(np.uint8) for sequence in read_sequences(path)]
     return np.concatenate(rows), np.cumsum([len(row) for row in rows])
+
+
+def read_sequences(path: Path) -> list[str]:
+    """The normalised sequences of a FASTA."""
+    return list(normalized(protein.sequence for protein in read_fasta(path)))
 
 
 def draw_windows(stream: np.ndarray, ends: np.ndarray, rng: np.random.Generator) -> Tensor:
@@ -85,7 +78,7 @@ def mask_residues(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, T
     chance = torch.rand(tokens.shape, generator=generator)
     fate = torch.rand(tokens.shape, generator=generator)
     other = torch.randint(*STANDARD_RESIDUES, tokens.shape, generator=generator)
-    chosen = (chance < 0.15) & (tokens >= RESIDUES[0]) & (tokens < RESIDUES[1])
+    chosen = (chance < 0.15) & is_residue(tokens)
     corrupted = torch.where(chosen & (fate < 0.8), ALPHABET.mask_idx, tokens)
     return torch.where(chosen & (fate >= 0.8) & (fate < 0.9), other, corrupted), chosen
 
@@ -95,9 +88,8 @@ def masked_loss(model: ESM2, tokens: Tensor, generator: torch.Generator) -> tupl
     corrupted, chosen = mask_residues(tokens, generator)
     packing = Packing.of(tokens != ALPHABET.padding_idx)
     hidden = model(corrupted, packing)[packing.pack(chosen)]
-    loss = functional.cross_entropy(
-        model.lm_head(hidden).float(), packing.pack(tokens)[packing.pack(chosen)], reduction="sum"
-    )
+    truth = packing.pack(tokens)[packing.pack(chosen)]
+    loss = functional.cross_entropy(model.lm_head(hidden).float(), truth, reduction="sum")
     return loss, int(chosen.sum())
 
 
@@ -111,7 +103,7 @@ class HalfLinear(nn.Linear):
 def new_model(level: Level) -> ESM2:
     """A model with fresh weights; residual branches start small, as deep as the model is."""
     torch.manual_seed(SEED)
-    model = ESM2(level)
+    model = ESM2(level.num_layers, level.width, level.attention_heads)
     nn.init.normal_(model.embed_tokens.weight, std=0.1)
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -127,6 +119,11 @@ def new_model(level: Level) -> ESM2:
             if type(module) is nn.Linear:
                 module.__class__ = HalfLinear
     return model
+
+
+def peak_rates(width: int) -> tuple[float, float]:
+    """Peak learning rates of Muon and AdamW: wider models take smaller steps."""
+    return MUON_RATE * 32 / width, ADAM_RATE * (32 / width) ** 0.5
 
 
 def new_optimizers(model: ESM2) -> list[torch.optim.Optimizer]:
@@ -159,7 +156,7 @@ def train(level: Level, data: Path, state_path: Path, tokens_in_all: int = TOKEN
     begun, written, total, count = time.monotonic(), time.monotonic(), 0.0, 0
     while seen < tokens_in_all:
         tokens = draw_windows(stream, ends, np.random.default_rng((SEED, step)))
-        for optimizer, peak in zip(optimizers, (MUON_RATE, ADAM_RATE), strict=True):
+        for optimizer, peak in zip(optimizers, peak_rates(level.width), strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate_at(seen / tokens_in_all)
         loss, chosen = masked_loss(model, tokens, torch.Generator().manual_seed(step))
         (loss / chosen).backward()
@@ -187,7 +184,7 @@ def train(level: Level, data: Path, state_path: Path, tokens_in_all: int = TOKEN
                 "curve": curve,
             }
             torch.save(state, state_path.with_suffix(".part"))
-            os.replace(state_path.with_suffix(".part"), state_path)
+            state_path.with_suffix(".part").replace(state_path)
 
 
 def main() -> None:

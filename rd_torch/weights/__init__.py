@@ -1,5 +1,5 @@
 """Where checkpoints come from; one file a format."""
 
-from rd_torch.weights.source import locate, shipped
+from rd_torch.weights.source import DEFAULT_MODEL, locate, shipped
 
-__all__ = ["locate", "shipped"]
+__all__ = ["DEFAULT_MODEL", "locate", "shipped"]

@@ -1,0 +1,98 @@
+"""Measures the trained backbones of esm2-rd-mini, fits the maps and writes the checkpoint.
+
+    python checkpoints/esm2-rd-mini/make.py --data DATA --state STATE
+
+reads what `train.py` left in STATE and writes config, maps, backbones and `losses.json` beside this
+file. A loss is the cross-entropy in nats over 15 % of the residues, chosen at random: 80 % of them
+shown as `<mask>`, 10 % as a random residue, 10 % as they are; whole sequences, nothing cropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from train import LEVELS, SEED, TOKENS, masked_loss, read_sequences
+
+from rd_torch import fit
+from rd_torch.esm2 import ESM2
+from rd_torch.sequences import cut_batches, tokenize
+
+HERE = Path(__file__).parent
+MASK_SEEDS = (0, 1, 2)
+PART = 200
+FITTED_ON = 10_000
+CREDIT = "natural50: UniProt and STRING (CC BY 4.0), PDB (CC0), RefSeq; one protein per 50 %-identity cluster"
+
+
+@torch.no_grad()
+def measure(model: ESM2, sequences: Sequence[str], seed: int) -> float:
+    """Mean masked-residue loss in nats over whole sequences."""
+    generator = torch.Generator().manual_seed(seed)
+    total, count = 0.0, 0
+    for batch in cut_batches(sequences, 8_192):
+        loss, chosen = masked_loss(model, tokenize([sequence for _, sequence in batch]), generator)
+        total, count = total + float(loss), count + chosen
+    return total / count
+
+
+def load(state: Path) -> tuple[dict[str, ESM2], dict[str, dict[str, object]]]:
+    """The trained backbones, and how each was trained."""
+    backbones, runs = {}, {}
+    for name, level in LEVELS.items():
+        saved = torch.load(state / f"{name}.pt", weights_only=True)
+        if saved["seen"] < TOKENS:
+            raise ValueError(f"expected {TOKENS:,} tokens of training at level {name}, got {saved['seen']:,}")
+        backbones[name] = ESM2.from_tensors(level, saved["model"]).eval()
+        curve = [(seen, round(loss, 4)) for seen, loss in islice(saved["curve"], 0, None, 5)]
+        runs[name] = {"tokens": saved["seen"], "seconds": round(saved["seconds"]), "training_curve": curve}
+    return backbones, runs
+
+
+def losses(backbones: Mapping[str, ESM2], sequences: Sequence[str]) -> dict[str, dict[str, object]]:
+    """Validation losses of every level: the mean of three mask seeds, each seed, and a small part."""
+    found: dict[str, dict[str, object]] = {}
+    for name, backbone in backbones.items():
+        by_seed = [measure(backbone, sequences, seed) for seed in MASK_SEEDS]
+        found[name] = {
+            "validation_loss": round(sum(by_seed) / len(by_seed), 4),
+            "by_mask_seed": [round(loss, 4) for loss in by_seed],
+            f"first_{PART}_sequences_seed_0": round(measure(backbone, sequences[:PART], 0), 4),
+        }
+        print(name, found[name], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=os.environ.get("RD_TORCH_DATA"), help="folder of the protein data"
+    )
+    parser.add_argument("--state", type=Path, required=True, help="folder of the training states")
+    arguments = parser.parse_args()
+    backbones, runs = load(arguments.state)
+    found = losses(backbones, read_sequences(arguments.data / "natural50_valid.fasta.xz"))
+    report = {name: {**found[name], **runs[name]} for name in backbones}
+    (HERE / "losses.json").write_text(json.dumps(report, indent=1) + "\n")
+    provenance = {
+        "backbones": "trained by checkpoints/esm2-rd-mini/train.py as masked language models",
+        "data": CREDIT,
+        "seed": SEED,
+        "tokens_per_level": TOKENS,
+        "validation_loss": {name: values["validation_loss"] for name, values in found.items()},
+    }
+    training = read_sequences(arguments.data / "natural50_train.fasta.xz")[:FITTED_ON]
+    model = fit(backbones, training, provenance=provenance)
+    model.save_pretrained(HERE)
+    print(model.config)
+
+
+if __name__ == "__main__":
+    main()

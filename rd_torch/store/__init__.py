@@ -1,0 +1,1 @@
+"""Embedding files; one file a format."""
