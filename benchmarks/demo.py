@@ -39,14 +39,16 @@ def nearest(similarity: np.ndarray) -> np.ndarray:
     return np.argmax(similarity - 3 * np.eye(len(similarity)), axis=1)
 
 
-def print_tables(names: list[str], families: list[str], lengths: list[int], by_level: dict[str, np.ndarray]) -> None:
+def print_tables(
+    names: list[str], families: list[str], lengths: list[int], by_level: dict[str, np.ndarray]
+) -> None:
     """Each protein's neighbour at the narrowest and the widest level, then each level as a whole."""
-    first, last = list(by_level)[0], list(by_level)[-1]
+    first, *_, last = by_level
     print(f"{'protein':<12} {'residues':>8}   nearest at {first:<14} nearest at {last}")
     columns = [(by_level[level], nearest(by_level[level])) for level in (first, last)]
     for i, name in enumerate(names):
         cells = [
-            f"{names[near[i]]:<12} {similarity[i, near[i]]:5.2f} {'*' if families[near[i]] == families[i] else ' '}"
+            f"{names[near[i]]:<12} {similarity[i, near[i]]:5.2f} {' *'[families[near[i]] == families[i]]}"
             for similarity, near in columns
         ]
         print(f"{name:<12} {lengths[i]:>8}   {'      '.join(cells)}")
@@ -68,10 +70,10 @@ def draw(names: list[str], families: list[str], by_level: dict[str, np.ndarray],
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [list(by_level)[0], list(by_level)[-1]]
+    first, *_, last = by_level
     figure, axes = plt.subplots(1, 2, figsize=(12.5, 6.4), layout="constrained", sharey=True)
     starts = [families.index(family) for family in dict.fromkeys(families)]
-    for axis, level in zip(axes, shown, strict=True):
+    for axis, level in zip(axes, (first, last), strict=True):
         image = axis.imshow(by_level[level], vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set_title(f"level {level}")
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
@@ -85,7 +87,9 @@ def draw(names: list[str], families: list[str], by_level: dict[str, np.ndarray],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the picture")
     output = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)

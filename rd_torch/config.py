@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Final, Literal, TypeAlias
 
 import esm
@@ -135,6 +135,16 @@ class RDConfig:
         """Nested width of each level, smallest first."""
         totals = accumulate(self.added, initial=self.levels[0].width)
         return {level.name: width for level, width in zip(self.levels, totals, strict=True)}
+
+    @property
+    def map_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shapes of W, b, m and V by the level that their stage leads to."""
+        shapes = {}
+        nested = self.predict_from == "nested"
+        for (smaller, larger), added in zip(pairwise(self.levels), self.added, strict=True):
+            source, q = self.widths[smaller.name] if nested else smaller.width, larger.width
+            shapes[larger.name] = {"W": (source, q), "b": (q,), "m": (q,), "V": (q, added)}
+        return shapes
 
     def require_level(self, level: str) -> None:
         """Raises a ValueError that lists the levels unless `level` is one of them."""

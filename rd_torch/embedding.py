@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from rd_torch.config import check_choice
 from rd_torch.model import RDModel
+from rd_torch.moments import float64_device
 from rd_torch.sequences import (
     DEFAULT_TOKENS_PER_BATCH,
     Protein,
@@ -140,8 +141,11 @@ def embed_stream(
 
 def _pooled(embeddings: Tensor, residues: Tensor, pool: Pool) -> list[np.ndarray]:
     """One array a sequence, over its residues alone."""
-    if pool == "mean":
-        sums = (embeddings * residues[..., None]).sum(1)
-        return list((sums / residues.sum(1, keepdim=True)).cpu().numpy())
-    rows = embeddings[residues].cpu().numpy()
-    return np.split(rows, residues.sum(1).cumsum(0).tolist()[:-1])
+    rows, counts = embeddings[residues], residues.sum(1)
+    if pool == "none":
+        return np.split(rows.cpu().numpy(), counts.cumsum(0).tolist()[:-1])
+    # In float64 and row after row: the mean of a prefix is the prefix of the mean, to the bit.
+    exact = float64_device(rows.device)
+    sums = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64, device=exact)
+    sums.index_add_(0, residues.nonzero()[:, 0].to(exact), rows.to(exact, torch.float64))
+    return list((sums / counts[:, None].to(exact)).to(rows.dtype).cpu().numpy())

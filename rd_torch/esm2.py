@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from rd_torch.config import ALPHABET, Level
 from rd_torch.packing import Packing
-from rd_torch.stage import apply_outside_half
 
 # Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
 # token dropout left on average, to which every sequence is scaled back.
@@ -29,6 +28,18 @@ EMBEDDING = "embed_tokens.weight"
 
 Rotation = tuple[Tensor, Tensor]
 AttentionSink = Callable[[Tensor], None]
+
+
+def apply_outside_half(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Applies a module-wide conversion to a tensor that no half type may touch.
+
+    Devices, `float32` and `float64` pass; `float16` and `bfloat16` become `float32`, so that
+    `.half().float()` gives the same bits back.
+    """
+    applied = fn(tensor)
+    if applied.dtype in (torch.float16, torch.bfloat16):
+        return tensor.to(applied.device, torch.float32)
+    return applied
 
 
 class RotaryEmbedding(nn.Module):

@@ -15,7 +15,7 @@ from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.packing import Packing
 from rd_torch.sequences import DEFAULT_TOKENS_PER_BATCH, cut_batches, is_residue, normalized, tokenize
-from rd_torch.solve import solve_stages
+from rd_torch.solve import check_options, solve_stages
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -59,6 +59,7 @@ def fit(
     """
     family = {name: ESM2.sharing(module) for name, module in backbones.items()}
     widths = {name: backbone.embed_dim for name, backbone in family.items()}
+    check_options(list(widths.values()), **options)
     device = next(iter(family.values())).embed_tokens.weight.device
     moments = RunningMoments(sum(widths.values()), device)
     batches = cut_batches(normalized(sequences), tokens_per_batch)

@@ -75,7 +75,12 @@ class RDModel(nn.Module):
             special_rows=special_rows,
             provenance=dict(provenance or {}),
         )
-        self._check_stages(stages)
+        for (name, shapes), stage in zip(self.config.map_shapes.items(), stages, strict=True):
+            if tuple(stage.W.shape) != shapes["W"]:
+                raise ValueError(
+                    f"expected W of shape {shapes['W']} in the stage that leads to {name}, "
+                    f"got {tuple(stage.W.shape)}"
+                )
         dtype = torch.promote_types(next(iter(family.values())).embed_tokens.weight.dtype, torch.float32)
         self.backbones = nn.ModuleDict(family)
         self.stages = nn.ModuleDict(
@@ -84,18 +89,6 @@ class RDModel(nn.Module):
                 for level, stage in zip(self.config.levels[1:], stages, strict=True)
             }
         )
-
-    def _check_stages(self, stages: Sequence[Stage]) -> None:
-        """Raises a ValueError unless each stage's widths are those of its inputs."""
-        levels, nested = self.config.levels, list(self.config.widths.values())
-        for k, stage in enumerate(stages):
-            previous = nested[k] if self.config.predict_from == "nested" else levels[k].width
-            expected, got = (previous, levels[k + 1].width), tuple(stage.W.shape)
-            if expected != got:
-                raise ValueError(
-                    f"expected W of shape {expected} in the stage that leads to "
-                    f"{levels[k + 1].name}, got {got}"
-                )
 
     @property
     def embed_dim(self) -> int:

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class RunningMoments:
     """Count, mean and centred products of rows that stream by, in float64.
 
@@ -26,8 +31,7 @@ class RunningMoments:
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         if width < 1:
             raise ValueError(f"expected a width of at least 1, got {width}")
-        device = torch.device(device)
-        device = torch.device("cpu") if device.type == "mps" else device
+        device = float64_device(torch.device(device))
         self.count = 0
         self._mean = torch.zeros(width, dtype=torch.float64, device=device)
         self._scatter = torch.zeros(width, width, dtype=torch.float64, device=device)

@@ -25,6 +25,10 @@ RELATIVE_CUTOFF = 1e-12
 A covariance in float64 knows its eigenvalues to about `width * 2e-16` of the largest.
 """
 
+CONSTANT_CUTOFF = 1e-13
+"""So do directions whose standard deviation is at most this share of the largest mean: a constant
+column, centred in float64, leaves rounding of that size."""
+
 Filter = Callable[[Tensor], Tensor]
 
 
@@ -70,18 +74,18 @@ def solve_stages(
         ValueError: for moments of fewer than two rows or another width, levels that are not there or
             not in order, or a number of directions that cannot be.
     """
-    check_choice("regressor", regressor, ("pcr", "ols", "ridge"))
-    check_choice("predict_from", predict_from, ("nested", "previous"))
     named: dict[Hashable, int] = dict(widths.items() if isinstance(widths, Mapping) else enumerate(widths))
     chain = list(named) if levels is None else list(levels)
     columns = _columns(moments, named, chain)
     sizes = [named[level] for level in chain]
-    counts = _added_counts(sizes, added)
+    counts = check_options(sizes, added, regressor, alpha, predict_from)
     covariance = moments.covariance()[columns[:, None], columns]
-    weigh = _spectral_filter(regressor, alpha, moments.count)
     identity = torch.eye(len(columns), dtype=torch.float64, device=columns.device)
     raw = identity.split(sizes, dim=1)
-    means = moments.mean[columns].split(sizes)
+    mean = moments.mean[columns]
+    means = mean.split(sizes)
+    floor = float(mean.abs().max() * CONSTANT_CUTOFF) ** 2
+    weigh = _spectral_filter(regressor, alpha, moments.count, floor)
     nested, nested_mean = raw[0], means[0]
     stages = []
     for k, count in enumerate(counts, start=1):
@@ -114,8 +118,22 @@ def _columns(moments: RunningMoments, named: Mapping[Hashable, int], chain: Sequ
     return torch.cat([blocks[place] for place in places])
 
 
-def _added_counts(sizes: Sequence[int], added: Sequence[int] | int | Literal["all"] | None) -> list[int]:
-    """Directions of each stage, checked."""
+def check_options(
+    sizes: Sequence[int],
+    added: Sequence[int] | int | Literal["all"] | None = None,
+    regressor: Regressor = "pcr",
+    alpha: float = 1.0,
+    predict_from: PredictFrom = "nested",
+) -> list[int]:
+    """Directions that each stage of a chain of raw widths `sizes` adds.
+
+    Raises:
+        ValueError: for options of `solve_stages` that cannot be; no moments are needed to tell.
+    """
+    check_choice("regressor", regressor, ("pcr", "ols", "ridge"))
+    check_choice("predict_from", predict_from, ("nested", "previous"))
+    if not alpha >= 0:
+        raise ValueError(f"expected alpha of at least 0, got {alpha}")
     larger = list(sizes[1:])
     if isinstance(added, str):
         check_choice("added", added, ("all",))
@@ -147,16 +165,12 @@ def _regression(source: Tensor, larger: Tensor, covariance: Tensor, weigh: Filte
     return vectors @ (weigh(eigenvalues)[:, None] * (vectors.T @ cross))
 
 
-def _spectral_filter(regressor: Regressor, alpha: float, count: int) -> Filter:
+def _spectral_filter(regressor: Regressor, alpha: float, count: int, floor: float) -> Filter:
     """What stands for `1 / eigenvalue` in the inverse of the source's covariance."""
-    if regressor == "ridge" and not alpha >= 0:
-        raise ValueError(f"expected alpha of at least 0, got {alpha}")
-    penalty = alpha / (count - 1) if regressor == "ridge" and count > 1 else 0.0
+    penalty = alpha / (count - 1) if regressor == "ridge" else 0.0
 
     def weigh(eigenvalues: Tensor) -> Tensor:
-        largest = float(eigenvalues[-1])
-        there = eigenvalues + penalty > RELATIVE_CUTOFF * max(largest, 0.0)
-        there &= eigenvalues + penalty > 0
+        there = eigenvalues + penalty > max(RELATIVE_CUTOFF * float(eigenvalues[-1]), floor)
         if regressor == "pcr":
             there &= significant_components(eigenvalues, count)
         inverse = torch.zeros_like(eigenvalues)

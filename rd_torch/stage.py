@@ -15,18 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch.config import Explained
-
-
-def apply_outside_half(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Applies a module-wide conversion to a tensor that no half type may touch.
-
-    Devices, `float32` and `float64` pass; `float16` and `bfloat16` become `float32`, so that
-    `.half().float()` gives the same bits back.
-    """
-    applied = fn(tensor)
-    if applied.dtype in (torch.float16, torch.bfloat16):
-        return tensor.to(applied.device, torch.float32)
-    return applied
+from rd_torch.esm2 import apply_outside_half
 
 
 class Stage(nn.Module):

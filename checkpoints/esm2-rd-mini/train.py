@@ -42,6 +42,7 @@ WINDOWS = (128, 256, 1024)
 WINDOW_SHARES = (0.80, 0.17, 0.03)
 MUON_RATE, ADAM_RATE = 0.02, 4e-3  # peaks at width 32, see `peak_rates`
 WARMUP = 0.02
+SECONDS_BETWEEN_STATES = 120
 STANDARD_RESIDUES = (4, 24)
 
 
@@ -143,7 +144,7 @@ def rate_at(progress: float) -> float:
 
 
 def train(level: Level, data: Path, state_path: Path, tokens_in_all: int = TOKENS) -> None:
-    """Trains one level until its budget is spent, writing its state every two minutes."""
+    """Trains one level until its budget is spent, writing its state every two minutes and at the end."""
     stream, ends = read_tokens(data / "natural50_train.fasta.xz")
     model, step, seen, seconds, curve = new_model(level), 0, 0, 0.0, []
     optimizers = new_optimizers(model)
@@ -173,7 +174,7 @@ def train(level: Level, data: Path, state_path: Path, tokens_in_all: int = TOKEN
                 flush=True,
             )
             total, count = 0.0, 0
-        if time.monotonic() - written > 120 or seen >= tokens_in_all:
+        if time.monotonic() - written > SECONDS_BETWEEN_STATES or seen >= tokens_in_all:
             written = time.monotonic()
             state = {
                 "model": model.state_dict(),

@@ -16,7 +16,6 @@ from rd_torch.config import RDConfig
 CONFIG: Final = "config.json"
 MAPS: Final = "maps.safetensors"
 BACKBONES: Final = "backbones"
-MAP_NAMES: Final = ("W", "b", "m", "V")
 
 Tensors = dict[str, Tensor]
 
@@ -74,26 +73,15 @@ def read_folder(
     config = config if level is None else config.until(level)
     flat = _read_tensors(folder / MAPS)
     maps = {}
-    for k, larger in enumerate(config.levels[1:]):
-        parts = {name: f"{larger.name}.{name}" for name in MAP_NAMES}
-        maps[larger.name] = {name: flat[key] for name, key in parts.items() if key in flat}
-        _check_maps(folder / MAPS, config, k, maps[larger.name])
+    for name, expected in config.map_shapes.items():
+        maps[name] = {part: flat[f"{name}.{part}"] for part in expected if f"{name}.{part}" in flat}
+        got = {part: tuple(tensor.shape) for part, tensor in maps[name].items()}
+        if got != expected:
+            raise ValueError(f"expected the maps of level {name} as {expected}, got {got} in {folder / MAPS}")
     backbones = {
         each.name: _read_tensors(folder / BACKBONES / f"{each.name}.safetensors") for each in config.levels
     }
     return config, maps, backbones
-
-
-def _check_maps(path: Path, config: RDConfig, k: int, maps: Tensors) -> None:
-    """Raises a ValueError unless the maps of stage k have the shapes that the config says."""
-    smaller, larger = config.levels[k], config.levels[k + 1]
-    nested = config.predict_from == "nested"
-    source = config.widths[smaller.name] if nested else smaller.width
-    q, added = larger.width, config.added[k]
-    expected = {"W": (source, q), "b": (q,), "m": (q,), "V": (q, added)}
-    got = {name: tuple(part.shape) for name, part in maps.items()}
-    if got != expected:
-        raise ValueError(f"expected the maps of level {larger.name} as {expected}, got {got} in {path}")
 
 
 def _required(path: Path) -> Path:

@@ -1,0 +1,66 @@
+"""What several test files build: random ESM-2 models of any shape, token batches, a small family."""
+
+import math
+
+import torch
+from esm.model.esm2 import ESM2 as FairESM2
+
+from rd_torch import RDModel, RunningMoments, Stage, solve_stages
+from rd_torch.config import ALPHABET, RESIDUE_LETTERS
+
+SHAPES = {"a": (2, 32, 4), "b": (2, 48, 4), "c": (3, 64, 4)}
+WIDTHS = {name: width for name, (_, width, _) in SHAPES.items()}
+
+
+def random_esm2(num_layers, width, attention_heads, seed=0):
+    """fair-esm's model with weights that keep attention selective and activations of unit size."""
+    with torch.device("meta"):
+        module = FairESM2(num_layers, width, attention_heads)
+    module.to_empty(device="cpu").eval()
+    module.lm_head.weight = module.embed_tokens.weight
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        bound = 0.3
+        if parameter.ndim == 2:
+            gain = 1.4 if "q_proj" in name or "k_proj" in name else 1.0
+            bound = gain * math.sqrt(3 / parameter.shape[1])
+        if name in ("embed_tokens.weight", "contact_head.regression.weight"):
+            bound = math.sqrt(3)
+        parameter.data.uniform_(-bound, bound, generator=generator)
+        if name.endswith("norm.weight"):
+            parameter.data.add_(1)
+    size = width // attention_heads
+    inv_freq = 10_000.0 ** -(torch.arange(0, size, 2) / size)
+    for layer in module.layers:
+        layer.self_attn.rot_emb.inv_freq = inv_freq.half().float()  # as the published weights have it
+    return module
+
+
+def random_sequence(length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return "".join(RESIDUE_LETTERS[k] for k in torch.randint(20, (length,), generator=generator))
+
+
+def tokens_of(*sequences):
+    """fair-esm's own token batch; `<mask>` may stand in a sequence."""
+    return ALPHABET.get_batch_converter()([("", sequence) for sequence in sequences])[2]
+
+
+def random_stages(predict_from="nested", widths=WIDTHS, seed=0, **options):
+    """Stages solved on random moments of full rank, their residual mean moved away from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(widths.values())
+    moments = RunningMoments(total)
+    mixing = torch.randn(total, total, dtype=torch.float64, generator=generator) / math.sqrt(total)
+    moments.update(torch.randn(600, total, dtype=torch.float64, generator=generator) @ mixing + 1)
+    return [
+        Stage(stage.W, stage.b, torch.randn(stage.m.shape, generator=generator), stage.V, stage.explained)
+        for stage in solve_stages(moments, widths, predict_from=predict_from, **options)
+    ]
+
+
+def small_model(predict_from="nested", special_rows="maps"):
+    """A random family of three levels, the same at every call."""
+    backbones = {name: random_esm2(*shape, seed=k) for k, (name, shape) in enumerate(SHAPES.items())}
+    stages = random_stages(predict_from)
+    return RDModel(backbones, stages, predict_from=predict_from, special_rows=special_rows).eval()

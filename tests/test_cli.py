@@ -1,0 +1,168 @@
+import gzip
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import rd_torch
+from rd_torch.cli import main
+from rd_torch.sequences import read_fasta
+
+DEMO = Path(__file__).parents[1] / "benchmarks" / "demo.fasta"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(*arguments):
+    result = run(*arguments)
+    assert result.exit_code != 0
+    assert not result.exception or isinstance(result.exception, SystemExit)
+    return result.stderr
+
+
+@pytest.fixture
+def fasta(tmp_path):
+    path = tmp_path / "in.fasta"
+    path.write_text(">a/1 first\nmktayiakqr\n>b\nGGJG-\n>c\nMKLVWA*\n")
+    return path
+
+
+def test_embed_says_its_default_model_and_writes_what_python_gives(tmp_path):
+    result = run("embed", DEMO, "-o", tmp_path / "out.h5")
+    assert result.exit_code == 0, result.output
+    assert (
+        "Model esm2-rd-mini (the shipped family; --model names another), level 1M, width 128" in result.stderr
+    )
+    proteins = read_fasta(DEMO)
+    expected = rd_torch.embed(
+        rd_torch.RDModel.from_pretrained("esm2-rd-mini"), [protein.sequence for protein in proteins]
+    )
+    with h5py.File(tmp_path / "out.h5") as file:
+        for protein, vector in zip(proteins, expected, strict=True):
+            assert np.array_equal(file[protein.identifier], vector)
+        assert file.attrs["model"] == "esm2-rd-mini"
+        assert file.attrs["pool"] == "mean"
+
+
+def test_the_same_file_twice_gives_the_same_vectors(tmp_path):
+    for name in ("one.h5", "two.h5"):
+        assert run("embed", DEMO, "-o", tmp_path / name, "--pool", "none").exit_code == 0
+    with h5py.File(tmp_path / "one.h5") as one, h5py.File(tmp_path / "two.h5") as two:
+        assert list(one) == list(two)
+        assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--width", "48"), ("--level", "90K")])
+def test_width_and_level_cut_to_the_prefix(tmp_path, fasta, option, value):
+    run("embed", fasta, "-o", tmp_path / "all.h5")
+    result = run("embed", fasta, "-o", tmp_path / "cut.h5", option, value)
+    assert "level 90K, width 48" in result.stderr
+    with h5py.File(tmp_path / "all.h5") as whole, h5py.File(tmp_path / "cut.h5") as cut:
+        assert set(cut) == {"a%2F1", "b", "c"}
+        assert all(np.array_equal(cut[name], whole[name][:48]) for name in cut)
+        assert list(cut.attrs["levels"]) == ["28K", "90K"]
+
+
+def test_options_reach_the_file(tmp_path, fasta):
+    packed = tmp_path / "in.fasta.gz"
+    packed.write_bytes(gzip.compress(fasta.read_bytes()))
+    options = ("--pool", "none", "--max-length", "4", "--save-dtype", "float16", "--dtype", "bfloat16")
+    result = run("embed", packed, "-o", tmp_path / "out.h5", *options, "--device", "cpu")
+    assert "3 sequences cut to the maximal length" in result.stderr
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert file["b"].shape == (4, 128)
+        assert file["b"].dtype == np.float16
+        assert file.attrs["backbone_dtype"] == "bfloat16"
+
+
+def test_corrections_are_counted_in_one_warning_and_refused_when_strict(tmp_path, fasta):
+    result = run("embed", fasta, "-o", tmp_path / "out.h5")
+    assert (
+        "Warning: a '*' at the end dropped from 1 sequences; 2 letters that are no residue read as X"
+        in result.stderr
+    )
+    error = refused("embed", fasta, "-o", tmp_path / "strict.h5", "--strict")
+    assert "got 'J' at position 3 of record b" in error
+    assert not (tmp_path / "strict.h5").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--width", "129"), "width from 1 to 128 (levels: 28K 32, 90K 48, 207K 64, 1M 128), got 129"),
+        (("--width", "0"), "width from 1 to 128"),
+        (("--level", "3B"), "level to be one of '28K', '90K', '207K', '1M', got '3B'"),
+        (("--level", "90K", "--width", "3"), "expected --width or --level, got both"),
+        (("--model", "nowhere"), "expected a checkpoint folder, a shipped one (esm2-rd-mini)"),
+        (("--device", "warp"), "expected a device that is there, got 'warp'"),
+        (("--device", "cuda:99"), "expected a device that is there, got 'cuda:99'"),
+        (("--pool", "max"), "is not one of 'mean', 'none'"),
+    ],
+)
+def test_wrong_options_get_one_clear_line_and_no_file(tmp_path, fasta, arguments, message):
+    error = refused("embed", fasta, "-o", tmp_path / "out.h5", *arguments)
+    assert message in error
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
+
+
+def test_wrong_files_get_one_clear_line(tmp_path, fasta):
+    assert "nothing there" in refused("embed", tmp_path / "gone.fasta", "-o", tmp_path / "out.h5")
+    assert "expected a folder" in refused("embed", fasta, "-o", tmp_path / "no" / "out.h5")
+    assert "first line starts with '>'" in refused("embed", __file__, "-o", tmp_path / "out.h5")
+
+
+def test_fit_writes_a_checkpoint_that_embed_and_info_read(tmp_path):
+    options = ("--levels", "28K,207K", "--added", "40", "--regressor", "ols", "--predict-from", "previous")
+    result = run("fit", DEMO, "-o", tmp_path / "chain", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[2].split()[:5] == ["207K", "4", "4", "64", "72"]
+    info = run("info", tmp_path / "chain")
+    assert "predict_from  previous" in info.stdout
+    assert '"fasta": "demo.fasta"' in info.stdout
+    assert '"sequences": 22' in info.stdout
+    assert run("embed", DEMO, "-o", tmp_path / "out.h5", "--model", tmp_path / "chain").exit_code == 0
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert list(file.attrs["widths"]) == [32, 72]
+
+
+def test_fit_refuses_what_cannot_be(tmp_path):
+    out = ("-o", tmp_path / "chain")
+    assert "--added as numbers like 16,16 or 'all', got 'many'" in refused(
+        "fit", DEMO, *out, "--added", "many"
+    )
+    assert "level to be one of" in refused("fit", DEMO, *out, "--levels", "28K,9B")
+    backwards = refused("fit", DEMO, *out, "--levels", "207K,28K")
+    assert "where widths do not grow, say how many" in backwards
+    assert "protein/s" not in backwards, "options are checked before any sequence is read"
+    assert "alpha of at least 0" in refused("fit", DEMO, *out, "--regressor", "ridge", "--alpha", "-1")
+    assert not (tmp_path / "chain").exists()
+
+
+def test_info_shows_the_shipped_family():
+    output = run("info").stdout
+    assert output.splitlines()[0] == "esm2-rd-mini"
+    assert [line.split()[0] for line in output.splitlines()[3:7]] == ["28K", "90K", "207K", "1M"]
+
+
+def test_help_comes_within_half_a_second_and_without_torch():
+    command = [
+        sys.executable,
+        "-c",
+        "import sys, rd_torch.cli as c\ntry: c.main(['--help'])\nfinally: print('torch' in sys.modules)",
+    ]
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        seconds.append(time.perf_counter() - start)
+    assert output.rstrip().endswith("False")
+    assert "embed" in output
+    assert min(seconds) < 0.5

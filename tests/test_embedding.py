@@ -1,0 +1,97 @@
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import rd_torch
+from rd_torch.embedding import embed_to_file
+from rd_torch.sequences import Protein
+
+SEQUENCES = ["MKTAYIAKQR", "M", "GGGSXBUZO" * 30, "MLLAVLYCLLWSFQTSA"]
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+
+
+def by_hand(model, sequence):
+    tokens = model.alphabet.get_batch_converter()([("x", sequence)])[2]
+    with torch.no_grad():
+        return model(tokens).embeddings[0, 1:-1].numpy()
+
+
+def test_residue_rows_come_in_input_order(mini):
+    arrays = rd_torch.embed(mini, SEQUENCES, pool="none")
+    for array, sequence in zip(arrays, SEQUENCES, strict=True):
+        np.testing.assert_allclose(array, by_hand(mini, sequence), atol=2e-5)
+
+
+def test_mean_is_over_residues_alone(mini):
+    vectors = rd_torch.embed(mini, SEQUENCES)
+    expected = np.stack([by_hand(mini, sequence).mean(0) for sequence in SEQUENCES])
+    np.testing.assert_allclose(vectors, expected, atol=2e-5)
+    assert vectors.dtype == np.float32
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 300, 10_000])
+def test_vectors_do_not_depend_on_the_batches(mini, tokens_per_batch):
+    vectors = rd_torch.embed(mini, SEQUENCES, tokens_per_batch=tokens_per_batch)
+    np.testing.assert_allclose(vectors, rd_torch.embed(mini, SEQUENCES), atol=2e-5)
+
+
+@pytest.mark.parametrize("width", [1, 32, 40, 128])
+def test_width_is_a_prefix_of_the_whole(mini, width):
+    whole = rd_torch.embed(mini, SEQUENCES)
+    assert np.array_equal(rd_torch.embed(mini, SEQUENCES, width=width), whole[:, :width])
+
+
+def test_no_sequences_give_empty_results(mini):
+    assert rd_torch.embed(mini, []).shape == (0, 128)
+    assert rd_torch.embed(mini, [], width=48).shape == (0, 48)
+    assert rd_torch.embed(mini, [], pool="none") == []
+
+
+def test_misuse_is_refused_with_the_cure(mini):
+    with pytest.raises(TypeError, match="got one string: put it in a list"):
+        rd_torch.embed(mini, "MKT")
+    with pytest.raises(ValueError, match=r"width from 1 to 128 \(levels: 28K 32, .*1M 128\), got 129"):
+        rd_torch.embed(mini, ["MKT"], width=129)
+    with pytest.raises(ValueError, match="pool to be one of 'mean', 'none', got 'max'"):
+        rd_torch.embed(mini, ["MKT"], pool="max")
+    with pytest.raises(ValueError, match="sequence in record number 2, got none"):
+        rd_torch.embed(mini, ["MKT", ""])
+
+
+def test_a_file_holds_one_dataset_a_protein(mini, tmp_path):
+    proteins = [Protein(f"id/{i}", sequence) for i, sequence in enumerate(SEQUENCES)]
+    embed_to_file(mini, proteins, tmp_path / "out.h5", pool="none", width=48, save_dtype="float16")
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert sorted(file) == [f"id%2F{i}" for i in range(len(SEQUENCES))]
+        for i, sequence in enumerate(SEQUENCES):
+            assert file[f"id%2F{i}"].shape == (len(sequence), 48)
+            assert file[f"id%2F{i}"].dtype == np.float16
+        assert list(file.attrs["levels"]) == ["28K", "90K", "207K", "1M"]
+        assert list(file.attrs["widths"]) == [32, 48, 64, 128]
+
+
+def test_a_failure_leaves_no_file_and_keeps_the_old_one(mini, tmp_path):
+    path = tmp_path / "out.h5"
+    path.write_bytes(b"old")
+
+    def interrupted(stream):
+        yield next(iter(stream))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_to_file(mini, [Protein(str(i), s) for i, s in enumerate(SEQUENCES)], path, progress=interrupted)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.h5"]
+    assert path.read_bytes() == b"old"
+
+
+def test_identifiers_that_would_coincide_are_refused_before_any_work(mini, tmp_path):
+    proteins = [Protein("a/b", "MK"), Protein("a%2Fb", "MK")]
+    with pytest.raises(ValueError, match="different dataset names, got a/b and a%2Fb"):
+        embed_to_file(mini, proteins, tmp_path / "out.h5")
+    with pytest.raises(FileNotFoundError, match=r"expected a folder .*missing to write to"):
+        embed_to_file(mini, proteins[:1], tmp_path / "missing" / "out.h5")

@@ -1,0 +1,128 @@
+import gzip
+import lzma
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rd_torch.config import ALPHABET, RESIDUE_LETTERS
+from rd_torch.sequences import (
+    Corrections,
+    Protein,
+    cut_batches,
+    is_residue,
+    normalize,
+    normalized,
+    read_fasta,
+    tokenize,
+)
+
+LETTERS = st.text(alphabet="".join(sorted(RESIDUE_LETTERS)), min_size=1, max_size=40)
+FASTA = ">sp|P1|ONE first protein\nMKT\nAYI\n\n>two\nGG\n"
+
+
+def written(tmp_path, content, name="in.fasta"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress], ids=["plain", "gzip", "xz"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_fasta_reads_the_same_in_every_packing_and_line_ending(tmp_path, pack, ending):
+    path = written(tmp_path, pack(FASTA.replace("\n", ending).encode()))
+    assert read_fasta(path) == [Protein("sp|P1|ONE", "MKTAYI"), Protein("two", "GG")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "at least one FASTA record, got an empty file"),
+        ("\n \n", "at least one FASTA record, got an empty file"),
+        ("id,sequence\n1,MKT\n", "first line starts with '>', got 'id,sequence"),
+        (bytes(range(256)), "expected a FASTA file"),
+        (gzip.compress(FASTA.encode())[:-12], "expected a FASTA file, got one that cannot be read"),
+        (lzma.compress(FASTA.encode())[:-12], "expected a FASTA file, got one that cannot be read"),
+        (">one\nMK\n>two\n>three\nMK\n", r"sequence in record 2 \(two\), got none"),
+        (">one\nMK\n>two\n*\n", r"sequence in record 2 \(two\), got none"),
+        (">one\nMK\n>\nMK\n", "identifier behind '>', got none in record 2"),
+        (">a x\nMK\n>b\nMK\n>a y\nMK\n", "every identifier once, got 1 more often in .*: a;"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_with_the_reason(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_fasta(written(tmp_path, content))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"FASTA file at .*gone\.fasta, got nothing"):
+        read_fasta(tmp_path / "gone.fasta")
+
+
+@pytest.mark.parametrize(
+    ("sequence", "expected", "stops", "unknown"),
+    [
+        ("mkt", "MKT", 0, 0),
+        ("MKT*", "MKT", 1, 0),
+        ("MK*T*", "MKXT", 1, 1),
+        ("MJ-.1T", "MXXXXT", 0, 4),
+        ("XBUZO", "XBUZO", 0, 0),
+    ],
+)
+def test_letters_become_residues_and_changes_are_counted(sequence, expected, stops, unknown):
+    corrections = Corrections()
+    assert normalize(Protein("p", sequence), corrections).sequence == expected
+    assert (corrections.stops, corrections.unknown) == (stops, unknown)
+
+
+def test_one_warning_counts_all_changes():
+    sequences = ["MKT*", "mj", "M-K.*"]
+    with pytest.warns(UserWarning, match="dropped from 2 sequences; 3 letters that are no residue") as caught:
+        assert list(normalized(sequences)) == ["MKT", "MX", "MXKX"]
+    assert len(caught) == 1
+
+
+def test_strict_names_record_and_position():
+    with pytest.raises(ValueError, match=r"got 'J' at position 3 of record P7"):
+        normalize(Protein("P7", "MKJT"), Corrections(), strict=True)
+
+
+def test_nothing_is_cut_unless_asked_and_cuts_are_counted():
+    corrections = Corrections()
+    assert len(normalize(Protein("long", "M" * 5000), corrections).sequence) == 5000
+    assert normalize(Protein("long", "MKTAY"), corrections, max_length=3).sequence == "MKT"
+    assert corrections.truncated == 1
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.lists(LETTERS, min_size=1, max_size=5))
+def test_tokens_equal_fair_esms_batch_converter(sequences):
+    expected = ALPHABET.get_batch_converter()([(str(i), s) for i, s in enumerate(sequences)])[2]
+    assert torch.equal(tokenize(sequences), expected)
+    assert torch.equal(is_residue(expected).sum(1), torch.tensor([len(s) for s in sequences]))
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 200))
+def test_batches_hold_every_sequence_once_within_the_budget(lengths, budget):
+    sequences = ["M" * length for length in lengths]
+    batches = list(cut_batches(iter(sequences), budget))
+    seen = sorted(item for batch in batches for item in batch)
+    assert seen == list(enumerate(sequences))
+    for batch in batches:
+        padded = len(batch) * (2 + max(len(sequence) for _, sequence in batch))
+        assert len(batch) == 1 or padded <= budget
+
+
+def test_batches_of_a_stream_come_before_its_end():
+    def endless():
+        while True:
+            yield "MKTAYI"
+
+    assert len(next(cut_batches(endless(), 80))) == 10
+
+
+def test_a_budget_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="tokens_per_batch of at least 1, got 0"):
+        list(cut_batches(["M"], 0))
