@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import pairwise
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -82,19 +84,17 @@ def solve_stages(
     covariance = moments.covariance()[columns[:, None], columns]
     identity = torch.eye(len(columns), dtype=torch.float64, device=columns.device)
     raw = identity.split(sizes, dim=1)
-    mean = moments.mean[columns]
-    means = mean.split(sizes)
-    floor = float(mean.abs().max() * CONSTANT_CUTOFF) ** 2
-    weigh = _spectral_filter(regressor, alpha, moments.count, floor)
+    means = moments.mean[columns].split(sizes)
     nested, nested_mean = raw[0], means[0]
     stages = []
     for k, count in enumerate(counts, start=1):
         source, source_mean = (
             (nested, nested_mean) if predict_from == "nested" else (raw[k - 1], means[k - 1])
         )
-        W = _regression(source, raw[k], covariance, weigh)
+        constant = _constant_variance(means[:k])
+        W = _regression(source, raw[k], covariance, _inverse(regressor, alpha, moments.count, constant))
         miss = raw[k] - source @ W
-        V, explained = _directions(miss, raw[k], covariance, count)
+        V, explained = _directions(miss, raw[k], covariance, count, _constant_variance(means[k : k + 1]))
         stages.append(Stage(W, means[k] - source_mean @ W, torch.zeros_like(means[k]), V, explained))
         nested = torch.cat((nested, miss @ V), dim=1)
         nested_mean = torch.cat((nested_mean, nested_mean.new_zeros(count)))
@@ -134,27 +134,24 @@ def check_options(
     check_choice("predict_from", predict_from, ("nested", "previous"))
     if not alpha >= 0:
         raise ValueError(f"expected alpha of at least 0, got {alpha}")
+    if not sizes:
+        raise ValueError("expected at least one level, got none")
     larger = list(sizes[1:])
     if isinstance(added, str):
         check_choice("added", added, ("all",))
         return larger
-    if isinstance(added, int):
-        added = [added] * len(larger)
+    least = 0
     if added is None:
-        nested = sizes[0]
-        counts = []
-        for q in larger:
-            counts.append(q - nested)
-            nested += counts[-1]
-    else:
-        counts = list(added)
-    fits = len(counts) == len(larger) and all(0 <= n <= q for n, q in zip(counts, larger, strict=True))
-    if not fits:
+        least, added = 1, [q - p for p, q in pairwise(sizes)]
+    counts = [added] * len(larger) if isinstance(added, int | Integral) else list(added)
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in counts)
+    fits = len(counts) == len(larger) and whole
+    if not fits or any(not least <= int(n) <= q for n, q in zip(counts, larger, strict=True)):
         raise ValueError(
-            f"expected {len(larger)} numbers of added directions, each from 0 to the larger width "
-            f"({larger}), got {counts}: where widths do not grow, say how many with `added`"
+            f"expected {len(larger)} whole numbers of added directions, each from {least} to the larger "
+            f"width ({larger}), got {counts}: where widths do not grow, say how many with `added`"
         )
-    return counts
+    return [int(n) for n in counts]
 
 
 def _regression(source: Tensor, larger: Tensor, covariance: Tensor, weigh: Filter) -> Tensor:
@@ -165,12 +162,17 @@ def _regression(source: Tensor, larger: Tensor, covariance: Tensor, weigh: Filte
     return vectors @ (weigh(eigenvalues)[:, None] * (vectors.T @ cross))
 
 
-def _spectral_filter(regressor: Regressor, alpha: float, count: int, floor: float) -> Filter:
+def _constant_variance(means: Sequence[Tensor]) -> float:
+    """The variance up to which columns of these means count as constant."""
+    return float(torch.cat(list(means)).abs().max() * CONSTANT_CUTOFF) ** 2
+
+
+def _inverse(regressor: Regressor, alpha: float, count: int, constant: float) -> Filter:
     """What stands for `1 / eigenvalue` in the inverse of the source's covariance."""
     penalty = alpha / (count - 1) if regressor == "ridge" else 0.0
 
     def weigh(eigenvalues: Tensor) -> Tensor:
-        there = eigenvalues + penalty > max(RELATIVE_CUTOFF * float(eigenvalues[-1]), floor)
+        there = eigenvalues + penalty > max(RELATIVE_CUTOFF * float(eigenvalues[-1]), constant)
         if regressor == "pcr":
             there &= significant_components(eigenvalues, count)
         inverse = torch.zeros_like(eigenvalues)
@@ -208,7 +210,9 @@ def significant_components(eigenvalues: Tensor, count: int) -> Tensor:
     return (before < 0.95 * falling.sum()).flip(0)
 
 
-def _directions(miss: Tensor, larger: Tensor, covariance: Tensor, count: int) -> tuple[Tensor, Explained]:
+def _directions(
+    miss: Tensor, larger: Tensor, covariance: Tensor, count: int, constant: float
+) -> tuple[Tensor, Explained]:
     """The leading directions of the residual, and what prediction and directions explain."""
     residual = miss.T @ covariance @ miss
     eigenvalues, vectors = torch.linalg.eigh((residual + residual.T) / 2)
@@ -217,7 +221,7 @@ def _directions(miss: Tensor, larger: Tensor, covariance: Tensor, count: int) ->
     total = float(torch.trace(larger.T @ covariance @ larger))
     missed = float(variances.sum())
     explained = Explained(
-        r2=1 - missed / total if total > 0 else 1.0,
+        r2=1 - missed / total if total > constant * larger.shape[1] else 1.0,
         kept=float(variances[:count].sum()) / missed if missed > 0 else 1.0,
     )
     return V * torch.where(peaks < 0, -1.0, 1.0), explained

@@ -33,7 +33,7 @@ class Stage(nn.Module):
         explained: what the stage explained on the data it was fitted on, where that is known.
 
     Raises:
-        ValueError: when the shapes do not fit together.
+        ValueError: when the shapes do not fit together, or dtypes differ.
     """
 
     W: Tensor
@@ -51,8 +51,10 @@ class Stage(nn.Module):
             raise ValueError(
                 "expected W (source, q), b (q,), m (q,), V (q, added), got " + ", ".join(map(str, shapes))
             )
+        if len({part.dtype for part in (W, b, m, V)}) > 1:
+            raise ValueError(f"expected one dtype, got {W.dtype}, {b.dtype}, {m.dtype}, {V.dtype}")
         for name, part in (("W", W), ("b", b), ("m", m), ("V", V)):
-            self.register_buffer(name, part)
+            self.register_buffer(name, apply_outside_half(torch.Tensor.detach, part))
         self.explained = explained
 
     @property

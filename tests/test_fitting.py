@@ -198,13 +198,18 @@ def test_a_backbone_of_another_kind_is_refused():
     ("options", "message"),
     [
         ({"regressor": "lasso"}, "expected regressor to be one of"),
-        ({"added": 49}, "expected 1 numbers of added directions"),
+        ({"predict_from": "larger"}, "expected predict_from to be one of"),
+        ({"added": 49}, "expected 1 whole numbers of added directions"),
         ({"tokens_per_batch": 0}, "expected tokens_per_batch of at least 1, got 0"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options, message):
+def test_options_that_cannot_be_are_refused_before_a_sequence_is_read(options, message):
+    def unread():
+        raise AssertionError("a sequence was read")
+        yield
+
     with pytest.raises(ValueError, match=message):
-        fit(own_family(), SEQUENCES[:2], **options)
+        fit(own_family(), unread(), **options)
 
 
 def test_hidden_states_that_are_not_finite_are_refused():

@@ -292,7 +292,7 @@ def test_widths_that_do_not_grow_need_added_and_the_error_says_so(sizes):
         (SIZES, {"added": 8}, r"from 0 to the larger width \(\[7, 9\]\), got \[8, 8\]"),
         (SIZES, {"added": -1}, r"from 0 to the larger width \(\[7, 9\]\), got \[-1, -1\]"),
         (SIZES, {"added": [7, 10]}, r"from 0 to the larger width \(\[7, 9\]\), got \[7, 10\]"),
-        (SIZES, {"added": [3]}, r"expected 2 numbers of added directions, .*, got \[3\]"),
+        (SIZES, {"added": [3]}, r"expected 2 whole numbers of added directions, .*, got \[3\]"),
         (SIZES, {"added": "most"}, "expected added to be one of 'all', got 'most'"),
     ],
 )
@@ -337,3 +337,27 @@ def test_significant_components_follow_the_words_of_the_design(values, lead, row
     found = significant_components(torch.from_numpy(spectrum), rows)
     assert found.tolist() == johnstone(spectrum, rows).tolist()
     assert found.any()
+
+
+def test_widths_that_do_not_grow_want_to_be_told_how_many():
+    moments = moments_of(draw((4, 4, 7)))
+    with pytest.raises(ValueError, match=r"each from 1 to .*, got \[0, 3\]: where widths do not grow, say"):
+        solve_stages(moments, [4, 4, 7])
+    assert [stage.added for stage in solve_stages(moments, [4, 4, 7], added=np.array([2, 3]))] == [2, 3]
+
+
+@pytest.mark.parametrize("added", [True, [1.5, 1.5], [2, True]])
+def test_added_directions_are_whole_numbers(added):
+    with pytest.raises(ValueError, match="expected 2 whole numbers of added directions"):
+        solve_stages(moments_of(draw()), SIZES, added=added)
+
+
+def test_a_source_of_tiny_scale_beside_a_larger_mean_still_predicts():
+    x = 1e-10 * draw((4,))[0]
+    y = x @ (1e10 * np.random.default_rng(0).normal(size=(4, 7))) + 1e4
+    assert solve([x, y], regressor="ols")[0].r2 > 1 - 1e-6
+
+
+def test_a_constant_larger_embedding_is_explained_wholly():
+    x = draw((4,))[0]
+    assert solve([x, np.full((len(x), 7), 1e4 + 0.1)], regressor="ols")[0].r2 == 1.0

@@ -177,3 +177,17 @@ def test_maps_that_do_not_fit_together_are_refused(shapes):
         ValueError, match=r"expected W \(source, q\), b \(q,\), m \(q,\), V \(q, added\), got"
     ):
         Stage(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_maps_are_frozen_whatever_tensors_they_came_from():
+    W = torch.randn(3, 5, requires_grad=True)
+    stage = Stage(W, torch.zeros(5), torch.zeros(5), torch.eye(5)[:, :2])
+    assert not stage.W.requires_grad
+    assert stage.W.data_ptr() == W.data_ptr()
+    half = Stage(*(part.half() for part in (W, torch.zeros(5), torch.zeros(5), torch.eye(5))))
+    assert half.W.dtype == torch.float32
+
+
+def test_maps_of_several_dtypes_are_refused():
+    with pytest.raises(ValueError, match=r"expected one dtype, got torch\.float32, torch\.float64"):
+        Stage(torch.zeros(3, 5), torch.zeros(5).double(), torch.zeros(5), torch.eye(5))
