@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA := $(wildcard ../shared/data)
 export RD_TORCH_DATA ?= $(DATA)
 
-.PHONY: setup demo test test-all check format lint types docs clean
+.PHONY: setup demo test test-all test-oldest check format lint types docs clean
 
 setup: .venv/installed
 
@@ -24,6 +24,14 @@ test: setup
 test-all: setup
 	$(BIN)/pytest
 
+# The tests on the oldest versions that the package admits.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-oldest/bin/pip install --quiet --group oldest
+	.venv-oldest/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	.venv-oldest/bin/pytest -m "not slow"
+
 check: lint types docs test
 
 format: setup
@@ -41,4 +49,4 @@ docs: setup
 	$(BIN)/pytest tests/test_docs.py -q
 
 clean:
-	rm -rf .venv demo build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest demo build dist .pytest_cache .mypy_cache .ruff_cache

@@ -69,7 +69,7 @@ def main() -> None:
 
 @main.command()
 @fasta_argument
-@option("-o", "--output", required=True, type=click.Path(path_type=Path), help="HDF5 file to write.")
+@option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="HDF5 file.")
 @option("--model", metavar="MODEL", help="Checkpoint folder or Hub id.  [default: the shipped family]")
 @option("--width", type=int, metavar="K", help="Keep K features; backbones that they don't need don't run.")
 @option("--level", metavar="NAME", help="Stop at this level, instead of --width.")
@@ -137,7 +137,7 @@ def embed(
 
 @main.command()
 @fasta_argument
-@option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint folder to write.")
+@option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
 @option("--backbones", metavar="MODEL", help="Checkpoint that has them.  [default: the shipped family]")
 @option("--levels", metavar="A,B,...", help="Use only these levels, smallest first.")
 @option("--regressor", type=click.Choice(["pcr", "ols", "ridge"]), default="pcr", help="Kind of prediction.")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import nn
-from typing_extensions import Unpack
 
 from rd_torch.config import ALPHABET, PredictFrom, Regressor
 from rd_torch.esm2 import ESM2

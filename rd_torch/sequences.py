@@ -111,11 +111,11 @@ class Corrections:
     def warn(self) -> None:
         """Issues one warning that counts every kind of change, none where nothing changed."""
         kinds = (
-            (self.stops, "a '*' at the end dropped from {} sequences"),
-            (self.unknown, "{} letters that are no residue read as X"),
-            (self.truncated, "{} sequences cut to the maximal length"),
+            (self.stops, "sequences whose '*' at the end was dropped"),
+            (self.unknown, "letters that are no residue, read as X"),
+            (self.truncated, "sequences cut to the maximal length"),
         )
-        said = [text.format(f"{count:,}") for count, text in kinds if count]
+        said = [f"{what}: {count:,}" for count, what in kinds if count]
         if said:
             warnings.warn("; ".join(said), stacklevel=3)
 

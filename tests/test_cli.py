@@ -75,7 +75,7 @@ def test_options_reach_the_file(tmp_path, fasta):
     packed.write_bytes(gzip.compress(fasta.read_bytes()))
     options = ("--pool", "none", "--max-length", "4", "--save-dtype", "float16", "--dtype", "bfloat16")
     result = run("embed", packed, "-o", tmp_path / "out.h5", *options, "--device", "cpu")
-    assert "3 sequences cut to the maximal length" in result.stderr
+    assert "sequences cut to the maximal length: 3" in result.stderr
     with h5py.File(tmp_path / "out.h5") as file:
         assert file["b"].shape == (4, 128)
         assert file["b"].dtype == np.float16
@@ -85,7 +85,7 @@ def test_options_reach_the_file(tmp_path, fasta):
 def test_corrections_are_counted_in_one_warning_and_refused_when_strict(tmp_path, fasta):
     result = run("embed", fasta, "-o", tmp_path / "out.h5")
     assert (
-        "Warning: a '*' at the end dropped from 1 sequences; 2 letters that are no residue read as X"
+        "Warning: sequences whose '*' at the end was dropped: 1; letters that are no residue, read as X: 2"
         in result.stderr
     )
     error = refused("embed", fasta, "-o", tmp_path / "strict.h5", "--strict")
@@ -116,6 +116,8 @@ def test_wrong_options_get_one_clear_line_and_no_file(tmp_path, fasta, arguments
 def test_wrong_files_get_one_clear_line(tmp_path, fasta):
     assert "nothing there" in refused("embed", tmp_path / "gone.fasta", "-o", tmp_path / "out.h5")
     assert "expected a folder" in refused("embed", fasta, "-o", tmp_path / "no" / "out.h5")
+    assert "is a directory" in refused("embed", fasta, "-o", tmp_path)
+    assert "is a file" in refused("fit", fasta, "-o", fasta)
     assert "first line starts with '>'" in refused("embed", __file__, "-o", tmp_path / "out.h5")
 
 

@@ -93,5 +93,7 @@ def test_identifiers_that_would_coincide_are_refused_before_any_work(mini, tmp_p
     proteins = [Protein("a/b", "MK"), Protein("a%2Fb", "MK")]
     with pytest.raises(ValueError, match="different dataset names, got a/b and a%2Fb"):
         embed_to_file(mini, proteins, tmp_path / "out.h5")
+    with pytest.raises(IsADirectoryError, match="expected the name of a file to write, got the folder"):
+        embed_to_file(mini, proteins[:1], tmp_path)
     with pytest.raises(FileNotFoundError, match=r"expected a folder .*missing to write to"):
         embed_to_file(mini, proteins[:1], tmp_path / "missing" / "out.h5")

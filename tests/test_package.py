@@ -1,9 +1,12 @@
 """From the wheel, in an empty environment and another folder."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -74,3 +77,25 @@ def test_the_wheel_embeds_in_an_empty_environment(wheel, tmp_path):
     printed = embeds(environment, tmp_path)
     assert printed.startswith(str(environment))
     assert printed.endswith("128 (128,)\n")
+
+
+def test_lower_bounds_are_what_the_oldest_environment_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    bounds = [bound.replace(">=", "==") for bound in project["project"]["dependencies"]]
+    assert set(bounds) < set(project["dependency-groups"]["oldest"])
+    names = {re.split("[=>]", bound)[0] for bound in bounds}
+    imports = {
+        name.split(".")[0]
+        for path in (ROOT / "rd_torch").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in getattr(node, "names", [])]
+            if isinstance(node, ast.Import)
+            else []
+        )
+    }
+    modules = {"fair-esm": "esm", "biopython": "Bio"}
+    used = {modules.get(name, name) for name in names}
+    assert used == {name for name in imports if name not in sys.stdlib_module_names} - {"rd_torch"}

@@ -78,7 +78,9 @@ def test_letters_become_residues_and_changes_are_counted(sequence, expected, sto
 
 def test_one_warning_counts_all_changes():
     sequences = ["MKT*", "mj", "M-K.*"]
-    with pytest.warns(UserWarning, match="dropped from 2 sequences; 3 letters that are no residue") as caught:
+    with pytest.warns(
+        UserWarning, match="was dropped: 2; letters that are no residue, read as X: 3"
+    ) as caught:
         assert list(normalized(sequences)) == ["MKT", "MX", "MXKX"]
     assert len(caught) == 1
 

@@ -43,7 +43,10 @@ def write_embeddings(
 
     Raises:
         FileNotFoundError: when the folder is not there.
+        IsADirectoryError: when the name is a folder's.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"expected the name of a file to write, got the folder {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"expected a folder {path.parent} to write to, got nothing there")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
