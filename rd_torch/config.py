@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, pairwise
+from numbers import Integral
 from typing import Any, Final, Literal, TypeAlias
 
 import esm
@@ -153,7 +154,8 @@ class RDConfig:
     def require_width(self, width: int | None) -> None:
         """Raises a ValueError that lists the levels unless `width` is None or a number of features."""
         widest = self.widths[self.levels[-1].name]
-        if width is not None and not 1 <= width <= widest:
+        fits = width is None or (isinstance(width, Integral) and not isinstance(width, bool))
+        if not fits or (width is not None and not 1 <= width <= widest):
             listed = ", ".join(f"{name} {size}" for name, size in self.widths.items())
             raise ValueError(f"expected a width from 1 to {widest} (levels: {listed}), got {width}")
 

@@ -139,6 +139,23 @@ class TransformerLayer(nn.Module):
         return x + self.fc2(functional.gelu(self.fc1(self.final_layer_norm(x))))
 
 
+def _own_angles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every layer's `inv_freq`, in float32 at least and, where layers share one, a copy each."""
+    angles: dict[str, Tensor] = {}
+    for name, inv_freq in tensors.items():
+        if name.endswith("rot_emb.inv_freq"):
+            exact = inv_freq.to(torch.promote_types(inv_freq.dtype, torch.float32))
+            shared = any(exact.data_ptr() == other.data_ptr() for other in angles.values())
+            angles[name] = exact.clone() if shared else exact
+    return angles
+
+
+def _tie(module: nn.Module, _: object) -> None:
+    """Ties the language-model head to the embeddings, which `assign=True` would part."""
+    assert isinstance(module, ESM2)
+    module.lm_head.weight = module.embed_tokens.weight
+
+
 class ESM2(nn.Module):
     """An ESM-2 encoder of any size: token ids in, final hidden states of the real tokens out.
 
@@ -160,6 +177,7 @@ class ESM2(nn.Module):
         self.contact_head = ContactPredictionHead(
             num_layers * attention_heads, prepend_bos=True, append_eos=True, eos_idx=ALPHABET.eos_idx
         )
+        self.register_load_state_dict_post_hook(_tie)
 
     @classmethod
     def from_tensors(cls, level: Level, tensors: Mapping[str, Tensor]) -> ESM2:
@@ -171,14 +189,13 @@ class ESM2(nn.Module):
         with torch.device("meta"):
             module = cls(level.num_layers, level.width, level.attention_heads)
         tied = {"lm_head.weight": tensors[EMBEDDING]} if EMBEDDING in tensors else {}
+        angles = _own_angles(tensors)
+        if len({tuple(inv_freq.tolist()) for inv_freq in angles.values()}) > 1:
+            raise ValueError(f"expected one inv_freq for all layers of level {level.name}, got several")
         try:
-            module.load_state_dict({**tensors, **tied}, assign=True)
+            module.load_state_dict({**tensors, **tied, **angles}, assign=True)
         except RuntimeError as error:
             raise ValueError(f"expected the tensors of level {level.name}, got others: {error}") from error
-        module.lm_head.weight = module.embed_tokens.weight
-        angles = [buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")]
-        if not all(torch.equal(other, angles[0]) for other in angles[1:]):
-            raise ValueError(f"expected one inv_freq for all layers of level {level.name}, got several")
         return module
 
     @classmethod
@@ -231,8 +248,8 @@ class ESM2(nn.Module):
         """Token embeddings under token dropout: `<mask>` is zero, the rest scaled to make up for it."""
         masked = tokens == ALPHABET.mask_idx
         real = packing.real.sum(1)
-        kept = (real - masked.sum(1)).clamp(min=1) / real.clamp(min=1)
-        scale = MEAN_SHARE_KEPT / kept
         ids = packing.pack(tokens)
         x = self.embed_tokens(ids) * (ids != ALPHABET.mask_idx)[:, None]
-        return x * scale.to(x.dtype)[packing.sequence][:, None]
+        kept = (real - masked.sum(1)).clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))
+        scale = MEAN_SHARE_KEPT * (real / kept)
+        return (x * scale[packing.sequence][:, None]).to(x.dtype)

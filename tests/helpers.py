@@ -5,7 +5,7 @@ import math
 import torch
 from esm.model.esm2 import ESM2 as FairESM2
 
-from rd_torch import RDModel, RunningMoments, Stage, solve_stages
+from rd_torch import RDModel, RunningMoments, solve_stages
 from rd_torch.config import ALPHABET, RESIDUE_LETTERS
 
 SHAPES = {"a": (2, 32, 4), "b": (2, 48, 4), "c": (3, 64, 4)}
@@ -53,10 +53,10 @@ def random_stages(predict_from="nested", widths=WIDTHS, seed=0, **options):
     moments = RunningMoments(total)
     mixing = torch.randn(total, total, dtype=torch.float64, generator=generator) / math.sqrt(total)
     moments.update(torch.randn(600, total, dtype=torch.float64, generator=generator) @ mixing + 1)
-    return [
-        Stage(stage.W, stage.b, torch.randn(stage.m.shape, generator=generator), stage.V, stage.explained)
-        for stage in solve_stages(moments, widths, predict_from=predict_from, **options)
-    ]
+    stages = solve_stages(moments, widths, predict_from=predict_from, **options)
+    for stage in stages:
+        stage.m = torch.randn(stage.m.shape, dtype=torch.float64, generator=generator)
+    return stages
 
 
 def small_model(predict_from="nested", special_rows="maps"):

@@ -57,6 +57,9 @@ def test_misuse_is_refused_with_the_cure(mini):
         rd_torch.embed(mini, "MKT")
     with pytest.raises(ValueError, match=r"width from 1 to 128 \(levels: 28K 32, .*1M 128\), got 129"):
         rd_torch.embed(mini, ["MKT"], width=129)
+    for width in (48.0, True):
+        with pytest.raises(ValueError, match=f"width from 1 to 128 .*, got {width}"):
+            rd_torch.embed(mini, ["MKT"], width=width)
     with pytest.raises(ValueError, match="pool to be one of 'mean', 'none', got 'max'"):
         rd_torch.embed(mini, ["MKT"], pool="max")
     with pytest.raises(ValueError, match="sequence in record number 2, got none"):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rd_torch.config import RDConfig
@@ -71,9 +71,10 @@ def read_folder(
     """
     config = read_config(folder)
     config = config if level is None else config.until(level)
-    flat = _read_tensors(folder / MAPS)
+    shapes = config.map_shapes
+    flat = _read_tensors(folder / MAPS, [f"{name}.{part}" for name in shapes for part in shapes[name]])
     maps = {}
-    for name, expected in config.map_shapes.items():
+    for name, expected in shapes.items():
         maps[name] = {part: flat[f"{name}.{part}"] for part in expected if f"{name}.{part}" in flat}
         got = {part: tuple(tensor.shape) for part, tensor in maps[name].items()}
         if got != expected:
@@ -91,10 +92,11 @@ def _required(path: Path) -> Path:
     return path
 
 
-def _read_tensors(path: Path) -> Tensors:
-    """All tensors of a safetensors file."""
+def _read_tensors(path: Path, wanted: Collection[str] | None = None) -> Tensors:
+    """The tensors of a safetensors file, or those of the wanted ones that it has."""
     try:
-        return load_file(_required(path))
+        with safe_open(_required(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted is None or name in wanted}  # noqa: SIM118  # not a dict
     except SafetensorError as error:
         raise ValueError(
             f"expected a whole safetensors file, got one that does not read: {path}: {error}"

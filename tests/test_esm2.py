@@ -1,0 +1,309 @@
+"""The oracle is fair-esm 2.0.0 in float32 with random weights, the same tensors on both sides."""
+
+import pytest
+import torch
+from helpers import random_esm2, random_sequence, tokens_of
+from torch import nn
+
+from rd_torch import ESM2, ESM2_LEVELS, Level, RDModel
+from rd_torch.config import ALPHABET
+from rd_torch.esm2 import RotaryEmbedding
+from rd_torch.packing import Packing
+
+TOLERANCE = 2e-5
+PAD, MASK = ALPHABET.padding_idx, ALPHABET.mask_idx
+SHAPES = {name: (level.num_layers, level.width, level.attention_heads) for name, level in ESM2_LEVELS.items()}
+SHAPES |= {f"{name}, two layers": (2, *SHAPES[name][1:]) for name in ("3B", "15B")}
+SMALL = (3, 32, 4)
+
+BATCHES = {
+    "one residue": ["M"],
+    "unequal lengths": [random_sequence(length, length) for length in (23, 41, 1, 40, 7)],
+    "several masks": ["MK<mask>AY<mask><mask>A", "<mask>" + random_sequence(30), "MKTAYIAK"],
+    "only masks": ["<mask>" * 9, "MKV"],
+    "rare residues": ["MXBUZOXXA", "OUZ", "B"],
+}
+LONG = {"1,500 residues": [random_sequence(1500)], "long and short": [random_sequence(1500, 1), "MKTAYIA"]}
+TALL = {"256 residues": [random_sequence(256)], "unequal lengths": [random_sequence(90), "MKT<mask>XBA"]}
+
+
+def sizes(*fast, slow=()):
+    params = [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+    return pytest.mark.parametrize("reference", params, indirect=True, scope="module")
+
+
+def batches(cases):
+    return pytest.mark.parametrize("tokens", [tokens_of(*case) for case in cases.values()], ids=[*cases])
+
+
+@pytest.fixture(scope="module")
+def reference(request):
+    return random_esm2(*SHAPES[request.param])
+
+
+def states(module, run, take):
+    """What every layer and the last LayerNorm return, each as `take` makes it of the output."""
+    taken = []
+    parts = (*module.layers, module.emb_layer_norm_after)
+    hooks = [part.register_forward_hook(lambda *call: taken.append(take(call[-1]))) for part in parts]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    return taken
+
+
+def states_of_fair_esm(module, tokens):
+    """At real tokens, `(tokens, width)`."""
+    real = tokens != PAD
+    rows_first = lambda out: (out[0] if isinstance(out, tuple) else out).transpose(0, 1)[real]  # noqa: E731
+    return states(module, lambda: module(tokens), rows_first)
+
+
+def states_of_ours(module, tokens, make=Packing.of):
+    real = tokens != PAD
+    packing = make(real)
+    return states(module, lambda: module(tokens, packing), lambda out: packing.unpack(out)[real])
+
+
+def embed(module, tokens):
+    """`(batch, time, width)` final hidden states."""
+    packing = Packing.of(tokens != PAD)
+    return packing.unpack(module(tokens, packing))
+
+
+def error(ours, theirs):
+    """Largest difference in standard deviations of the oracle."""
+    return ((ours - theirs).abs().max() / theirs.std()).item()
+
+
+def assert_every_layer_agrees(reference, tokens, **options):
+    ours, theirs = (
+        states_of_ours(ESM2.sharing(reference), tokens, **options),
+        states_of_fair_esm(reference, tokens),
+    )
+    errors = [error(mine, other) for mine, other in zip(ours, theirs, strict=True)]
+    assert len(errors) == reference.num_layers + 1
+    assert max(errors) < TOLERANCE, errors
+
+
+@batches(BATCHES)
+@sizes("8M", "3B, two layers", "15B, two layers", slow=["35M", "150M", "650M"])
+def test_every_hidden_state_is_fair_esms(reference, tokens):
+    assert_every_layer_agrees(reference, tokens)
+
+
+@batches(LONG)
+@sizes("8M", slow=["35M", "150M", "650M", "3B, two layers", "15B, two layers"])
+def test_every_hidden_state_of_long_sequences_is_fair_esms(reference, tokens):
+    assert_every_layer_agrees(reference, tokens)
+
+
+@batches(TALL)
+@sizes("8M", "3B, two layers", slow=["35M", "150M", "650M"])
+def test_logits_attentions_and_contacts_are_fair_esms(reference, tokens):
+    with torch.no_grad():
+        theirs = reference(tokens, return_contacts=True)
+        ours = RDModel({"only": reference}, []).eval()(tokens, return_contacts=True)
+    real = tokens != PAD
+    assert error(ours.logits[real], theirs["logits"][real]) < TOLERANCE
+    torch.testing.assert_close(ours.attentions, theirs["attentions"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours.contacts, theirs["contacts"], rtol=0, atol=TOLERANCE)
+    assert theirs["contacts"].std() > 0.02
+
+
+def padded_at(place, sequences, time):
+    """`(batch, time)` tokens whose padding stands at the left, at the right, or anywhere."""
+    tokens = torch.full((len(sequences), time), PAD)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        ids = tokens_of(sequence)[0]
+        shuffled = torch.randperm(time, generator=torch.Generator().manual_seed(len(ids)))
+        columns = {"right": torch.arange(time), "left": torch.arange(time).flip(0), "inside": shuffled}[place]
+        row[columns[: len(ids)].sort().values] = ids
+    return tokens
+
+
+@pytest.mark.parametrize("make", [Packing.of, Packing.padded], ids=["packed", "padded"])
+@pytest.mark.parametrize("place", ["left", "inside", "right"])
+def test_padding_may_stand_anywhere(place, make):
+    tokens = padded_at(place, [random_sequence(25), "MK<mask>", random_sequence(38)], 40)
+    assert_every_layer_agrees(random_esm2(*SMALL), tokens, make=make)
+
+
+@sizes("8M", slow=["150M"])
+def test_an_embedding_does_not_depend_on_its_batch(reference):
+    module = ESM2.sharing(reference)
+    sequences = ["M", random_sequence(70), "MK<mask>AYIAK<mask>", random_sequence(69), random_sequence(200)]
+    with torch.no_grad():
+        together = embed(module, tokens_of(*sequences))
+        for row, sequence in zip(together, sequences, strict=True):
+            alone = embed(module, tokens_of(sequence))[0]
+            assert error(row[: len(alone)], alone) < TOLERANCE
+            assert not row[len(alone) :].any()
+
+
+def test_token_dropout_zeroes_masks_and_scales_the_rest_by_the_share_kept():
+    module = ESM2.sharing(random_esm2(*SMALL)).double()
+    tokens = tokens_of("MK<mask>AY<mask>", "ACDEFGHIKL", "<mask>")
+    entered = []
+    module.layers[0].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    packing = Packing.of(tokens != PAD)
+    module(tokens, packing)
+    shares_masked = torch.tensor([2 / 8, 0, 1 / 3], dtype=torch.float64)
+    expected = module.embed_tokens.weight[tokens] * 0.88 / (1 - shares_masked)[:, None, None]
+    expected[(tokens == MASK) | (tokens == PAD)] = 0
+    torch.testing.assert_close(packing.unpack(entered[0]), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("make", [Packing.of, Packing.padded], ids=["packed", "padded"])
+def test_a_row_of_only_masks_enters_as_zeros_and_stays_finite(make):
+    module = ESM2.sharing(random_esm2(*SMALL))
+    tokens = torch.tensor([[MASK] * 6, [0, 5, 6, 2, PAD, PAD], [PAD] * 6])
+    packing, entered = make(tokens != PAD), []
+    module.layers[0].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    out = packing.unpack(module(tokens, packing))
+    assert not packing.unpack(entered[0])[0].any()
+    assert out.isfinite().all()
+    assert not out[2].any()
+
+
+def test_inv_freq_comes_from_the_checkpoint():
+    tokens = tokens_of(random_sequence(300))
+    published, fresh = random_esm2(*SMALL), random_esm2(*SMALL)
+    for layer in fresh.layers:
+        layer.self_attn.rot_emb = type(layer.self_attn.rot_emb)(8)
+    assert_every_layer_agrees(published, tokens)
+    assert_every_layer_agrees(fresh, tokens)
+    outs = [states_of_ours(ESM2.sharing(module), tokens)[-1] for module in (published, fresh)]
+    assert error(*outs) > 50 * TOLERANCE
+
+
+def test_layers_that_disagree_on_inv_freq_are_refused():
+    tensors = random_esm2(*SMALL).state_dict()
+    tensors["layers.1.self_attn.rot_emb.inv_freq"] = tensors["layers.1.self_attn.rot_emb.inv_freq"] * 1.01
+    with pytest.raises(ValueError, match="expected one inv_freq for all layers of level tiny, got several"):
+        ESM2.from_tensors(Level("tiny", *SMALL), tensors)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_inv_freq_never_passes_through_a_half_type(half):
+    module = ESM2.sharing(random_esm2(*SMALL))
+    exact = 10_000.0 ** -(torch.arange(4) / 4 + 0.01)
+    for layer in module.layers:
+        layer.self_attn.rot_emb.inv_freq = exact.clone()
+    for converted in (module.to(half), module.half(), module.float()):
+        assert all(torch.equal(layer.self_attn.rot_emb.inv_freq, exact) for layer in converted.layers)
+    assert module.embed_tokens.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_tensors_that_come_in_half_precision_have_their_angles_in_float32(half):
+    module = ESM2.sharing(random_esm2(*SMALL).to(half))
+    cos, _ = module.layers[0].self_attn.rot_emb(torch.arange(1502))
+    assert cos.dtype == torch.float32
+    assert len(cos.flatten(1).unique(dim=0)) == 1502
+
+
+def test_a_double_model_equals_fair_esms_in_float64():
+    reference = random_esm2(*SMALL).double()
+    tokens = tokens_of(random_sequence(50), "MK<mask>A", "M")
+    layers = zip(
+        states_of_ours(ESM2.sharing(reference), tokens), states_of_fair_esm(reference, tokens), strict=True
+    )
+    assert max(error(ours, theirs) for ours, theirs in layers) < 1e-12
+
+
+def test_layers_that_share_one_inv_freq_tensor_can_be_saved(tmp_path):
+    tensors = random_esm2(*SMALL).state_dict()
+    one = tensors["layers.0.self_attn.rot_emb.inv_freq"]
+    shared = {name: one if name.endswith("inv_freq") else part for name, part in tensors.items()}
+    RDModel({"tiny": ESM2.from_tensors(Level("tiny", *SMALL), shared)}, []).save_pretrained(tmp_path)
+    again = RDModel.from_pretrained(tmp_path).backbones["tiny"]
+    assert all(torch.equal(layer.self_attn.rot_emb.inv_freq, one) for layer in again.layers)
+
+
+def test_a_state_dict_that_is_assigned_leaves_the_head_tied():
+    module, other = ESM2(*SMALL), ESM2(*SMALL)
+    module.load_state_dict(other.state_dict(), assign=True)
+    assert module.lm_head.weight is module.embed_tokens.weight
+
+
+def test_a_double_model_has_its_angles_in_float64():
+    rotary = RotaryEmbedding(16).double()
+    assert rotary.inv_freq.dtype == torch.float64
+    positions = torch.tensor([0, 1, 2**24 + 1])
+    cos, sin = rotary(positions)
+    angles = positions[:, None, None].double() * rotary.inv_freq
+    assert torch.equal(torch.stack((cos, sin)), torch.stack((angles.cos(), angles.sin())))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_half_model_tells_1500_positions_apart(half):
+    module = ESM2.sharing(random_esm2(*SMALL)).to(half)
+    cos, sin = module.layers[0].self_attn.rot_emb(torch.arange(1502))
+    assert cos.dtype == sin.dtype == torch.float32
+    assert not torch.equal(cos[1023], cos[1024])
+    assert len(torch.cat((cos, sin), -1).flatten(1).unique(dim=0)) == 1502
+    out = embed(module, tokens_of("A" * 1500))
+    assert out.dtype == half
+    assert out.isfinite().all()
+
+
+def test_sharing_shares_storage_and_keeps_what_is_trainable():
+    reference = random_esm2(*SMALL)
+    reference.layers[0].requires_grad_(False)
+    reference.contact_head.requires_grad_(False)
+    trainable = {name: parameter.requires_grad for name, parameter in reference.named_parameters()}
+    ours, theirs = ESM2.sharing(reference), reference.state_dict()
+    assert ours.state_dict().keys() == theirs.keys()
+    assert all(ours.state_dict()[name].data_ptr() == theirs[name].data_ptr() for name in theirs)
+    assert {name: parameter.requires_grad for name, parameter in ours.named_parameters()} == trainable
+    assert {name: parameter.requires_grad for name, parameter in reference.named_parameters()} == trainable
+    assert not ours.training
+    assert ESM2.sharing(reference.train()).training
+    assert ESM2.sharing(ours) is ours
+
+
+def test_tensors_name_the_tied_weight_once_and_build_the_same_module():
+    module = ESM2.sharing(random_esm2(*SMALL))
+    tensors = module.tensors()
+    again = ESM2.from_tensors(Level("tiny", *SMALL), tensors)
+    assert "lm_head.weight" not in tensors
+    assert again.lm_head.weight is again.embed_tokens.weight
+    assert all(torch.equal(part, module.state_dict()[name]) for name, part in again.state_dict().items())
+
+
+def test_another_kind_of_module_is_refused():
+    with pytest.raises(TypeError, match=r"expected a backbone of rd_torch.ESM2 or esm.ESM2, got Linear"):
+        ESM2.sharing(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("change", [{"layers.0.fc1.bias": None}, {"layers.0.fc1.bias": 7}, {"surplus": 7}])
+def test_tensors_of_another_shape_or_name_are_refused(change):
+    tensors = random_esm2(*SMALL).state_dict()
+    for name, size in change.items():
+        tensors[name] = torch.zeros(size or 0)
+        if size is None:
+            del tensors[name]
+    with pytest.raises(ValueError, match="expected the tensors of level tiny, got others"):
+        ESM2.from_tensors(Level("tiny", *SMALL), tensors)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_as_one_graph_equals_eager(backend):
+    module = ESM2.sharing(random_esm2(*SMALL))
+    tokens = padded_at("right", ["M", random_sequence(20), "MK<mask>", "<mask>" * 5], 24)
+    with torch.no_grad():
+        compiled = torch.compile(lambda batch: embed(module, batch), fullgraph=True, backend=backend)
+        assert error(compiled(tokens), embed(module, tokens)) < TOLERANCE
+
+
+def test_autocast_to_bfloat16_stays_near_float32():
+    module = ESM2.sharing(random_esm2(*SMALL))
+    tokens = tokens_of(random_sequence(50), "MK<mask>", "M")
+    with torch.no_grad():
+        exact = embed(module, tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = embed(module, tokens)
+    assert out.isfinite().all()
+    assert 0 < (out - exact).std() / exact.std() < 0.03
