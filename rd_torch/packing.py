@@ -28,9 +28,10 @@ class Bucket:
         stop: packed token behind its last.
         rows: number of sequences n.
         length: tokens of its longest sequence.
-        slots: `(n * length,)` packed token of each slot, relative to `start`; None if every
-            sequence has `length` tokens, so that the packed tokens are the slots.
-        mask: `(n, 1, 1, length)` True at slots that hold a token; None likewise.
+        slots: `(n * length,)` packed token of each slot, relative to `start`; None where the packed
+            tokens are the slots.
+        kept: `(stop - start,)` slot of each packed token; None likewise.
+        mask: `(n, 1, 1, length)` True at slots that hold a token; None where all do.
     """
 
     start: int
@@ -38,6 +39,7 @@ class Bucket:
     rows: int
     length: int
     slots: Tensor | None = None
+    kept: Tensor | None = None
     mask: Tensor | None = None
 
     def spread(self, packed: Tensor) -> Tensor:
@@ -50,9 +52,7 @@ class Bucket:
     def gather(self, spread: Tensor) -> Tensor:
         """`(n, heads, length, size)` back to this bucket's packed `(stop - start, heads, size)`."""
         slots = spread.transpose(1, 2).flatten(0, 1)
-        if self.slots is None or self.mask is None or self.stop - self.start == slots.shape[0]:
-            return slots
-        return slots[self.mask.flatten()]
+        return slots if self.kept is None else slots[self.kept]
 
 
 @dataclass(frozen=True)
@@ -153,4 +153,5 @@ def _bucket(lengths: Sequence[int], start: int, device: torch.device) -> Bucket:
     places = torch.arange(length, device=device)
     mask = places < counts[:, None]
     slots = torch.where(mask, (ends - counts)[:, None] + places, 0)
-    return Bucket(start, stop, rows, length, slots.flatten(), mask[:, None, None, :])
+    kept = mask.flatten().nonzero()[:, 0]
+    return Bucket(start, stop, rows, length, slots.flatten(), kept, mask[:, None, None, :])
