@@ -1,7 +1,7 @@
 # Everything runs in .venv, which any target makes when it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
-DATA := $(wildcard ../shared/data)
+DATA := $(abspath $(wildcard ../shared/data))
 export RD_TORCH_DATA ?= $(DATA)
 
 .PHONY: setup demo test test-all test-oldest check format lint types docs clean

@@ -22,4 +22,4 @@ def data():
     folder = os.environ.get("RD_TORCH_DATA")
     if not folder:
         pytest.skip("RD_TORCH_DATA names no folder")
-    return Path(folder)
+    return Path(folder).resolve()
