@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -135,15 +135,17 @@ class RDModel(nn.Module):
         self._check_layers(repr_layers)
         maps: list[Tensor] = []
         sink = maps.append if need_head_weights or return_contacts else None
-        embeddings, nested, larger, packing = self._run(tokens, width, sink)
-        largest = self._backbone(self.config.levels_for(width)[-1])
+        packing, raw = self._run(tokens, width, sink)
+        nested = packing.unpack(self._nest(raw)[:, :width])
+        *_, name = raw
+        largest = self._backbone(name)
         attentions = torch.stack(maps, 1) if maps else None
         return RDOutput(
-            embeddings=embeddings,
-            logits=packing.unpack(largest.lm_head(larger)),
+            embeddings=self._with_special_rows(nested, tokens, packing, raw[name]),
+            logits=packing.unpack(largest.lm_head(raw[name])),
             residue_mask=is_residue(tokens),
             nested=nested,
-            widths=tuple((name, self.config.widths[name]) for name in self.config.levels_for(width)),
+            widths=tuple((name, self.config.widths[name]) for name in raw),
             num_layers=self.num_layers,
             repr_layers=None if repr_layers is None else tuple(repr_layers),
             attentions=attentions,
@@ -152,7 +154,10 @@ class RDModel(nn.Module):
 
     def encode(self, tokens: Tensor, *, width: int | None = None) -> Tensor:
         """The embeddings of `forward` alone, `(batch, time, width)`, without logits: for bulk work."""
-        return self._run(tokens, width, None)[0]
+        packing, raw = self._run(tokens, width)
+        nested = packing.unpack(self._nest(raw)[:, :width])
+        *_, larger = raw.values()
+        return self._with_special_rows(nested, tokens, packing, larger)
 
     def combine(self, embeddings: Mapping[str, Tensor]) -> Tensor:
         """Nested embeddings from raw ones that people already hold; no backbone runs.
@@ -177,7 +182,7 @@ class RDModel(nn.Module):
             got = embeddings[level.name].shape[-1]
             if got != level.width:
                 raise ValueError(f"expected width {level.width} at level {level.name}, got {got}")
-        return self._nest((name, embeddings[name]) for name in run)
+        return self._nest({name: embeddings[name] for name in run})
 
     def predict_contacts(self, tokens: Tensor) -> Tensor:
         """Contact probabilities of the largest backbone, `(batch, residues, residues)`."""
@@ -256,38 +261,32 @@ class RDModel(nn.Module):
         return cast(Stage, self.stages[level])
 
     def _run(
-        self, tokens: Tensor, width: int | None, sink: AttentionSink | None
-    ) -> tuple[Tensor, Tensor, Tensor, Packing]:
-        """Embeddings and nested, padded; the largest raw hidden state, packed; and the packing."""
+        self, tokens: Tensor, width: int | None, sink: AttentionSink | None = None
+    ) -> tuple[Packing, dict[str, Tensor]]:
+        """The batch's packing, and the packed raw embeddings of the levels that hold `width` features."""
         names = self.config.levels_for(width)
         check_tokens(tokens)
         packing = Packing.of(tokens != self.padding_idx)
-        raw: list[Tensor] = []
+        sinks = dict.fromkeys(names[:-1]) | {names[-1]: sink}
+        return packing, {name: self._backbone(name)(tokens, packing, sinks[name]) for name in names}
 
-        def hidden(name: str) -> tuple[str, Tensor]:
-            raw.append(self._backbone(name)(tokens, packing, sink if name == names[-1] else None))
-            return name, raw[-1]
-
-        nested = packing.unpack(self._nest(map(hidden, names))[:, :width])
-        embeddings, larger = nested, raw[-1]
-        if self.config.special_rows == "larger":
-            special = packing.real & ~is_residue(tokens)
-            own = packing.unpack(larger)[..., : nested.shape[-1]].to(nested.dtype)
-            embeddings = torch.where(special[..., None], own, nested)
-        return embeddings, nested, larger, packing
-
-    def _nest(self, embeddings: Iterable[tuple[str, Tensor]]) -> Tensor:
+    def _nest(self, raw: Mapping[str, Tensor]) -> Tensor:
         """Runs the stages over raw embeddings, smallest first."""
-        nested = previous = None
-        for name, larger in embeddings:
-            if nested is None:
-                nested = larger.to(torch.promote_types(larger.dtype, torch.float32))
-            else:
-                source = previous if self.config.predict_from == "previous" else None
-                nested = self.stages[name](nested, larger, source)
+        (_, previous), *rest = raw.items()
+        nested = previous.to(torch.promote_types(previous.dtype, torch.float32))
+        for name, larger in rest:
+            source = previous if self.config.predict_from == "previous" else None
+            nested = self.stages[name](nested, larger, source)
             previous = larger
-        assert nested is not None, "a chain has at least one level"
         return nested
+
+    def _with_special_rows(self, nested: Tensor, tokens: Tensor, packing: Packing, larger: Tensor) -> Tensor:
+        """The padded nested embeddings, with special rows replaced where the checkpoint wants that."""
+        if self.config.special_rows == "maps":
+            return nested
+        special = packing.real & ~is_residue(tokens)
+        own = packing.unpack(larger)[..., : nested.shape[-1]].to(nested.dtype)
+        return torch.where(special[..., None], own, nested)
 
     def _check_layers(self, repr_layers: Sequence[int] | None) -> None:
         """Raises a ValueError for hidden layers, which have no reverse-distilled form."""
