@@ -9,15 +9,13 @@ shown as `<mask>`, 10 % as a random residue, 10 % as they are; whole sequences, 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
-from train import LEVELS, SEED, TOKENS, masked_loss, read_sequences
+from train import LEVELS, SEED, TOKENS, masked_loss, new_parser, read_sequences
 
 from rd_torch import fit
 from rd_torch.esm2 import ESM2
@@ -69,14 +67,7 @@ def losses(backbones: Mapping[str, ESM2], sequences: Sequence[str]) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, default=os.environ.get("RD_TORCH_DATA"), help="folder of the protein data"
-    )
-    parser.add_argument("--state", type=Path, required=True, help="folder of the training states")
-    arguments = parser.parse_args()
+    arguments = new_parser(__doc__).parse_args()
     backbones, runs = load(arguments.state)
     found = losses(backbones, read_sequences(arguments.data / "natural50_valid.fasta.xz"))
     report = {name: {**found[name], **runs[name]} for name in backbones}

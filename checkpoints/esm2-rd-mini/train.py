@@ -201,14 +201,20 @@ def train(level: Level, data: Path, state_path: Path, tokens_in_all: int = TOKEN
             state_path.with_suffix(".part").replace(state_path)
 
 
-def main() -> None:
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that both scripts of this folder take."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--data", type=Path, default=os.environ.get("RD_TORCH_DATA"), help="folder of the protein data"
     )
     parser.add_argument("--state", type=Path, required=True, help="folder of the resumable states")
+    return parser
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
     parser.add_argument("--level", choices=LEVELS, required=True)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
