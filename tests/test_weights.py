@@ -30,6 +30,22 @@ def test_shipped_checkpoint_round_trips_to_the_bit(tmp_path):
     assert not again.training
 
 
+def test_a_model_is_saved_over_the_folder_it_came_from(folder):
+    model = rd_torch.RDModel.from_pretrained(folder)
+    with torch.no_grad():
+        model.backbones["28K"].layers[0].fc1.weight.add_(1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder)
+    for state in (model.state_dict(), rd_torch.RDModel.from_pretrained(folder).state_dict()):
+        assert all(torch.equal(before[name], state[name]) for name in before)
+
+
+def test_whoever_reads_the_config_reads_the_tensors(tmp_path):
+    rd_torch.RDModel.from_pretrained("esm2-rd-mini").save_pretrained(tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert len(modes) == 1
+
+
 def test_a_level_is_loaded_without_reading_what_lies_above(folder):
     whole = rd_torch.RDModel.from_pretrained(folder)
     (folder / "backbones" / "1M.safetensors").unlink()

@@ -41,6 +41,8 @@ def write_folder(
             folder / BACKBONES / f"{level}.safetensors",
         )
     (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    for path in folder.rglob("*.safetensors"):  # which safetensors writes for its owner alone
+        path.chmod((folder / CONFIG).stat().st_mode)
 
 
 def read_config(folder: Path) -> RDConfig:
