@@ -111,8 +111,7 @@ def embed(
     from tqdm import tqdm
 
     from rd_torch.embedding import embed_to_file
-    from rd_torch.weights import DEFAULT_MODEL, locate
-    from rd_torch.weights.folder import read_config
+    from rd_torch.weights import DEFAULT_MODEL, read_checkpoint
 
     if width is not None and level is not None:
         raise ValueError("expected --width or --level, got both")
@@ -120,7 +119,7 @@ def embed(
         raise ValueError(f"expected a folder {output.parent} to write to, got nothing there")
     proteins = _read(fasta, strict, max_length)
     name = model or DEFAULT_MODEL
-    width, level = _choose(read_config(locate(name)), width, level)
+    width, level = _choose(read_checkpoint(name, level).config, width, level)
     chosen = name if model else f"{name} (the shipped family; --model names another)"
     click.echo(f"Model {chosen}, level {level}, width {width}", err=True)
     embed_to_file(
@@ -200,10 +199,9 @@ def info(model: str | None) -> None:
       rd-torch info
       rd-torch info my-chain
     """
-    from rd_torch.weights import DEFAULT_MODEL, locate
-    from rd_torch.weights.folder import read_config
+    from rd_torch.weights import DEFAULT_MODEL, read_checkpoint
 
-    config = read_config(locate(model or DEFAULT_MODEL))
+    config = read_checkpoint(model or DEFAULT_MODEL).config
     click.echo(f"{model or DEFAULT_MODEL}\n")
     _print_levels(config)
     click.echo(f"\npredict_from  {config.predict_from}\nspecial_rows  {config.special_rows}")

@@ -13,6 +13,8 @@ import esm
 Regressor: TypeAlias = Literal["pcr", "ols", "ridge"]
 PredictFrom: TypeAlias = Literal["nested", "previous"]
 SpecialRows: TypeAlias = Literal["maps", "larger"]
+Method: TypeAlias = Literal["rd", "naive"]
+Storage: TypeAlias = Literal["included", "referenced"]
 
 ALPHABET: Final = esm.data.Alphabet.from_architecture("ESM-1b")
 """fair-esm's alphabet: 33 tokens, the same in every size of ESM-2."""
@@ -27,6 +29,21 @@ FORMAT_VERSION: Final = 1
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Where a backbone lies on the Hub.
+
+    Attributes:
+        repo: the repository, `"facebook/esm2_t6_8M_UR50D"`.
+        revision: commit, tag or branch; None for the main branch.
+        sha256: checksums by file name, as far as they are known; checked after the download.
+    """
+
+    repo: str
+    revision: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Level:
     """One backbone of a family by name, with its shape.
 
@@ -35,6 +52,8 @@ class Level:
         num_layers: transformer layers.
         width: features a token.
         attention_heads: heads a layer; their size is `width / attention_heads`.
+        reference: where on the Hub the backbone came from; in a saved checkpoint, where it lies
+            instead of in the checkpoint.
 
     Raises:
         ValueError: for a name that no module can have, or heads that do not divide the width evenly.
@@ -44,6 +63,7 @@ class Level:
     num_layers: int
     width: int
     attention_heads: int
+    reference: Reference | None = None
 
     def __post_init__(self) -> None:
         if not self.name or "." in self.name:
@@ -75,11 +95,11 @@ class Explained:
 
     Attributes:
         r2: `1 - tr cov(r) / tr cov(y)`: the share of the larger embedding's variance that the
-            regression predicts.
+            regression predicts; None where the maps came without it.
         kept: share of the residual variance that the added directions keep.
     """
 
-    r2: float
+    r2: float | None
     kept: float
 
 
@@ -95,6 +115,8 @@ class RDConfig:
         special_rows: what stands at `<cls>`, `<eos>`, `<mask>` of the widest level: the maps' rows
             or the larger backbone's raw vectors.
         provenance: where backbones and maps come from, in words and numbers.
+        method: `"rd"` for reverse distillation; `"naive"` for the baseline that concatenates and
+            takes principal components, whose levels are no prefixes of each other.
 
     Raises:
         ValueError: when the tuples do not fit together or a choice does not exist.
@@ -106,6 +128,7 @@ class RDConfig:
     predict_from: PredictFrom = "nested"
     special_rows: SpecialRows = "maps"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    method: Method = "rd"
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -120,6 +143,7 @@ class RDConfig:
             )
         check_choice("predict_from", self.predict_from, ("nested", "previous"))
         check_choice("special_rows", self.special_rows, ("maps", "larger"))
+        check_choice("method", self.method, ("rd", "naive"))
         self._check_special_rows()
 
     def _check_special_rows(self) -> None:
@@ -139,12 +163,17 @@ class RDConfig:
 
     @property
     def map_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Shapes of W, b, m and V by the level that their stage leads to."""
-        shapes = {}
+        """Shapes of a stage's tensors by the level that it leads to."""
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         nested = self.predict_from == "nested"
         for (smaller, larger), added in zip(pairwise(self.levels), self.added, strict=True):
-            source, q = self.widths[smaller.name] if nested else smaller.width, larger.width
-            shapes[larger.name] = {"W": (source, q), "b": (q,), "m": (q,), "V": (q, added)}
+            before, q = self.widths[smaller.name], larger.width
+            source = before if nested else smaller.width
+            shapes[larger.name] = (
+                {"W": (source, q), "b": (q,), "m": (q,), "V": (q, added)}
+                if self.method == "rd"
+                else {"mean": (before + q,), "components": (before + q, before + added)}
+            )
         return shapes
 
     def require_level(self, level: str) -> None:
@@ -196,7 +225,7 @@ class RDConfig:
         try:
             return cls(
                 **{key: value for key, value in values.items() if key not in _PARSED},
-                levels=tuple(Level(**level) for level in values["levels"]),
+                levels=tuple(_level_from_json(level) for level in values["levels"]),
                 added=tuple(values["added"]),
                 explained=tuple(item and Explained(**item) for item in values["explained"]),
             )
@@ -204,6 +233,12 @@ class RDConfig:
             raise ValueError(
                 f"expected a config as rd_torch writes it, got one that lacks or adds keys: {error}"
             ) from error
+
+
+def _level_from_json(values: Mapping[str, Any]) -> Level:
+    """The level that `RDConfig.to_json` wrote."""
+    reference = values.get("reference")
+    return Level(**{**values, "reference": reference and Reference(**reference)})
 
 
 _PARSED = frozenset({"format", "levels", "added", "explained"})

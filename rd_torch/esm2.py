@@ -17,7 +17,7 @@ from esm.modules import ContactPredictionHead, RobertaLMHead
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rd_torch.config import ALPHABET, Level
+from rd_torch.config import ALPHABET, Level, Reference
 from rd_torch.packing import Packing
 
 # Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
@@ -153,7 +153,19 @@ def _own_angles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _tie(module: nn.Module, _: object) -> None:
     """Ties the language-model head to the embeddings, which `assign=True` would part."""
     assert isinstance(module, ESM2)
-    module.lm_head.weight = module.embed_tokens.weight
+    if module.has_lm_head:
+        module.lm_head.weight = module.embed_tokens.weight
+
+
+class MissingHead(nn.Module):
+    """Stands where a checkpoint has no head, and says so to whoever asks for it."""
+
+    def forward(self, *_: object) -> Tensor:
+        """Raises a RuntimeError."""
+        raise RuntimeError(
+            "expected a backbone with this head, got one whose checkpoint has none: load ESM-2's own "
+            "file, for fair-esm's beside its `-contact-regression.pt`"
+        )
 
 
 class ESM2(nn.Module):
@@ -163,6 +175,9 @@ class ESM2(nn.Module):
         num_layers: transformer layers.
         embed_dim: features a token.
         attention_heads: heads a layer.
+
+    Attributes:
+        reference: where the weights lie on the Hub, if they came from there.
     """
 
     def __init__(self, num_layers: int = 33, embed_dim: int = 1280, attention_heads: int = 20) -> None:
@@ -170,7 +185,12 @@ class ESM2(nn.Module):
         self.num_layers = num_layers
         self.embed_dim = embed_dim
         self.attention_heads = attention_heads
-        self.embed_tokens = nn.Embedding(len(ALPHABET), embed_dim, padding_idx=ALPHABET.padding_idx)
+        self.reference: Reference | None = None
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(len(ALPHABET), embed_dim), freeze=False, padding_idx=ALPHABET.padding_idx
+        )
+        if not self.embed_tokens.weight.is_meta:  # where normal_ would import the compiler for a second
+            nn.init.normal_(self.embed_tokens.weight)
         self.layers = nn.ModuleList(TransformerLayer(embed_dim, attention_heads) for _ in range(num_layers))
         self.emb_layer_norm_after = nn.LayerNorm(embed_dim)
         self.lm_head = RobertaLMHead(embed_dim, len(ALPHABET), weight=self.embed_tokens.weight)
@@ -183,12 +203,18 @@ class ESM2(nn.Module):
     def from_tensors(cls, level: Level, tensors: Mapping[str, Tensor]) -> ESM2:
         """A module around the given tensors under fair-esm's names, which it shares, not copies.
 
+        A head that the tensors lack altogether is a `MissingHead`.
+
         Raises:
             ValueError: when names or shapes are not the level's, or layers disagree on their angles.
         """
         with torch.device("meta"):
             module = cls(level.num_layers, level.width, level.attention_heads)
-        tied = {"lm_head.weight": tensors[EMBEDDING]} if EMBEDDING in tensors else {}
+        module.reference = level.reference
+        for head in ("lm_head", "contact_head"):
+            if not any(name.startswith(f"{head}.") for name in tensors):
+                setattr(module, head, MissingHead())
+        tied = {"lm_head.weight": tensors[EMBEDDING]} if EMBEDDING in tensors and module.has_lm_head else {}
         angles = _own_angles(tensors)
         if len({tuple(inv_freq.tolist()) for inv_freq in angles.values()}) > 1:
             raise ValueError(f"expected one inv_freq for all layers of level {level.name}, got several")
@@ -215,6 +241,11 @@ class ESM2(nn.Module):
         for name, parameter in ours.named_parameters():
             parameter.requires_grad_(trainable[name])
         return ours
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether the checkpoint had a language-model head."""
+        return not isinstance(self.lm_head, MissingHead)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, the tied weight of the language-model head once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from rd_torch.config import ALPHABET, Level, PredictFrom, RDConfig, SpecialRows
 from rd_torch.esm2 import ESM2, AttentionSink
+from rd_torch.loading import Pretrained
 from rd_torch.output import RDOutput
 from rd_torch.packing import Packing
 from rd_torch.sequences import check_tokens, is_residue
-from rd_torch.stage import Stage
-from rd_torch.weights import locate
-from rd_torch.weights.folder import read_folder, write_folder
+from rd_torch.stage import ConcatPCA, Maps
 
 
-class RDModel(nn.Module):
+class RDModel(Pretrained):
     """A family of ESM-2 backbones and the stages that nest their embeddings.
 
     Every prefix of the embedding that ends at a level's width is, to the bit, the embedding of the
@@ -30,8 +29,8 @@ class RDModel(nn.Module):
         backbones: the family by level name, smallest first: `rd_torch.ESM2` modules or `esm.ESM2`
             objects, whose tensors are shared, not copied. Their language-model and contact heads
             are frozen; everything else stays as trainable as it is.
-        stages: one stage fewer than backbones, as `solve_stages` returns them; kept in float32
-            (in float64 where the backbones are).
+        stages: one stage fewer than backbones, as `solve_stages` returns them, or all `ConcatPCA`, the
+            baseline; kept in float32 (in float64 where the backbones are).
         predict_from: what the stages' W acts on, the nested embedding or the previous raw one.
         special_rows: what stands at `<cls>`, `<eos>`, `<mask>` in the widest returned level: the
             rows of the maps, or the larger backbone's own (as the published implementation has it).
@@ -54,7 +53,7 @@ class RDModel(nn.Module):
     def __init__(
         self,
         backbones: Mapping[str, nn.Module],
-        stages: Sequence[Stage],
+        stages: Sequence[Maps],
         *,
         predict_from: PredictFrom = "nested",
         special_rows: SpecialRows = "maps",
@@ -64,28 +63,30 @@ class RDModel(nn.Module):
         family = {name: ESM2.sharing(module) for name, module in backbones.items()}
         for backbone in family.values():
             backbone.freeze_heads()
+        widths = [backbone.embed_dim for backbone in family.values()][:1]
+        for stage in stages:
+            widths.append(stage.width_after(widths[-1]))
         self.config = RDConfig(
             levels=tuple(
-                Level(name, backbone.num_layers, backbone.embed_dim, backbone.attention_heads)
-                for name, backbone in family.items()
+                Level(name, each.num_layers, each.embed_dim, each.attention_heads, each.reference)
+                for name, each in family.items()
             ),
-            added=tuple(stage.added for stage in stages),
+            added=tuple(after - before for before, after in pairwise(widths)),
             explained=tuple(stage.explained for stage in stages),
             predict_from=predict_from,
             special_rows=special_rows,
             provenance=dict(provenance or {}),
+            method="naive" if any(isinstance(stage, ConcatPCA) for stage in stages) else "rd",
         )
-        for (name, shapes), stage in zip(self.config.map_shapes.items(), stages, strict=True):
-            if tuple(stage.W.shape) != shapes["W"]:
-                raise ValueError(
-                    f"expected W of shape {shapes['W']} in the stage that leads to {name}, "
-                    f"got {tuple(stage.W.shape)}"
-                )
+        for (name, expected), stage in zip(self.config.map_shapes.items(), stages, strict=True):
+            got = {part: tuple(tensor.shape) for part, tensor in stage.named_buffers()}
+            if got != expected:
+                raise ValueError(f"expected {expected} in the stage that leads to {name}, got {got}")
         dtype = torch.promote_types(next(iter(family.values())).embed_tokens.weight.dtype, torch.float32)
         self.backbones = nn.ModuleDict(family)
         self.stages = nn.ModuleDict(
             {
-                level.name: stage if stage.W.dtype == dtype else copy.deepcopy(stage).to(dtype)
+                level.name: stage if stage.dtype == dtype else copy.deepcopy(stage).to(dtype)
                 for level, stage in zip(self.config.levels[1:], stages, strict=True)
             }
         )
@@ -136,17 +137,20 @@ class RDModel(nn.Module):
         maps: list[Tensor] = []
         sink = maps.append if need_head_weights or return_contacts else None
         packing, raw = self._run(tokens, width, sink)
-        nested = packing.unpack(self._nest(raw)[:, :width])
+        levels = self._nest(raw)
         *_, name = raw
+        nested = packing.unpack(levels[name][:, :width])
+        separate = levels if self.config.method == "naive" else {}
         largest = self._backbone(name)
         attentions = torch.stack(maps, 1) if maps else None
         return RDOutput(
             embeddings=self._with_special_rows(nested, tokens, packing, raw[name]),
-            logits=packing.unpack(largest.lm_head(raw[name])),
+            logits=packing.unpack(largest.lm_head(raw[name])) if largest.has_lm_head else None,
             residue_mask=is_residue(tokens),
             nested=nested,
             widths=tuple((name, self.config.widths[name]) for name in raw),
             num_layers=self.num_layers,
+            separate={level: packing.unpack(part) for level, part in separate.items()},
             repr_layers=None if repr_layers is None else tuple(repr_layers),
             attentions=attentions,
             contacts=largest.contact_head(tokens, attentions) if return_contacts else None,
@@ -155,9 +159,9 @@ class RDModel(nn.Module):
     def encode(self, tokens: Tensor, *, width: int | None = None) -> Tensor:
         """The embeddings of `forward` alone, `(batch, time, width)`, without logits: for bulk work."""
         packing, raw = self._run(tokens, width)
-        nested = packing.unpack(self._nest(raw)[:, :width])
-        *_, larger = raw.values()
-        return self._with_special_rows(nested, tokens, packing, larger)
+        *_, name = raw
+        nested = packing.unpack(self._nest(raw)[name][:, :width])
+        return self._with_special_rows(nested, tokens, packing, raw[name])
 
     def combine(self, embeddings: Mapping[str, Tensor]) -> Tensor:
         """Nested embeddings from raw ones that people already hold; no backbone runs.
@@ -182,7 +186,7 @@ class RDModel(nn.Module):
             got = embeddings[level.name].shape[-1]
             if got != level.width:
                 raise ValueError(f"expected width {level.width} at level {level.name}, got {got}")
-        return self._nest({name: embeddings[name] for name in run})
+        return self._nest({name: embeddings[name] for name in run})[run[-1]]
 
     def predict_contacts(self, tokens: Tensor) -> Tensor:
         """Contact probabilities of the largest backbone, `(batch, residues, residues)`."""
@@ -210,55 +214,11 @@ class RDModel(nn.Module):
         self.backbones.requires_grad_(False)
         return self
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        level: str | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> RDModel:
-        """Loads a checkpoint: a folder, the name of a shipped one, or a Hub id. Returns it in `eval` mode.
-
-        Args:
-            name_or_folder: where it is; `"esm2-rd-mini"` comes with the package.
-            level: the level to end at; nothing above it is read.
-            dtype: the backbones' dtype; the maps stay in float32 (float64 if that is asked).
-            device: where the model goes.
-
-        Raises:
-            FileNotFoundError: for a checkpoint, or a file of it, that is not there.
-            ValueError: for a file that is truncated or does not match, or an unknown level.
-        """
-        config, maps, weights = read_folder(locate(name_or_folder), level)
-        backbones = {level.name: ESM2.from_tensors(level, weights[level.name]) for level in config.levels}
-        stages = [
-            Stage(**maps[level.name], explained=explained)
-            for level, explained in zip(config.levels[1:], config.explained, strict=True)
-        ]
-        model = cls(
-            backbones,
-            stages,
-            predict_from=config.predict_from,
-            special_rows=config.special_rows,
-            provenance=config.provenance,
-        )
-        return model.to(device=device, dtype=dtype).eval()
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config, maps and backbones to a folder that `from_pretrained` reads to the bit."""
-        write_folder(
-            Path(folder),
-            self.config,
-            {name: dict(stage.named_buffers()) for name, stage in self.stages.items()},
-            {name: self._backbone(name).tensors() for name in self.backbones},
-        )
-
     def _backbone(self, level: str) -> ESM2:
         return cast(ESM2, self.backbones[level])
 
-    def _stage(self, level: str) -> Stage:
-        return cast(Stage, self.stages[level])
+    def _stage(self, level: str) -> Maps:
+        return cast(Maps, self.stages[level])
 
     def _run(
         self, tokens: Tensor, width: int | None, sink: AttentionSink | None = None
@@ -270,15 +230,16 @@ class RDModel(nn.Module):
         sinks = dict.fromkeys(names[:-1]) | {names[-1]: sink}
         return packing, {name: self._backbone(name)(tokens, packing, sinks[name]) for name in names}
 
-    def _nest(self, raw: Mapping[str, Tensor]) -> Tensor:
-        """Runs the stages over raw embeddings, smallest first."""
-        (_, previous), *rest = raw.items()
+    def _nest(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs the stages over raw embeddings, smallest first; what comes out at each level."""
+        (name, previous), *rest = raw.items()
         nested = previous.to(torch.promote_types(previous.dtype, torch.float32))
+        levels = {name: nested}
         for name, larger in rest:
             source = previous if self.config.predict_from == "previous" else None
-            nested = self.stages[name](nested, larger, source)
+            levels[name] = nested = self.stages[name](nested, larger, source)
             previous = larger
-        return nested
+        return levels
 
     def _with_special_rows(self, nested: Tensor, tokens: Tensor, packing: Packing, larger: Tensor) -> Tensor:
         """The padded nested embeddings, with special rows replaced where the checkpoint wants that."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, KeysView, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,23 +16,26 @@ class RDOutput:
 
     Attributes:
         embeddings: `(batch, time, width)` nested embeddings, zeros at padding.
-        logits: `(batch, time, 33)` of the largest backbone that ran, zeros at padding.
+        logits: `(batch, time, 33)` of the largest backbone that ran, zeros at padding; None where its
+            checkpoint has no language-model head.
         residue_mask: `(batch, time)` True at amino acids: what to average over.
         nested: `(batch, time, width)` what narrower levels are views of: the embeddings themselves,
             unless the checkpoint's `special_rows` are the larger backbone's.
         widths: the levels that ran and their nested widths.
         num_layers: the key under which `representations` holds the whole returned tensor.
+        separate: embeddings of the levels by name where they are no prefixes (`method="naive"`).
         repr_layers: the integers `representations` iterates over; None for all its keys.
         attentions: `(batch, layers, heads, time, time)` of the largest backbone that ran, if asked for.
         contacts: `(batch, residues, residues)` contact probabilities of it, if asked for.
     """
 
     embeddings: Tensor
-    logits: Tensor
+    logits: Tensor | None
     residue_mask: Tensor
     nested: Tensor
     widths: tuple[tuple[str, int], ...]
     num_layers: int
+    separate: dict[str, Tensor] = field(default_factory=dict)
     repr_layers: tuple[int, ...] | None = None
     attentions: Tensor | None = None
     contacts: Tensor | None = None
@@ -42,7 +45,9 @@ class RDOutput:
         """Views of the embeddings: by level name, and by `num_layers` the whole."""
         width = self.embeddings.shape[-1]
         views: dict[str | int, Tensor] = {
-            name: self.nested[..., :size] for name, size in self.widths if size <= width
+            name: self.separate.get(name, self.nested)[..., :size]
+            for name, size in self.widths
+            if size <= width
         }
         widest, size = self.widths[-1]
         if size == width:

@@ -9,21 +9,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from rd_torch.config import Explained
+from rd_torch.config import Explained, Method
 from rd_torch.esm2 import apply_outside_half
 
 
-class Stage(nn.Module):
+class Maps(nn.Module):
+    """Frozen tensors: buffers that are saved, moved and differentiated through, never in a half type.
+
+    Args:
+        explained: what the maps explained on the data they were fitted on, where that is known.
+        **parts: the tensors, all of one dtype.
+
+    Raises:
+        ValueError: when dtypes differ.
+    """
+
+    def __init__(self, explained: Explained | None, **parts: Tensor) -> None:
+        super().__init__()
+        if len({part.dtype for part in parts.values()}) > 1:
+            dtypes = ", ".join(f"{name} {part.dtype}" for name, part in parts.items())
+            raise ValueError(f"expected one dtype, got {dtypes}")
+        for name, part in parts.items():
+            self.register_buffer(name, apply_outside_half(torch.Tensor.detach, part))
+        self.explained = explained
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensors' dtype, which is the output's."""
+        return next(self.buffers()).dtype
+
+    def width_after(self, width: int) -> int:
+        """Width of what comes out for an embedding of the given width."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Maps:
+        for name, part in self.named_buffers(recurse=False):
+            setattr(self, name, apply_outside_half(fn, part))
+        return self
+
+
+class Stage(Maps):
     """Widens a nested embedding of width p by `added` features from a larger one of width q.
 
-    The maps are buffers: frozen, saved, moved, and differentiable through. They never pass through
-    a half type, and the stage computes in their dtype whatever dtype comes in, because it subtracts
-    nearly equal vectors.
+    It computes in the maps' dtype whatever dtype comes in, because it subtracts nearly equal vectors.
 
     Args:
         W: `(source width, q)` regression of the larger embedding on the source.
@@ -44,28 +78,22 @@ class Stage(nn.Module):
     def __init__(
         self, W: Tensor, b: Tensor, m: Tensor, V: Tensor, explained: Explained | None = None
     ) -> None:
-        super().__init__()
         shapes = [tuple(part.shape) for part in (W, b, m, V)]
         q = W.shape[-1]
         if W.ndim != 2 or shapes[1:3] != [(q,), (q,)] or V.ndim != 2 or V.shape[0] != q:
             raise ValueError(
                 "expected W (source, q), b (q,), m (q,), V (q, added), got " + ", ".join(map(str, shapes))
             )
-        if len({part.dtype for part in (W, b, m, V)}) > 1:
-            raise ValueError(f"expected one dtype, got {W.dtype}, {b.dtype}, {m.dtype}, {V.dtype}")
-        for name, part in (("W", W), ("b", b), ("m", m), ("V", V)):
-            self.register_buffer(name, apply_outside_half(torch.Tensor.detach, part))
-        self.explained = explained
+        super().__init__(explained, W=W, b=b, m=m, V=V)
 
     @property
     def added(self) -> int:
         """Number of features the stage adds."""
         return self.V.shape[1]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stage:
-        for name, part in self.named_buffers(recurse=False):
-            setattr(self, name, apply_outside_half(fn, part))
-        return self
+    def width_after(self, width: int) -> int:
+        """Width of what comes out for a nested embedding of the given width."""
+        return width + self.added
 
     def forward(self, nested: Tensor, larger: Tensor, source: Tensor | None = None) -> Tensor:
         """`[nested, z]` in the maps' dtype.
@@ -95,3 +123,65 @@ class Stage(nn.Module):
     def extra_repr(self) -> str:
         """Widths, for printing."""
         return f"source={self.W.shape[0]}, larger={self.W.shape[1]}, added={self.added}"
+
+
+class ConcatPCA(Maps):
+    """The baseline: principal components of two embeddings side by side.
+
+    The output is `([nested, larger] - mean) components`, of which no part is a shorter chain's
+    embedding. The call is a stage's.
+
+    Args:
+        mean: `(p + q,)` mean of the two side by side.
+        components: `(p + q, width)` orthonormal directions, the one of most variance first.
+        explained: its `kept` is the share of the variance that the directions keep.
+
+    Raises:
+        ValueError: when the shapes do not fit together, or dtypes differ.
+    """
+
+    mean: Tensor
+    components: Tensor
+
+    def __init__(self, mean: Tensor, components: Tensor, explained: Explained | None = None) -> None:
+        if mean.ndim != 1 or components.ndim != 2 or components.shape[0] != mean.shape[0]:
+            raise ValueError(
+                "expected mean (p + q,) and components (p + q, width), "
+                f"got {tuple(mean.shape)}, {tuple(components.shape)}"
+            )
+        super().__init__(explained, mean=mean, components=components)
+
+    def width_after(self, width: int) -> int:
+        """Width of what comes out, whatever comes in."""
+        return self.components.shape[1]
+
+    def forward(self, nested: Tensor, larger: Tensor, source: Tensor | None = None) -> Tensor:
+        """The components in the maps' dtype.
+
+        Args:
+            nested: `(..., p)` the output of the level before.
+            larger: `(..., q)` the next backbone's embedding of the same tokens.
+            source: of no use here.
+
+        Returns:
+            `(..., width)`.
+
+        Raises:
+            ValueError: when the widths are not the maps'.
+        """
+        if nested.shape[-1] + larger.shape[-1] != self.mean.shape[0]:
+            raise ValueError(
+                f"expected widths that sum to {self.mean.shape[0]}, "
+                f"got {nested.shape[-1]} and {larger.shape[-1]}"
+            )
+        with torch.autocast(self.mean.device.type, enabled=False):
+            both = torch.cat([part.to(self.mean.dtype) for part in (nested, larger)], dim=-1)
+            return torch.matmul(both - self.mean, self.components)
+
+    def extra_repr(self) -> str:
+        """Widths, for printing."""
+        return f"both={self.components.shape[0]}, width={self.components.shape[1]}"
+
+
+STAGES: Final[Mapping[Method, type[Stage] | type[ConcatPCA]]] = {"rd": Stage, "naive": ConcatPCA}
+"""The class of a chain's stages by its method."""

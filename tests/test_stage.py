@@ -189,5 +189,5 @@ def test_maps_are_frozen_whatever_tensors_they_came_from():
 
 
 def test_maps_of_several_dtypes_are_refused():
-    with pytest.raises(ValueError, match=r"expected one dtype, got torch\.float32, torch\.float64"):
+    with pytest.raises(ValueError, match=r"expected one dtype, got W torch\.float32, b torch\.float64"):
         Stage(torch.zeros(3, 5), torch.zeros(5).double(), torch.zeros(5), torch.eye(5))

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import rd_torch
 from rd_torch.config import RDConfig
-from rd_torch.weights import locate, shipped
+from rd_torch.weights import shipped
 
 TOKENS = torch.tensor([[0, 20, 15, 11, 5, 19, 12, 2, 1], [0, 4, 5, 32, 7, 8, 9, 10, 2]])
 
@@ -131,9 +131,14 @@ def test_a_hub_id_is_read_from_the_cache(folder, tmp_path, monkeypatch):
     shutil.move(folder, repo / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert locate("someone/chain") == repo / "snapshots" / commit
-    with pytest.raises(FileNotFoundError, match="got 'someone/else'; the Hub said"):
-        locate("someone/else")
+    model = rd_torch.RDModel.from_pretrained("someone/chain")
+    assert torch.equal(
+        model(TOKENS).embeddings, rd_torch.RDModel.from_pretrained("esm2-rd-mini")(TOKENS).embeddings
+    )
+    with pytest.raises(
+        FileNotFoundError, match=r"of someone/else from the Hub or its cache, got neither.*the Hub said"
+    ):
+        rd_torch.RDModel.from_pretrained("someone/else")
 
 
 def test_configs_that_cannot_be_are_refused():

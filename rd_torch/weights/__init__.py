@@ -1,5 +1,21 @@
 """Where checkpoints come from; one file a format."""
 
-from rd_torch.weights.source import DEFAULT_MODEL, locate, shipped
+from rd_torch.weights.backbone import Source, require_unchanged
+from rd_torch.weights.folder import write_folder
+from rd_torch.weights.hub import Hub, Upload, upload
+from rd_torch.weights.published import PublishedOptions
+from rd_torch.weights.source import DEFAULT_MODEL, Checkpoint, read_checkpoint, shipped
 
-__all__ = ["DEFAULT_MODEL", "locate", "shipped"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "Checkpoint",
+    "Hub",
+    "PublishedOptions",
+    "Source",
+    "Upload",
+    "read_checkpoint",
+    "require_unchanged",
+    "shipped",
+    "upload",
+    "write_folder",
+]

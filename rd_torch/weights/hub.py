@@ -1,0 +1,163 @@
+"""Files from the Hub: fetched into its cache, checked once, pinned where a checksum is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypedDict, Unpack
+
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+from rd_torch.config import Reference
+from rd_torch.weights.known import ESM2_ON_HUB, FIRST_KEPT, PUBLISHED_MAPS
+
+RECORD: Final = "rd_torch.json"
+"""Beside a repository's snapshots in the cache: checksums of its files, and the commit that came first."""
+
+
+class Fetched(NamedTuple):
+    """A file of the cache, the commit it belongs to and its checksum."""
+
+    path: Path
+    commit: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Hub:
+    """How to reach the Hub; `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `HF_TOKEN` count too.
+
+    Attributes:
+        cache_dir: folder of the cache; by default the Hub's own.
+        local_files_only: take what is cached, never the network.
+    """
+
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+    def fetch(self, reference: Reference, filename: str) -> Fetched:
+        """A file of a repository, downloaded if need be and checked the first time it is seen.
+
+        Of published repositories without a known checksum the commit that came first is kept: a later
+        change of their main branch is not taken, other bytes under the same name are refused.
+
+        Raises:
+            FileNotFoundError: when the repository lacks the file, or neither network nor cache has it.
+            ValueError: when its checksum is another than the known or first one.
+        """
+        repo = reference.repo
+        folder = Path(self.cache_dir or constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+        keep = repo in FIRST_KEPT and reference.revision is None
+        try:
+            path = Path(
+                hf_hub_download(
+                    repo,
+                    filename,
+                    revision=_read_record(folder).get("commit") if keep else reference.revision,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.local_files_only,
+                )
+            )
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+            raise FileNotFoundError(_explain(repo, filename, error)) from error
+        commit = path.parents[len(Path(filename).parts) - 1].name
+        sha256 = _check(folder, path, f"{commit}/{filename}", reference.sha256.get(filename))
+        if keep:
+            _remember(folder, commit=commit)
+        return Fetched(path, commit, sha256)
+
+
+def _explain(repo: str, filename: str, error: Exception) -> str:
+    """What to do about a file that did not come."""
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return f"expected {filename} in the repository {repo}, got a repository without it"
+    levels = {reference.repo: level for level, reference in ESM2_ON_HUB.items()}
+    ours = repo in levels or repo == PUBLISHED_MAPS
+    command = f"rd-torch download {levels.get(repo, 'LEVEL')}" if ours else f"hf download {repo}"
+    return (
+        f"expected {filename} of {repo} from the Hub or its cache, got neither: where there is network, run "
+        f"`{command}`; the Hub said: {error}"
+    )
+
+
+def _check(folder: Path, path: Path, name: str, known: str | None) -> str:
+    """A file's checksum, compared with the known one or, at the same commit, the one that came first."""
+    seen = _read_record(folder).get("files", {}).get(name)
+    stat = path.stat()
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    if seen and seen["stamp"] == stamp and known in (None, seen["sha256"]):
+        return str(seen["sha256"])
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    expected = known or (seen and seen["sha256"])
+    if expected and got != expected:
+        raise ValueError(
+            f"expected sha256 {expected} of {name}, got {got}: it is not loaded; delete {path} and "
+            f"{path.resolve()} and download it again"
+        )
+    repo = folder.name.removeprefix("models--").replace("--", "/")
+    if repo in FIRST_KEPT and not expected:
+        warnings.warn(
+            f"no checksum of {name} in {repo} is known: sha256 {got}, its first, is kept in "
+            f"{folder / RECORD}, and other bytes will be refused",
+            stacklevel=5,
+        )
+    _remember(folder, files={name: {"sha256": got, "stamp": stamp}})
+    return got
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """What is remembered of a repository; nothing where nothing reads."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _remember(folder: Path, *, files: Mapping[str, Any] | None = None, commit: str | None = None) -> None:
+    """Adds to the record, a commit only if there is none; a cache that is read-only stays without."""
+    if not os.access(folder, os.W_OK):
+        return
+    with WeakFileLock(folder / f"{RECORD}.lock"):
+        record = _read_record(folder)
+        changed = {**record, "files": {**record.get("files", {}), **(files or {})}}
+        if commit:
+            changed.setdefault("commit", commit)
+        if changed != record:
+            (folder / f"{RECORD}.part").write_text(json.dumps(changed, indent=1))
+            (folder / f"{RECORD}.part").replace(folder / RECORD)
+
+
+class Upload(TypedDict, total=False):
+    """Options of an upload, as the Hub's own functions have them."""
+
+    private: bool
+    token: str
+    revision: str
+    commit_message: str
+
+
+def upload(folder: Path, repo: str, **options: Unpack[Upload]) -> str:
+    """Uploads a folder to a repository or a branch of it, made if need be; the address of the commit."""
+    api = HfApi(token=options.get("token"))
+    revision = options.get("revision")
+    api.create_repo(repo, private=options.get("private"), exist_ok=True)
+    if revision:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    message = options.get("commit_message", "Upload a reverse-distilled chain")
+    return api.upload_folder(
+        repo_id=repo, folder_path=folder, revision=revision, commit_message=message
+    ).commit_url

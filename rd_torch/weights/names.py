@@ -1,0 +1,73 @@
+"""Names of ESM-2's tensors, whoever wrote them: everything becomes fair-esm's module names."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from rd_torch.esm2 import EMBEDDING, RotaryEmbedding
+
+SHARED_ANGLES: Final = "rot_emb.inv_freq"
+ANGLES: Final = "layers.{}.self_attn.rot_emb.inv_freq"
+
+_PREFIXES: Final = ("encoder.sentence_encoder.", "encoder.", "esm.")
+
+# Names of transformers' EsmForMaskedLM without their `esm.`, longest first within a layer.
+_TRANSFORMERS: Final = (
+    (r"^embeddings\.word_embeddings\.", "embed_tokens."),
+    (r"^(encoder\.)?emb_layer_norm_after\.", "emb_layer_norm_after."),
+    (r"^(encoder\.layer\.\*\.attention\.self\.)?rotary_embeddings\.inv_freq$", SHARED_ANGLES),
+    (r"^(encoder\.)?layer\.(\d+)\.", r"layers.\2."),
+    (r"\.attention\.self\.(query|key|value)\.", lambda match: f".self_attn.{match[1][0]}_proj."),
+    (r"\.attention\.self\.rotary_embeddings\.", ".self_attn.rot_emb."),
+    (r"\.attention\.output\.dense\.", ".self_attn.out_proj."),
+    (r"\.attention\.LayerNorm\.", ".self_attn_layer_norm."),
+    (r"\.intermediate\.dense\.", ".fc1."),
+    (r"\.output\.dense\.", ".fc2."),
+    (r"\.LayerNorm\.", ".final_layer_norm."),
+    (r"^lm_head\.decoder\.", "lm_head."),
+    (r"gamma$", "weight"),  # as tensors of the first transformers are still written
+    (r"beta$", "bias"),
+)
+
+# Of no use to ESM-2: absolute positions, which rotary ones replaced, and heads of other models.
+_UNUSED: Final = re.compile(r"position_embeddings\.|position_ids|pooler\.")
+
+
+def rename(name: str) -> str | None:
+    """fair-esm's module name of a tensor; None for one that ESM-2 does not use."""
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix) if not name.startswith("encoder.layer.") else name
+    if _UNUSED.search(name):
+        return None
+    for pattern, replacement in _TRANSFORMERS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def complete(tensors: Mapping[str, Tensor], num_layers: int, head_size: int) -> dict[str, Tensor]:
+    """The renamed tensors with an `inv_freq` in every layer, and without the tied head's second copy.
+
+    Raises:
+        ValueError: when the language-model head is not tied to the embeddings, as ESM-2's is.
+    """
+    result = dict(tensors)
+    head = result.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, result[EMBEDDING]):
+        raise ValueError("expected a language-model head tied to the embeddings, got another lm_head.weight")
+    shared = result.pop(SHARED_ANGLES, None)
+    if shared is None and ANGLES.format(0) not in result:
+        warnings.warn(
+            "the checkpoint has no inv_freq; it is computed anew, without the rounding of ESM-2's training, "
+            "which shifts embeddings slightly",
+            stacklevel=4,
+        )
+        shared = RotaryEmbedding(head_size).inv_freq
+    if shared is not None:
+        result.update({ANGLES.format(layer): shared for layer in range(num_layers)})
+    return result
