@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig
+    from rd_torch import pretrained
+    from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig, Reference
     from rd_torch.embedding import embed
     from rd_torch.esm2 import ESM2
     from rd_torch.fitting import fit
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
     from rd_torch.output import RDOutput
+    from rd_torch.pretrained import TransformersEncoder
     from rd_torch.solve import solve_stages
-    from rd_torch.stage import Stage
+    from rd_torch.stage import ConcatPCA, Stage
 
 _HOMES = {
+    "ConcatPCA": "stage",
     "ESM2": "esm2",
     "ESM2_LEVELS": "config",
     "Explained": "config",
@@ -33,25 +36,32 @@ _HOMES = {
     "RDConfig": "config",
     "RDModel": "model",
     "RDOutput": "output",
+    "Reference": "config",
     "RunningMoments": "moments",
     "Stage": "stage",
+    "TransformersEncoder": "pretrained",
     "embed": "embedding",
     "fit": "fitting",
+    "pretrained": "pretrained",
     "solve_stages": "solve",
 }
 
 __all__ = [
     "ESM2",
     "ESM2_LEVELS",
+    "ConcatPCA",
     "Explained",
     "Level",
     "RDConfig",
     "RDModel",
     "RDOutput",
+    "Reference",
     "RunningMoments",
     "Stage",
+    "TransformersEncoder",
     "embed",
     "fit",
+    "pretrained",
     "solve_stages",
 ]
 
@@ -75,7 +85,8 @@ _require_fair_esm()
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    return module if name == _HOMES[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -42,11 +42,13 @@ class Checkpoint:
         config: its levels and facts.
         maps: by level, the tensors of the stage that leads to it.
         included: by level, what finds the files of a backbone that the checkpoint holds itself.
+        as_stored: whether those come in the dtype that they are stored in, or in float32.
     """
 
     config: RDConfig
     maps: Mapping[str, Tensors]
     included: Mapping[str, Callable[[], Files]]
+    as_stored: bool = True
 
     def backbone(
         self,
@@ -59,14 +61,15 @@ class Checkpoint:
     ) -> tuple[Level, Tensors]:
         """A level and its backbone's tensors, from `source` or from where the checkpoint has it.
 
-        Weights come in `dtype`; without one, the checkpoint's own as stored, others in float32.
+        Weights come in `dtype`; without one, in a checkpoint of ours as stored, others in float32.
 
         Raises:
             FileNotFoundError: where nothing is.
             ValueError: for a backbone that does not read or is of another shape.
         """
         if source is None and level.name in self.included:
-            return level, read_backbone(self.included[level.name](), level, dtype=dtype, device=device)
+            files, stored = self.included[level.name](), None if self.as_stored else torch.float32
+            return level, read_backbone(files, level, dtype=dtype or stored, device=device)
         files = find_backbone(source or level.reference or level.name, hub, level.name)
         found = read_level(files, level.name)
         if replace(found, reference=None) != replace(level, reference=None):
@@ -107,6 +110,12 @@ def read_checkpoint(
             maps for anything else.
     """
     hub = hub or Hub()
+    unknown = set(published) - PublishedOptions.__annotations__.keys()
+    if unknown:
+        raise ValueError(
+            f"expected no option {', '.join(map(repr, sorted(unknown)))}, got it; known: "
+            + ", ".join(PublishedOptions.__annotations__)
+        )
     path = shipped().get(str(name_or_folder), Path(name_or_folder))
     if str(name_or_folder) == PUBLISHED_MAPS or (path.is_dir() and holds_published_maps(path)):
         folder = path if path.is_dir() else None
@@ -124,7 +133,7 @@ def read_checkpoint(
     files = find_backbone(path if path.exists() else reference, hub)
     config = RDConfig((read_level(files),), (), ())
     config = config if level is None else config.until(level)
-    return Checkpoint(config, {}, {config.levels[0].name: lambda: files})
+    return Checkpoint(config, {}, {config.levels[0].name: lambda: files}, as_stored=False)
 
 
 def _reference(name_or_folder: str | Path, revision: str | None) -> Reference:
