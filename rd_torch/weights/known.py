@@ -54,10 +54,16 @@ FAIR_ESM_SHA256: Final[Mapping[str, str]] = {
     "esm2_t33_650M_UR50D.pt": "ea9d0522b335a8778dea6535a65301f10208dece28cd5865482b0b1fc446168c",
     "esm2_t36_3B_UR50D.pt": "7de8b4082ba15891959ab368b77ce3886697af1efb16d3c9e9e7b0c5d3f07500",
 }
-"""fair-esm's own files by name; `rd-torch verify` compares with them."""
+"""fair-esm's own files, which `rd-torch verify` compares with; of 15B no checksum is known."""
 
 FIRST_KEPT: Final = (PUBLISHED_MAPS, ESM2_ON_HUB["15B"].repo)
 """Repositories of which the first commit and checksums that come are kept."""
+
+
+FAIR_ESM_NAMES: Final[Mapping[str, str]] = {
+    level: reference.repo.split("/")[1] + ".pt" for level, reference in ESM2_ON_HUB.items()
+}
+"""What fair-esm calls its files, by level."""
 
 
 def reference_to(repo: str, revision: str | None = None) -> Reference:

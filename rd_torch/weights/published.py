@@ -111,15 +111,20 @@ def read_published(
         source = smaller.width if choice.predict_from == "previous" else widths[-1]
         chain.append(_read_map(path, choice, source=source, nested=widths[-1], q=larger.width))
         widths.append(chain[-1].width)
+    fitted = fitted_on([part.input_mean for part in chain])
     if choice.method == "rd" and len(chain) > 1:
-        _warn_of_inputs(fitted_on([part.input_mean for part in chain]), choice.predict_from)
+        _warn_of_inputs(fitted, choice.predict_from)
     config = RDConfig(
         levels=tuple(replace(level, reference=ESM2_ON_HUB[level.name]) for level in levels),
         added=tuple(after - before for before, after in pairwise(widths)),
         explained=tuple(part.explained for part in chain),
         predict_from=choice.predict_from,
         special_rows=choice.special_rows,
-        provenance={"maps": folder.name if folder else PUBLISHED_MAPS, "options": asdict(choice)},
+        provenance={
+            "maps": folder.name if folder else PUBLISHED_MAPS,
+            "options": asdict(choice),
+            "fitted_on": fitted,
+        },
         method=choice.method,
     )
     return config, {level.name: part.tensors for level, part in zip(levels[1:], chain, strict=True)}

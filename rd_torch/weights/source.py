@@ -67,14 +67,25 @@ class Checkpoint:
             FileNotFoundError: where nothing is.
             ValueError: for a backbone that does not read or is of another shape.
         """
-        if source is None and level.name in self.included:
-            files, stored = self.included[level.name](), None if self.as_stored else torch.float32
-            return level, read_backbone(files, level, dtype=dtype or stored, device=device)
-        files = find_backbone(source or level.reference or level.name, hub, level.name)
-        found = read_level(files, level.name)
+        stored = self.as_stored and source is None and level.name in self.included
+        files = self.find(level, source, hub)
+        found = level if stored else read_level(files, level.name)
         if replace(found, reference=None) != replace(level, reference=None):
             raise ValueError(f"expected a backbone of shape {level}, got {found} in {files.place}")
-        return found, read_backbone(files, found, dtype=dtype or torch.float32, device=device)
+        return found, read_backbone(
+            files, found, dtype=dtype or (None if stored else torch.float32), device=device
+        )
+
+    def find(self, level: Level, source: Source | None, hub: Hub) -> Files:
+        """The files of a level's backbone, downloaded if need be.
+
+        Raises:
+            FileNotFoundError: where nothing is.
+            ValueError: for a checksum or a config that is not ESM-2's.
+        """
+        if source is None and level.name in self.included:
+            return self.included[level.name]()
+        return find_backbone(source or level.reference or level.name, hub, level.name)
 
 
 def shipped() -> dict[str, Path]:

@@ -1,0 +1,5 @@
+"""`python -m rd_torch.cli`."""
+
+from rd_torch.cli import main
+
+main()

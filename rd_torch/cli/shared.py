@@ -1,0 +1,98 @@
+"""Options that several commands have, and what they do with them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from rd_torch.config import RDConfig
+
+Command = Callable[..., None]
+
+
+def plainly(command: Command) -> Command:
+    """Turns errors of bad input into one line, and warnings likewise."""
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        """The command, quietly."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _show
+            try:
+                command(**arguments)
+            except (ValueError, OSError) as error:
+                raise click.ClickException(str(error)) from error
+
+    return run
+
+
+def _show(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Prints a warning in one line."""
+    click.echo(f"Warning: {message}", err=True)
+
+
+option = partial(click.option, show_default=True)
+device_option = option("--device", help="cpu, cuda, cuda:1, mps, ...  [default: cuda where there is one]")
+cache_option = option(
+    "--cache-dir", metavar="FOLDER", help="Cache of the Hub.  [default: where HF_HOME has it]"
+)
+
+_PUBLISHED = {
+    "method": (["rd", "naive"], "Reverse distillation, or the baseline.  [default: rd]"),
+    "regressor": (["pcr", "linear", "ridge"], "Kind of regression.  [default: pcr]"),
+    "pca": (["incremental", "fbpca"], "Kind of principal-component analysis.  [default: incremental]"),
+    "sequences": (["0.5k", "1k", "5k", "10k"], "Sequences they were fitted on.  [default: 1k]"),
+    "predict_from": (["nested", "previous"], "What W acts on.  [default: nested]"),
+    "special_rows": (["maps", "larger"], "What stands at special tokens.  [default: maps]"),
+}
+
+
+def published_options(command: Command) -> Command:
+    """Adds the options that choose among the authors' maps."""
+    for name, (choices, text) in reversed(_PUBLISHED.items()):
+        flag = f"--{name.replace('_', '-')}"
+        command = click.option(flag, type=click.Choice(choices), help=f"Of the authors' maps: {text}")(
+            command
+        )
+    return command
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the chosen options of the authors' maps out of a command's options."""
+    chosen = {name: options.pop(name) for name in _PUBLISHED if name in options}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def place(device: str | None) -> torch.device:
+    """The device of that name, by default the best one.
+
+    Raises:
+        ValueError: for one that is not there.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"expected a device that is there, got {device!r}: {error}") from error
+
+
+def print_levels(config: RDConfig) -> None:
+    """The table of levels and what each stage explains."""
+    click.echo(
+        f"{'level':>8} {'layers':>6} {'heads':>5} {'backbone':>8} {'nested':>6} {'R^2':>6} {'kept':>6}"
+    )
+    for level, explained in zip(config.levels, (None, *config.explained), strict=True):
+        r2 = f"{explained.r2:6.3f}" if explained and explained.r2 is not None else " " * 6
+        kept = f"{explained.kept:6.3f}" if explained else ""
+        shape = f"{level.num_layers:>6} {level.attention_heads:>5} {level.width:>8}"
+        click.echo(f"{level.name:>8} {shape} {config.widths[level.name]:>6} {r2} {kept}".rstrip())

@@ -1,0 +1,161 @@
+"""Checks of real files against fair-esm and against the promises of the project."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, Unpack
+
+import torch
+from esm.model.esm2 import ESM2 as FairESM2
+from torch import Tensor
+
+from rd_torch.config import ALPHABET, ESM2_LEVELS
+from rd_torch.esm2 import ESM2
+from rd_torch.model import RDModel
+from rd_torch.weights import Hub, PublishedOptions, Source
+from rd_torch.weights.backbone import find_backbone, read_backbone, read_level
+from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256
+
+SEQUENCES: Final = (
+    "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",
+    "MKV<mask>LAGXBUZO<mask>ACDEFGHIKLMNPQRSTVWY",
+    "M",
+)
+"""Ubiquitin; rare residues and masks; one residue."""
+
+TOLERANCE: Final = 2e-5
+"""Largest difference from fair-esm in float32, in standard deviations."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def environment() -> str:
+    """The versions that a report depends on, in one line."""
+    packages = ("rd_torch", "torch", "fair-esm", "safetensors", "huggingface_hub")
+    return ", ".join(
+        [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
+    )
+
+
+@torch.no_grad()
+def verify_chain(
+    name_or_folder: str | Path,
+    level: str,
+    *,
+    fair_esm: Path | None = None,
+    backbones: Mapping[str, Source] | None = None,
+    cache_dir: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    **published: Unpack[PublishedOptions],
+) -> Iterator[Check]:
+    """Loads a chain in float32 and checks it; yields the checks as they are done.
+
+    Every backbone's hidden states, logits and contacts are compared with fair-esm's own code, given the
+    same tensors; with `fair_esm`, its tensors with fair-esm's own file too, which tells whether names
+    were understood. Every prefix is compared to the bit.
+
+    Args:
+        name_or_folder: what `RDModel.from_pretrained` takes.
+        level: the level to end at.
+        fair_esm: folder of fair-esm's `.pt` files.
+        backbones: other sources of backbones by level.
+        cache_dir: the Hub's cache.
+        device: where the model runs.
+        **published: which of the authors' maps.
+
+    Raises:
+        FileNotFoundError: for a file that is not there.
+        ValueError: for a file that does not read, match or fit.
+    """
+    model = RDModel.from_pretrained(
+        name_or_folder, level, torch.float32, device, backbones, cache_dir=cache_dir, **published
+    )
+    tokens = ALPHABET.get_batch_converter()([("", sequence) for sequence in SEQUENCES])[2].to(device)
+    for each in model.config.levels:
+        backbone = model.backbones[each.name]
+        assert isinstance(backbone, ESM2)
+        home = f"{each.reference.repo} at {each.reference.revision}" if each.reference else "as given"
+        yield Check(f"files of {each.name}", True, home)
+        yield _equals_fair_esm(each.name, backbone, tokens)
+        if fair_esm and each.name in ESM2_LEVELS:
+            path = fair_esm / FAIR_ESM_NAMES[each.name]
+            yield _equals_file(each.name, backbone, path)
+            yield _has_checksum(path)
+    yield from _prefixes(model, tokens)
+    fitted, applied = model.config.provenance.get("fitted_on"), model.config.predict_from
+    told = f"fitted on {fitted or 'what cannot be told'}, applied to {applied}"
+    yield Check("maps", fitted in (None, applied), told)
+
+
+def _equals_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
+    """Compares one backbone with fair-esm's code on the same tensors."""
+    with torch.device("meta"):
+        oracle = FairESM2(backbone.num_layers, backbone.embed_dim, backbone.attention_heads)
+    tensors = backbone.tensors()
+    oracle.load_state_dict(
+        {**tensors, "lm_head.weight": tensors["embed_tokens.weight"]}, strict=False, assign=True
+    )
+    for layer in oracle.layers:
+        layer.self_attn.rot_emb.inv_freq = tensors["layers.0.self_attn.rot_emb.inv_freq"]
+    layer, heads = backbone.num_layers, "contact_head.regression.weight" in tensors
+    expected = oracle.eval()(tokens, repr_layers=[layer], return_contacts=heads)
+    out = RDModel({name: backbone}, [])(tokens, return_contacts=heads)
+    real = tokens != ALPHABET.padding_idx
+    pairs: dict[str, tuple[Tensor, Tensor]] = {
+        "embeddings": (out.embeddings[real], expected["representations"][layer][real]),
+        "logits": (out["logits"][real], expected["logits"][real]),
+    }
+    if heads:
+        pairs["contacts"] = (out["contacts"].nan_to_num(), expected["contacts"].nan_to_num())
+    worst = {key: float((ours - other).abs().max() / other.std()) for key, (ours, other) in pairs.items()}
+    detail = ", ".join(f"{key} {difference:.1e}" for key, difference in worst.items())
+    return Check(
+        f"{name} against fair-esm", max(worst.values()) <= TOLERANCE, f"largest difference in SD: {detail}"
+    )
+
+
+def _equals_file(name: str, backbone: ESM2, path: Path) -> Check:
+    """Compares one backbone's tensors with fair-esm's own file, which may hold them in half precision."""
+    files = find_backbone(path, Hub())
+    stored = read_backbone(files, read_level(files, name))
+    different = [
+        key
+        for key, tensor in backbone.tensors().items()
+        if key in stored and not torch.equal(tensor.cpu().to(stored[key].dtype), stored[key])
+    ]
+    missing = sorted(backbone.tensors().keys() - stored.keys())
+    detail = f"{len(stored)} tensors equal to {path.name}"
+    if different or missing:
+        detail = f"different from {path.name}: {', '.join((different + missing)[:3])}"
+    return Check(f"{name} against fair-esm's file", not different and not missing, detail)
+
+
+def _has_checksum(path: Path) -> Check:
+    """Compares fair-esm's file with its known checksum, where one is known."""
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    known = FAIR_ESM_SHA256.get(path.name)
+    detail = f"sha256 {got}" + ("" if known == got else f", known {known or 'none'}")
+    return Check(f"checksum of {path.name}", known in (None, got), detail)
+
+
+def _prefixes(model: RDModel, tokens: Tensor) -> Iterator[Check]:
+    """Compares every shorter chain with the beginning of the whole, to the bit."""
+    if model.config.method == "naive":
+        return
+    whole = model(tokens).representations
+    for name, width in list(model.config.widths.items())[:-1]:
+        same = torch.equal(model(tokens, width=width).embeddings, whole[name])
+        yield Check(f"prefix of {name}", same, f"{width} features, to the bit at every token")
