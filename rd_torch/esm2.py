@@ -53,8 +53,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_size: int) -> None:
         super().__init__()
-        exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
-        self.register_buffer("inv_freq", 10_000.0**-exponents)
+        inv_freq = [10_000.0 ** -(k / head_size) for k in range(0, head_size, 2)]
+        self.register_buffer("inv_freq", torch.tensor(inv_freq, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         self.inv_freq = apply_outside_half(fn, self.inv_freq)
@@ -230,11 +230,14 @@ class ESM2(nn.Module):
 
         Raises:
             TypeError: for a module of another kind.
+            ValueError: for one without token dropout, which is not ESM-2's.
         """
         if isinstance(module, cls):
             return module
         if not isinstance(module, FairESM2):
             raise TypeError(f"expected a backbone of rd_torch.ESM2 or esm.ESM2, got {type(module).__name__}")
+        if not module.token_dropout:
+            raise ValueError("expected an esm.ESM2 with token_dropout, as ESM-2 was trained, got one without")
         trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
         level = Level("shared", module.num_layers, module.embed_dim, module.attention_heads)
         ours = cls.from_tensors(level, module.state_dict(keep_vars=True)).train(module.training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -109,7 +109,7 @@ class RDModel(Pretrained):
     def forward(
         self,
         tokens: Tensor,
-        repr_layers: Sequence[int] | None = None,
+        repr_layers: Iterable[int] | None = None,
         need_head_weights: bool = False,
         return_contacts: bool = False,
         *,
@@ -133,7 +133,7 @@ class RDModel(Pretrained):
             ValueError: for tokens of another rank or unknown ids, a layer that has no reverse-distilled
                 form, or a width that does not exist.
         """
-        self._check_layers(repr_layers)
+        layers = self._listed(repr_layers)
         maps: list[Tensor] = []
         sink = maps.append if need_head_weights or return_contacts else None
         packing, raw = self._run(tokens, width, sink)
@@ -151,7 +151,7 @@ class RDModel(Pretrained):
             widths=tuple((name, self.config.widths[name]) for name in raw),
             num_layers=self.num_layers,
             separate={level: packing.unpack(part) for level, part in separate.items()},
-            repr_layers=None if repr_layers is None else tuple(repr_layers),
+            repr_layers=layers,
             attentions=attentions,
             contacts=largest.contact_head(tokens, attentions) if return_contacts else None,
         )
@@ -249,11 +249,14 @@ class RDModel(Pretrained):
         own = packing.unpack(larger)[..., : nested.shape[-1]].to(nested.dtype)
         return torch.where(special[..., None], own, nested)
 
-    def _check_layers(self, repr_layers: Sequence[int] | None) -> None:
-        """Raises a ValueError for hidden layers, which have no reverse-distilled form."""
-        others = [layer for layer in repr_layers or () if layer != self.num_layers]
-        if others:
+    def _listed(self, repr_layers: Iterable[int] | None) -> tuple[int, ...] | None:
+        """The layers asked for, each once; raises a ValueError for hidden ones."""
+        if repr_layers is None:
+            return None
+        layers = tuple(dict.fromkeys(map(int, repr_layers)))
+        if set(layers) - {self.num_layers}:
             raise ValueError(
-                f"expected repr_layers [{self.num_layers}] or none, got {list(repr_layers or ())}: only "
-                "the last layer has a reverse-distilled form; ask model.backbones for hidden layers"
+                f"expected repr_layers [{self.num_layers}] or none, got {list(layers)}: only the last layer "
+                "has a reverse-distilled form; ask model.backbones for hidden layers"
             )
+        return layers

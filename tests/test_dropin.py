@@ -4,9 +4,10 @@ import copy
 import pickle
 
 import esm
+import numpy as np
 import pytest
 import torch
-from helpers import SHAPES, WIDTHS, random_esm2, random_sequence, random_stages
+from helpers import SHAPES, WIDTHS, random_esm2, random_sequence, random_stages, small_model, tokens_of
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -380,3 +381,22 @@ def test_a_classifier_on_top_learns_with_the_language_model(model):
     gradients = {name: p.grad for name, p in classifier.named_parameters() if p.grad is not None}
     assert all(grad.isfinite().all() for grad in gradients.values())
     assert any("layers.0." in name and grad.abs().max() > 0 for name, grad in gradients.items())
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, set, np.array], ids=lambda kind: kind.__name__)
+def test_layers_are_listed_once_whatever_holds_them(kind):
+    model = small_model()
+    tokens = tokens_of("MKTAYIAK")
+    layer = model.num_layers
+    listed = model(tokens, repr_layers=kind([layer, layer]))["representations"]
+    assert list(listed) == [layer]
+    assert list(model(tokens, repr_layers=kind([]))["representations"]) == []
+    with pytest.raises(ValueError, match=r"expected repr_layers \[3\] or none, got \[0\]"):
+        model(tokens, repr_layers=kind([0]))
+
+
+def test_a_model_without_token_dropout_is_refused():
+    module = random_esm2(2, 32, 4)
+    module.token_dropout = False
+    with pytest.raises(ValueError, match="expected an esm.ESM2 with token_dropout"):
+        RDModel({"a": module}, [])
