@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,3 +323,15 @@ def test_nothing_there_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="expected a checkpoint file .*config.json"):
         rd_torch.RDModel.from_pretrained(tmp_path / "empty")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
+def test_loading_takes_little_memory_and_less_time_than_fair_esm(tmp_path, monkeypatch):
+    """The benchmark of 650M in small; `benchmarks/results/loading.json` has the real one."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import loading
+
+    for row in loading.measure(tmp_path, rounds=1, shape=(6, 640, 20)):
+        if row["library"] == "rd_torch":
+            assert row["share of the tensors"] <= 1.3
+            assert row["fair-esm's time over ours, load"] >= 2
