@@ -11,7 +11,9 @@ import pytest
 from click.testing import CliRunner
 from helpers import random_esm2
 
+from rd_torch import RDModel
 from rd_torch.cli import main
+from rd_torch.weights import PublishedOptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,10 +23,27 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
+def pretend_to_download(monkeypatch):
+    """The shipped family in place of whatever the README would download."""
+    load = RDModel.from_pretrained
+
+    def load_here(name, level=None, **options):
+        if str(name) != "singhlab/plm_reverse_distillation":
+            return load(name, level, **options)
+        assert options.pop("backbones", {}).keys() <= {level}
+        assert all(
+            option in PublishedOptions.__annotations__ for option in options.keys() - {"dtype", "device"}
+        )
+        return load("esm2-rd-mini")
+
+    monkeypatch.setattr(RDModel, "from_pretrained", load_here)
+
+
 def test_python_examples_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(esm.pretrained, "esm2_t6_8M_UR50D", lambda: (random_esm2(1, 32, 2), None))
     monkeypatch.setattr(esm.pretrained, "esm2_t12_35M_UR50D", lambda: (random_esm2(1, 48, 2), None))
+    pretend_to_download(monkeypatch)
     names = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
