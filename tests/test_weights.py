@@ -112,6 +112,14 @@ def test_maps_that_are_not_the_configs_are_refused(folder):
         rd_torch.RDModel.from_pretrained(folder)
 
 
+def test_a_folder_here_goes_before_a_shipped_name(folder, tmp_path, monkeypatch):
+    folder.rename(tmp_path / "esm2-rd-mini")
+    (tmp_path / "esm2-rd-mini" / "maps.safetensors").unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"expected a checkpoint file .*maps\.safetensors"):
+        rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+
+
 def test_unknown_names_list_what_there_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match=r"a shipped one \(esm2-rd-mini\) or a Hub id, got 'esm2-rd'"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rd_torch.config import ESM2_LEVELS, Level, Reference
 from rd_torch.esm2 import EMBEDDING
+from rd_torch.weights.folder import CONFIG, backbone_file
 from rd_torch.weights.hub import Hub
 from rd_torch.weights.known import reference_to
 from rd_torch.weights.names import ANGLES, SHARED_ANGLES, complete, rename
@@ -28,7 +29,6 @@ LAYOUTS: Final = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-CONFIG: Final = "config.json"
 REGRESSION: Final = "-contact-regression.pt"
 
 # What transformers' config must say of an ESM-2, whose numerics these are.
@@ -90,7 +90,7 @@ def find_backbone(source: Source, hub: Hub, level: str | None = None) -> Files:
     if isinstance(source, Reference):
         return _fetch(source, hub)
     path = Path(source)
-    ours = path / "backbones" / f"{level}.safetensors"
+    ours = path / backbone_file(str(level))
     if ours.is_file():
         return Files(str(ours), (ours,))
     if path.exists():
@@ -134,7 +134,7 @@ def read_backbone(
     Raises:
         ValueError: for files that do not read or hold NaN.
     """
-    tensors = {name: put(name, tensor, dtype, device) for name, tensor in files.tensors()}
+    tensors = {name: _convert(name, tensor, dtype, device) for name, tensor in files.tensors()}
     require_finite(tensors, files.place)
     try:
         return complete(tensors, level.num_layers, level.width // level.attention_heads)
@@ -158,7 +158,9 @@ def require_unchanged(level: Level, tensors: Mapping[str, Tensor], hub: Hub) -> 
             )
 
 
-def put(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+def _convert(
+    name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None
+) -> Tensor:
     """A tensor in dtype and on device; `inv_freq` never in a half type."""
     if not tensor.is_floating_point():
         raise ValueError(f"expected weights, got {name} of {tensor.dtype}")
@@ -167,7 +169,7 @@ def put(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.devi
     return tensor.to(device=device, dtype=dtype)
 
 
-def check_facts(config: Path, place: str) -> None:
+def _check_facts(config: Path, place: str) -> None:
     """Raises a ValueError for a `config.json` of transformers that is not an ESM-2's."""
     facts = json.loads(config.read_text())
     for key, expected in _FACTS.items():
@@ -178,7 +180,7 @@ def check_facts(config: Path, place: str) -> None:
 def _fetch(reference: Reference, hub: Hub) -> Files:
     """The weight files of a reference, and the reference with what came: commit and checksums."""
     with suppress(FileNotFoundError):  # the tensors tell nearly as much
-        check_facts(hub.fetch(reference, CONFIG).path, reference.repo)
+        _check_facts(hub.fetch(reference, CONFIG).path, reference.repo)
     names = list(reference.sha256) or _layout(reference, hub)
     fetched = {name: hub.fetch(reference, name) for name in names}
     paths = tuple(file.path for file in fetched.values())
@@ -217,7 +219,7 @@ def _list_files(path: Path) -> list[Path]:
         regression = path.with_name(path.stem + REGRESSION)
         return [path, regression] if path.suffix == ".pt" and regression.is_file() else [path]
     if (path / CONFIG).is_file():
-        check_facts(path / CONFIG, str(path))
+        _check_facts(path / CONFIG, str(path))
     weights = list_weights(path)
     if len(weights) != 1:
         raise FileNotFoundError(

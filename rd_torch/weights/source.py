@@ -127,7 +127,8 @@ def read_checkpoint(
             f"expected no option {', '.join(map(repr, sorted(unknown)))}, got it; known: "
             + ", ".join(PublishedOptions.__annotations__)
         )
-    path = shipped().get(str(name_or_folder), Path(name_or_folder))
+    path = Path(name_or_folder)
+    path = path if path.exists() else shipped().get(str(name_or_folder), path)
     if str(name_or_folder) == PUBLISHED_MAPS or (path.is_dir() and holds_published_maps(path)):
         folder = path if path.is_dir() else None
         return Checkpoint(*read_published(folder, level, Choice(**published), hub, revision), {})
