@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from helpers import random_esm2
+from safetensors.torch import save_file
 
 SMALL_LEVELS = {"8M": (2, 320, 20), "35M": (2, 480, 20), "150M": (2, 640, 20)}
 """Published widths with two layers: maps fit, tests stay quick."""
@@ -69,6 +70,12 @@ def transformers_model(module):
         if name.endswith("inv_freq"):
             buffer.copy_(inv_freq)
     return theirs
+
+
+def rewrite(tensors, path):
+    """A safetensors file in place of another, whose pages may still be mapped."""
+    save_file(tensors, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
 
 
 def save_sharded_bin(theirs, folder, size="300KB"):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import perturbed_esm2, save_fair_esm, save_sharded_bin, transformers_model
+from files import perturbed_esm2, rewrite, save_fair_esm, save_sharded_bin, transformers_model
 from helpers import tokens_of
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import rd_torch
 
@@ -133,9 +133,9 @@ def test_angles_are_found_under_every_name_and_missing_ones_are_computed_with_a_
         [per_layer.format(layer) for layer in range(2)],
         ["rotary_embeddings.inv_freq"],
     ):
-        save_file({**tensors, **{name: inv_freq.clone() for name in names}}, path)
+        rewrite({**tensors, **{name: inv_freq.clone() for name in names}}, path)
         assert_equals_fair_esm(rd_torch.RDModel.from_pretrained(tmp_path), fair, tokens)
-    save_file(tensors, path)
+    rewrite(tensors, path)
     with pytest.warns(UserWarning, match="no inv_freq; it is computed anew"):
         model = rd_torch.RDModel.from_pretrained(tmp_path)
     (backbone,) = model.backbones.values()
@@ -257,16 +257,16 @@ def test_other_families_are_told_by_their_tensors(theirs, tmp_path):
     tensors = load_file(path)
     absolute = {name: part for name, part in tensors.items() if not name.endswith("inv_freq")}
     absolute["esm.embeddings.position_embeddings.weight"] = torch.ones(1026, 64)
-    save_file(absolute, path)
+    rewrite(absolute, path)
     with pytest.raises(ValueError, match=r"got a model with absolute positions in .*"):
         rd_torch.RDModel.from_pretrained(path)
-    save_file({**tensors, "esm.embeddings.layer_norm.weight": torch.ones(64)}, path)
+    rewrite({**tensors, "esm.embeddings.layer_norm.weight": torch.ones(64)}, path)
     with pytest.raises(ValueError, match=r"(?s)got others: .*embeddings\.layer_norm\.weight"):
         rd_torch.RDModel.from_pretrained(path)
-    save_file({**tensors, "lm_head.decoder.weight": torch.ones(33, 64)}, path)
+    rewrite({**tensors, "lm_head.decoder.weight": torch.ones(33, 64)}, path)
     with pytest.raises(ValueError, match="expected a language-model head tied to the embeddings"):
         rd_torch.RDModel.from_pretrained(path)
-    save_file({"bert.embeddings.word_embeddings.weight": torch.ones(4, 4)}, path)
+    rewrite({"bert.embeddings.word_embeddings.weight": torch.ones(4, 4)}, path)
     with pytest.raises(ValueError, match=r"expected an ESM-2 in .*, got a file with bert\."):
         rd_torch.RDModel.from_pretrained(path)
 
@@ -278,7 +278,7 @@ def test_numbers_that_are_none_are_refused(theirs, tmp_path):
     for bad in (float("nan"), float("inf"), float("-inf")):
         broken = tensors["lm_head.dense.weight"].clone()
         broken[3, 5] = bad
-        save_file({**tensors, "lm_head.dense.weight": broken}, path)
+        rewrite({**tensors, "lm_head.dense.weight": broken}, path)
         with pytest.raises(
             ValueError, match=r"expected finite numbers in .*, got NaN or infinity in lm_head"
         ):
@@ -296,6 +296,9 @@ def test_missing_shards_and_strange_indices_are_refused(theirs, tmp_path):
     with pytest.raises(ValueError, match="expected shards beside"):
         rd_torch.RDModel.from_pretrained(tmp_path)
     index.write_text("[]")
+    with pytest.raises(ValueError, match="expected a JSON object in .*index.json, got list"):
+        rd_torch.RDModel.from_pretrained(tmp_path)
+    index.write_text("{}")
     with pytest.raises(ValueError, match="expected an index of shards in"):
         rd_torch.RDModel.from_pretrained(tmp_path)
 

@@ -3,7 +3,8 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from files import rewrite
+from safetensors.torch import load_file
 
 import rd_torch
 from rd_torch.config import RDConfig
@@ -51,7 +52,7 @@ def test_a_level_is_loaded_without_reading_what_lies_above(folder):
     (folder / "backbones" / "1M.safetensors").unlink()
     (folder / "backbones" / "207K.safetensors").unlink()
     maps = load_file(folder / "maps.safetensors")
-    save_file({name: maps[name] for name in maps if name.startswith("90K")}, folder / "maps.safetensors")
+    rewrite({name: maps[name] for name in maps if name.startswith("90K")}, folder / "maps.safetensors")
     small = rd_torch.RDModel.from_pretrained(folder, level="90K")
     assert list(small.config.widths) == ["28K", "90K"]
     assert torch.equal(small(TOKENS).embeddings, whole(TOKENS).embeddings[..., :48])
@@ -103,11 +104,11 @@ def test_tensors_of_another_level_are_refused(folder):
 def test_maps_that_are_not_the_configs_are_refused(folder):
     maps = load_file(folder / "maps.safetensors")
     maps["90K.V"] = maps["90K.V"][:, :3].contiguous()
-    save_file(maps, folder / "maps.safetensors")
+    rewrite(maps, folder / "maps.safetensors")
     with pytest.raises(ValueError, match="expected the maps of level 90K as"):
         rd_torch.RDModel.from_pretrained(folder)
     del maps["90K.V"]
-    save_file(maps, folder / "maps.safetensors")
+    rewrite(maps, folder / "maps.safetensors")
     with pytest.raises(ValueError, match="expected the maps of level 90K as"):
         rd_torch.RDModel.from_pretrained(folder)
 

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from train import LEVELS, SEED, TOKENS, masked_loss, new_parser, read_sequences
+from train import LEVELS, LONG_FROM, SEED, TOKENS, masked_loss, new_parser, read_sequences
 
 from rd_torch import fit
 from rd_torch.esm2 import ESM2
@@ -48,7 +48,12 @@ def load(state: Path) -> tuple[dict[str, ESM2], dict[str, dict[str, object]]]:
             raise ValueError(f"expected {TOKENS:,} tokens of training at level {name}, got {saved['seen']:,}")
         backbones[name] = ESM2.from_tensors(level, saved["model"]).eval()
         curve = [(seen, round(loss, 4)) for seen, loss in islice(saved["curve"], 0, None, 5)]
-        runs[name] = {"tokens": saved["seen"], "seconds": round(saved["seconds"]), "training_curve": curve}
+        runs[name] = {
+            "tokens": saved["seen"],
+            "long_windows_from": LONG_FROM[name],
+            "seconds": round(saved["seconds"]),
+            "training_curve": curve,
+        }
     return backbones, runs
 
 

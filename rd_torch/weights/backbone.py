@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,10 +14,10 @@ from torch import Tensor
 from rd_torch.config import ESM2_LEVELS, Level, Reference
 from rd_torch.esm2 import EMBEDDING
 from rd_torch.weights.folder import CONFIG, backbone_file
-from rd_torch.weights.hub import Hub
+from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.known import reference_to
 from rd_torch.weights.names import ANGLES, SHARED_ANGLES, complete, rename
-from rd_torch.weights.tensors import Tensors, read_tensors, require_file, require_finite
+from rd_torch.weights.tensors import Tensors, read_json, read_tensors, require_file, require_finite
 
 Source: TypeAlias = str | Path | Reference
 """A file, a folder, a Hub id, or a Hub id with its revision and checksums."""
@@ -171,7 +170,7 @@ def _convert(
 
 def _check_facts(config: Path, place: str) -> None:
     """Raises a ValueError for a `config.json` of transformers that is not an ESM-2's."""
-    facts = json.loads(config.read_text())
+    facts = read_json(config)
     for key, expected in _FACTS.items():
         if facts.get(key, expected) != expected:
             raise ValueError(f"expected an ESM-2 with {key} {expected!r}, got {facts[key]!r} in {place}")
@@ -179,26 +178,31 @@ def _check_facts(config: Path, place: str) -> None:
 
 def _fetch(reference: Reference, hub: Hub) -> Files:
     """The weight files of a reference, and the reference with what came: commit and checksums."""
-    with suppress(FileNotFoundError):  # the tensors tell nearly as much
-        _check_facts(hub.fetch(reference, CONFIG).path, reference.repo)
-    names = list(reference.sha256) or _layout(reference, hub)
-    fetched = {name: hub.fetch(reference, name) for name in names}
+    one_commit = reference
+    with suppress(MissingFileError):  # the tensors tell nearly as much
+        config = hub.fetch(reference, CONFIG)
+        one_commit = replace(reference, revision=config.commit)
+        _check_facts(config.path, reference.repo)
+    names, commit = (list(reference.sha256), None) if reference.sha256 else _layout(one_commit, hub)
+    one_commit = replace(one_commit, revision=commit or one_commit.revision)
+    fetched = {name: hub.fetch(one_commit, name) for name in names}
     paths = tuple(file.path for file in fetched.values())
     commit = next(iter(fetched.values())).commit
     came = Reference(reference.repo, commit, {name: file.sha256 for name, file in fetched.items()})
     return Files(reference.repo, paths, came)
 
 
-def _layout(reference: Reference, hub: Hub) -> list[str]:
-    """The names of a repository's weight files, of the first layout that it has."""
-    missing: list[FileNotFoundError] = []
+def _layout(reference: Reference, hub: Hub) -> tuple[list[str], str]:
+    """The names of a repository's weight files, of the first layout that it has, and their commit."""
+    missing: list[MissingFileError] = []
     for layout in LAYOUTS:
         try:
-            found = hub.fetch(reference, layout).path
-        except FileNotFoundError as error:
+            found = hub.fetch(reference, layout)
+        except MissingFileError as error:
             missing.append(error)
         else:
-            return _shards(found) if found.suffix == ".json" else [layout]
+            names = _shards(found.path) if layout.endswith(".json") else [layout]
+            return names, found.commit
     raise missing[0]
 
 
@@ -233,8 +237,8 @@ def _list_files(path: Path) -> list[Path]:
 def _shards(index: Path) -> list[str]:
     """Names of the files that an index of shards lists."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"expected an index of shards in {index}, got {error!r}") from error
     strange = [name for name in names if Path(name).name != name]
     if strange:

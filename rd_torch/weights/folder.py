@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from rd_torch.config import RDConfig
 from rd_torch.weights.card import model_card
-from rd_torch.weights.tensors import Tensors, read_tensors, require_file, require_finite
+from rd_torch.weights.tensors import Tensors, read_json, read_tensors, require_finite
 
 CONFIG: Final = "config.json"
 MAPS: Final = "maps.safetensors"
@@ -38,8 +38,10 @@ def write_folder(
     for level in config.levels:
         if level.name not in backbones:
             (folder / backbone_file(level.name)).unlink(missing_ok=True)
-    for path, tensors in files.items():
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / path)
+    for path, tensors in files.items():  # beside it first: the tensors may be mapped from that very file
+        part = folder / f"{path}.part"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
+        part.replace(folder / path)
     (folder / CARD).write_text(model_card(config, name))
     (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2) + "\n")
     for path in files:  # which safetensors writes for its owner alone
@@ -54,7 +56,7 @@ def read_config(path: Path) -> RDConfig:
         ValueError: for a file that is no config of this format.
     """
     try:
-        return RDConfig.from_json(json.loads(require_file(path).read_text()))
+        return RDConfig.from_json(read_json(path))
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"expected a checkpoint's config in {path}, got one that does not read: {error}"

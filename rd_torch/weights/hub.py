@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypedDict, Unpack
 
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
 )
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
@@ -25,6 +25,10 @@ from rd_torch.weights.known import ESM2_ON_HUB, FIRST_KEPT, PUBLISHED_MAPS
 
 RECORD: Final = "rd_torch.json"
 """Beside a repository's snapshots in the cache: checksums of its files, and the commit that came first."""
+
+
+class MissingFileError(FileNotFoundError):
+    """A repository, or without network its cache, does not have the file: another layout may be there."""
 
 
 class Fetched(NamedTuple):
@@ -54,11 +58,13 @@ class Hub:
         change of their main branch is not taken, other bytes under the same name are refused.
 
         Raises:
-            FileNotFoundError: when the repository lacks the file, or neither network nor cache has it.
+            MissingFileError: when the repository has no such file, or without network the cache.
+            FileNotFoundError: when the network fails and nothing is cached.
             ValueError: when its checksum is another than the known or first one.
         """
         repo = reference.repo
-        folder = Path(self.cache_dir or constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+        cache = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+        folder = cache / f"models--{repo.replace('/', '--')}"
         keep = repo in FIRST_KEPT and reference.revision is None
         try:
             path = Path(
@@ -66,22 +72,36 @@ class Hub:
                     repo,
                     filename,
                     revision=_read_record(folder).get("commit") if keep else reference.revision,
-                    cache_dir=self.cache_dir,
+                    cache_dir=cache,
                     local_files_only=self.local_files_only,
                 )
             )
-        except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-            raise FileNotFoundError(_explain(repo, filename, error)) from error
+        except (EntryNotFoundError, HFValidationError, HTTPError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise  # the disk's, not the Hub's
+            lacking = self._is_offline or _says_there_is_none(error)
+            raise (MissingFileError if lacking else FileNotFoundError)(
+                _explain(repo, filename, error)
+            ) from error
         commit = path.parents[len(Path(filename).parts) - 1].name
         sha256 = _check(folder, path, f"{commit}/{filename}", reference.sha256.get(filename))
         if keep:
             _remember(folder, commit=commit)
         return Fetched(path, commit, sha256)
 
+    @property
+    def _is_offline(self) -> bool:
+        return self.local_files_only or constants.HF_HUB_OFFLINE
+
+
+def _says_there_is_none(error: Exception) -> bool:
+    """Whether the Hub answered that the repository has no such file."""
+    return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+
 
 def _explain(repo: str, filename: str, error: Exception) -> str:
     """What to do about a file that did not come."""
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+    if _says_there_is_none(error):
         return f"expected {filename} in the repository {repo}, got a repository without it"
     levels = {reference.repo: level for level, reference in ESM2_ON_HUB.items()}
     ours = repo in levels or repo == PUBLISHED_MAPS
@@ -157,7 +177,11 @@ def upload(folder: Path, repo: str, **options: Unpack[Upload]) -> str:
     api.create_repo(repo, private=options.get("private"), exist_ok=True)
     if revision:
         api.create_branch(repo, branch=revision, exist_ok=True)
-    message = options.get("commit_message", "Upload a reverse-distilled chain")
-    return api.upload_folder(
-        repo_id=repo, folder_path=folder, revision=revision, commit_message=message
-    ).commit_url
+    commit = api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        revision=revision,
+        commit_message=options.get("commit_message", "Upload a reverse-distilled chain"),
+        delete_patterns="backbones/*",  # those of an earlier chain
+    )
+    return commit.commit_url

@@ -107,7 +107,11 @@ def read_published(
     widths, chain, reference = [levels[0].width], [], Reference(PUBLISHED_MAPS, revision)
     for smaller, larger in pairwise(levels):
         name = f"{FOLDER}/{choice.file_name(smaller.name, larger.name)}"
-        path = require_file(folder / name) if folder else hub.fetch(reference, name).path
+        if folder:
+            path = require_file(folder / name)
+        else:
+            path, commit, _ = hub.fetch(reference, name)
+            reference = Reference(PUBLISHED_MAPS, commit)  # all files have to be of one
         source = smaller.width if choice.predict_from == "previous" else widths[-1]
         chain.append(_read_map(path, choice, source=source, nested=widths[-1], q=larger.width))
         widths.append(chain[-1].width)

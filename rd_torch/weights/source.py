@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,10 +21,10 @@ from rd_torch.weights.backbone import (
     read_level,
 )
 from rd_torch.weights.folder import CONFIG, MAPS, backbone_file, read_config, read_maps
-from rd_torch.weights.hub import Hub
+from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.known import PUBLISHED_MAPS, reference_to
 from rd_torch.weights.published import Choice, PublishedOptions, holds_published_maps, read_published
-from rd_torch.weights.tensors import Tensors
+from rd_torch.weights.tensors import Tensors, read_json
 
 DEFAULT_MODEL: Final = "esm2-rd-mini"
 """The shipped family that everything runs on unless another is named."""
@@ -140,8 +139,9 @@ def read_checkpoint(
         return _read_ours(lambda name: path / name, level)
     if not path.exists():
         reference = _reference(name_or_folder, revision)
-        if _is_ours(reference, hub):
-            return _read_ours(lambda name: hub.fetch(reference, name).path, level)
+        one_commit = _our_commit(reference, hub)
+        if one_commit:
+            return _read_ours(lambda name: hub.fetch(one_commit, name).path, level)
     files = find_backbone(path if path.exists() else reference, hub)
     config = RDConfig((read_level(files),), (), ())
     config = config if level is None else config.until(level)
@@ -162,12 +162,13 @@ def _reference(name_or_folder: str | Path, revision: str | None) -> Reference:
     return reference_to(name, revision)
 
 
-def _is_ours(reference: Reference, hub: Hub) -> bool:
-    """Whether a repository of the Hub holds a checkpoint of ours."""
+def _our_commit(reference: Reference, hub: Hub) -> Reference | None:
+    """The commit that a name means, if it is a checkpoint of ours: all files have to be of one."""
     try:
-        return "format" in json.loads(hub.fetch(reference, CONFIG).path.read_text())
-    except FileNotFoundError:
-        return False  # looking for a backbone says what is missing
+        config = hub.fetch(reference, CONFIG)
+    except MissingFileError:
+        return None  # looking for a backbone says what is missing
+    return replace(reference, revision=config.commit) if "format" in read_json(config.path) else None
 
 
 def _read_ours(fetch: Callable[[str], Path], level: str | None) -> Checkpoint:

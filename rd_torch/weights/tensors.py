@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
@@ -27,6 +28,22 @@ def require_file(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint file {path}, got nothing there")
     return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        ValueError: for one that holds no JSON object.
+    """
+    try:
+        content = json.loads(require_file(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {path}, got what does not read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object in {path}, got {type(content).__name__}")
+    return content
 
 
 def read_tensors(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
