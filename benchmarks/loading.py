@@ -26,10 +26,9 @@ import esm
 import torch
 from esm.model.esm2 import ESM2 as FairESM2
 from report import environment, write_result
-from safetensors.torch import save_file
+from transformers import EsmConfig, EsmForMaskedLM
 
 import rd_torch
-from rd_torch.weights.names import ANGLES
 
 SHAPE = (33, 1280, 20)
 CASES = (
@@ -42,49 +41,26 @@ CASES = (
 
 
 def write_files(folder: Path, shape: tuple[int, int, int]) -> dict[str, Path]:
-    """Random weights in transformers' names as safetensors and in fair-esm's layout as `.pt`."""
-    module = FairESM2(*shape)
-    tensors = {name: tensor for name, tensor in module.state_dict().items() if name != "lm_head.weight"}
-    renamed = {
-        "self_attn.q_proj": "attention.self.query",
-        "self_attn.k_proj": "attention.self.key",
-        "self_attn.v_proj": "attention.self.value",
-        "self_attn.out_proj": "attention.output.dense",
-        "self_attn.rot_emb": "attention.self.rotary_embeddings",
-        "self_attn_layer_norm": "attention.LayerNorm",
-        "fc1": "intermediate.dense",
-        "fc2": "output.dense",
-        "final_layer_norm": "LayerNorm",
-    }
-    theirs = {}
-    for name, tensor in tensors.items():
-        if name.startswith("layers."):
-            _, layer, rest = name.split(".", 2)
-            part, kind = rest.rsplit(".", 1)
-            theirs[f"esm.encoder.layer.{layer}.{renamed[part]}.{kind}"] = tensor
-        elif name == "embed_tokens.weight":
-            theirs["esm.embeddings.word_embeddings.weight"] = tensor
-        else:
-            prefix = {"e": "esm.encoder.", "c": "esm.", "l": ""}[name[0]]
-            theirs[prefix + name] = tensor
-    assert ANGLES.format(0) in tensors
-    paths = {"safetensors": folder / "model.safetensors", "pt": folder / "esm2_random.pt"}
-    save_file(theirs, paths["safetensors"])
-    cfg = Namespace(
-        encoder_layers=shape[0],
-        encoder_embed_dim=shape[1],
-        encoder_attention_heads=shape[2],
-        token_dropout=True,
-    )
+    """Random weights as transformers writes safetensors and as fair-esm's `.pt` are laid out."""
+    num_layers, width, heads = shape
+    config = EsmConfig(
+        vocab_size=33, pad_token_id=1, mask_token_id=32, hidden_size=width, num_hidden_layers=num_layers,
+        num_attention_heads=heads, intermediate_size=4 * width, layer_norm_eps=1e-5, token_dropout=True,
+        position_embedding_type="rotary", emb_layer_norm_before=False,
+    )  # fmt: skip
+    EsmForMaskedLM(config).save_pretrained(folder)
+    tensors = FairESM2(*shape).state_dict()
+    head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("contact_head")}
     encoder = {
         f"encoder.{'' if name.startswith('lm_head') else 'sentence_encoder.'}{name}": tensor
-        for name, tensor in module.state_dict().items()
-        if not name.startswith("contact_head")
+        for name, tensor in tensors.items()
     }
-    torch.save({"cfg": {"model": cfg}, "model": encoder}, paths["pt"])
-    head = {name: tensor for name, tensor in tensors.items() if name.startswith("contact_head")}
+    cfg = Namespace(
+        encoder_layers=num_layers, encoder_embed_dim=width, encoder_attention_heads=heads, token_dropout=True
+    )
+    torch.save({"cfg": {"model": cfg}, "model": encoder}, folder / "esm2_random.pt")
     torch.save({"model": head}, folder / "esm2_random-contact-regression.pt")
-    return paths
+    return {"safetensors": folder / "model.safetensors", "pt": folder / "esm2_random.pt"}
 
 
 def anonymous_bytes() -> int:

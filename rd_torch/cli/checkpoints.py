@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from rd_torch.cli.shared import (
+    backbone_option,
+    by_level,
     cache_option,
     device_option,
     given,
@@ -113,13 +115,7 @@ def convert(
 @click.command()
 @click.argument("level")
 @option("--model", metavar="MODEL", help="Another chain than the authors' maps: folder or Hub id.")
-@option(
-    "--backbone",
-    "sources",
-    metavar="LEVEL=SOURCE",
-    multiple=True,
-    help="An ESM-2 from elsewhere: file, folder or Hub id.",
-)
+@backbone_option
 @option(
     "--fair-esm",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -147,15 +143,13 @@ def verify(
     from rd_torch.verifying import environment, verify_chain
     from rd_torch.weights import PUBLISHED_MAPS
 
-    if not all("=" in source for source in sources):
-        raise ValueError(f"expected --backbone as LEVEL=SOURCE, got {', '.join(sources)}")
     click.echo(f"rd-torch verify {level}: {environment()}")
     passed = True
     for check in verify_chain(
         model or PUBLISHED_MAPS,
         level,
         fair_esm=fair_esm,
-        backbones=dict(source.split("=", 1) for source in sources),
+        backbones=by_level(sources),
         cache_dir=cache_dir,
         device=place(device),
         **given(options),

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rd_torch.cli.shared import device_option, given, option, place, plainly, print_levels, published_options
+from rd_torch.cli.shared import (
+    backbone_option,
+    by_level,
+    device_option,
+    given,
+    option,
+    place,
+    plainly,
+    print_levels,
+    published_options,
+)
 
 if TYPE_CHECKING:
     from rd_torch.config import RDConfig
@@ -98,13 +108,7 @@ def embed(
 @fasta_argument
 @option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
 @option("--backbones", metavar="MODEL", help="Checkpoint that has them.  [default: the shipped family]")
-@option(
-    "--backbone",
-    "sources",
-    metavar="LEVEL=SOURCE",
-    multiple=True,
-    help="Instead: one ESM-2 from a file, folder or Hub id; repeat it, smallest first.",
-)
+@backbone_option
 @option("--levels", metavar="A,B,...", help="Use only these levels, smallest first.")
 @option("--regressor", type=click.Choice(["pcr", "ols", "ridge"]), default="pcr", help="Kind of prediction.")
 @option("--alpha", type=float, default=1.0, help="Penalty of ridge.")
@@ -199,9 +203,7 @@ def _family(
         return dict(model.backbones.items()), dict(model.config.provenance)
     if checkpoint:
         raise ValueError("expected --backbones or --backbone, got both")
-    if not all("=" in source for source in sources):
-        raise ValueError(f"expected --backbone as LEVEL=SOURCE, got {', '.join(sources)}")
-    named = dict(source.split("=", 1) for source in sources)
+    named = by_level(sources)
     models = {level: _load(source, None, "float32", device) for level, source in named.items()}
     return {level: next(iter(model.backbones.values())) for level, model in models.items()}, named
 

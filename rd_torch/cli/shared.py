@@ -71,6 +71,26 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
+backbone_option = option(
+    "--backbone",
+    "sources",
+    metavar="LEVEL=SOURCE",
+    multiple=True,
+    help="One ESM-2 from elsewhere: file, folder or Hub id; repeat it, smallest first.",
+)
+
+
+def by_level(sources: tuple[str, ...]) -> dict[str, str]:
+    """The sources of `--backbone` by level.
+
+    Raises:
+        ValueError: for one without a level.
+    """
+    if not all("=" in source for source in sources):
+        raise ValueError(f"expected --backbone as LEVEL=SOURCE, got {', '.join(sources)}")
+    return dict(source.split("=", 1) for source in sources)
+
+
 def place(device: str | None) -> torch.device:
     """The device of that name, by default the best one.
 
