@@ -172,6 +172,23 @@ def test_verify_says_what_the_maps_were_fitted_on(tmp_path, small_sizes):
         assert read_checkpoint(tmp_path, "150M").config.provenance["fitted_on"] == "previous"
 
 
+def test_embed_runs_on_published_maps_and_warns_once(hub, tmp_path):
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text(">a\nMKTAYIAKQR\n")
+    output = ran(
+        "embed",
+        fasta,
+        "-o",
+        tmp_path / "out.h5",
+        "--model",
+        "singhlab/plm_reverse_distillation",
+        "--level",
+        "35M",
+    )
+    assert "level 35M, width 480" in output
+    assert output.count("no checksum of") == 1
+
+
 def test_verify_takes_other_chains_and_backbones(tmp_path):
     output = ran("verify", "90K", "--model", "esm2-rd-mini")
     assert "pass  prefix of 28K: 32 features" in output

@@ -95,10 +95,11 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
                 require_file(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except BROKEN_PICKLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's own text goes on to advise what must not be done
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error) or repr(error)
         raise ValueError(
             f"expected a whole file of tensors in {path}, got one that does not read, or that would run "
-            f"code if it were trusted; nothing of it was run: {reason}"
+            f"code if it were trusted; nothing of it was run: {reason.splitlines()[0]}"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("model", content), Mapping):
         raise ValueError(f"expected a dictionary of tensors in {path}, got {type(content).__name__}")
