@@ -123,7 +123,13 @@ class Pretrained(nn.Module):
         else:
             levels = tuple(replace(level, reference=None) for level in levels)
         maps = {level: dict(stage.named_buffers()) for level, stage in self.stages.items()}
-        write_folder(Path(folder), replace(self.config, levels=levels), maps, tensors, name or str(folder))
+        write_folder(
+            Path(folder),
+            replace(self.config, levels=levels),
+            maps,
+            tensors,
+            name or Path(folder).resolve().name,
+        )
 
     def push_to_hub(
         self,

@@ -41,6 +41,15 @@ def test_a_model_is_saved_over_the_folder_it_came_from(folder):
         assert all(torch.equal(before[name], state[name]) for name in before)
 
 
+def test_the_card_says_how_to_load_and_names_no_path(tmp_path):
+    model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+    model.save_pretrained(tmp_path / "esm2-rd-mini")
+    card = (tmp_path / "esm2-rd-mini" / "README.md").read_text()
+    assert 'RDModel.from_pretrained("esm2-rd-mini")  # level="28K" stops there' in card
+    assert str(tmp_path) not in card
+    assert card == (shipped()["esm2-rd-mini"] / "README.md").read_text()
+
+
 def test_whoever_reads_the_config_reads_the_tensors(tmp_path):
     rd_torch.RDModel.from_pretrained("esm2-rd-mini").save_pretrained(tmp_path)
     modes = {path.stat().st_mode for path in tmp_path.rglob("*.*") if path.is_file()}
