@@ -98,6 +98,17 @@ def test_convert_writes_published_maps_as_a_checkpoint_of_ours(hub, tmp_path, ba
 
 
 @pytest.mark.filterwarnings("ignore:no checksum of")
+def test_references_take_the_place_of_backbones_that_lay_there(hub, tmp_path):
+    model = rd_torch.RDModel.from_pretrained("singhlab/plm_reverse_distillation", level="35M")
+    model.save_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "ours", backbones="referenced")
+    assert list((tmp_path / "ours" / "backbones").iterdir()) == []
+    again = rd_torch.RDModel.from_pretrained(tmp_path / "ours")
+    assert again.config.levels[0].reference.revision == "a" * 40
+    assert torch.equal(again(TOKENS).embeddings, model(TOKENS).embeddings)
+
+
+@pytest.mark.filterwarnings("ignore:no checksum of")
 def test_a_changed_backbone_is_never_saved_by_reference(hub, tmp_path):
     model = rd_torch.RDModel.from_pretrained("singhlab/plm_reverse_distillation", level="35M")
     with torch.no_grad():
@@ -164,6 +175,14 @@ def test_verify_notices_a_forward_pass_that_differs(hub, monkeypatch):
     result = run("verify", "35M")
     assert result.exit_code == 1
     assert "FAIL  35M against fair-esm: largest difference" in result.output
+
+
+def test_verify_notices_a_prefix_that_is_none(monkeypatch):
+    forward = rd_torch.Stage.forward
+    monkeypatch.setattr(rd_torch.Stage, "forward", lambda self, *inputs: forward(self, *inputs) * (1 + 1e-7))
+    result = run("verify", "207K", "--model", "esm2-rd-mini")
+    assert result.exit_code == 1
+    assert "FAIL  prefix of 28K: 32 features" in result.output
 
 
 def test_verify_says_what_the_maps_were_fitted_on(tmp_path, small_sizes):

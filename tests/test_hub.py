@@ -687,6 +687,14 @@ def test_a_second_push_replaces_the_first(hub):
     assert same(load(CHAIN), model)
 
 
+def test_a_smaller_chain_leaves_no_backbones_of_a_larger_one(hub):
+    small_model().push_to_hub(CHAIN)
+    small_model().truncate("b").push_to_hub(CHAIN)
+    assert "backbones/b.safetensors" in hub.files(CHAIN)
+    assert "backbones/c.safetensors" not in hub.files(CHAIN)
+    assert same(load(CHAIN), small_model().truncate("b"))
+
+
 def test_a_push_to_a_branch_leaves_the_main_one(hub):
     model = small_model()
     model.push_to_hub(CHAIN)
