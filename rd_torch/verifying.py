@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from rd_torch.model import RDModel
 from rd_torch.weights import Hub, PublishedOptions, Source
 from rd_torch.weights.backbone import find_backbone, read_backbone, read_level
 from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256
+from rd_torch.weights.tensors import sha256_of
 
 SEQUENCES: Final = (
     "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",
@@ -110,14 +110,16 @@ def verify_chain(
 
 def _equals_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
     """Compares one backbone with fair-esm's code on the same tensors."""
+    if not backbone.has_lm_head:
+        return Check(f"{name} against fair-esm", False, "its checkpoint has no language-model head")
     with torch.device("meta"):
         oracle = FairESM2(backbone.num_layers, backbone.embed_dim, backbone.attention_heads)
     tensors = backbone.tensors()
     oracle.load_state_dict(
         {**tensors, "lm_head.weight": tensors["embed_tokens.weight"]}, strict=False, assign=True
     )
-    for layer in oracle.layers:
-        layer.self_attn.rot_emb.inv_freq = tensors["layers.0.self_attn.rot_emb.inv_freq"]
+    for each in oracle.layers:
+        each.self_attn.rot_emb.inv_freq = tensors["layers.0.self_attn.rot_emb.inv_freq"]
     layer, heads = backbone.num_layers, "contact_head.regression.weight" in tensors
     expected = oracle.eval()(tokens, repr_layers=[layer], return_contacts=heads)
     out = RDModel({name: backbone}, [])(tokens, return_contacts=heads)
@@ -130,7 +132,8 @@ def _equals_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
     passed = max(worst.values()) <= TOLERANCE
     detail = "largest difference " + ", ".join(f"{key} {value:.1e} SD" for key, value in worst.items())
     if heads:
-        ours, other = (each["contacts"].nan_to_num(2) for each in (out, expected))  # NaN: a single residue
+        # NaN stands where a protein has no pair of residues
+        ours, other = (answer["contacts"].nan_to_num(2) for answer in (out, expected))
         difference = (ours - other).abs().max()
         passed &= float(difference) <= CONTACT_TOLERANCE
         detail += f", contacts {float(difference):.1e}"
@@ -155,8 +158,7 @@ def _equals_file(name: str, backbone: ESM2, path: Path) -> Check:
 
 def _has_checksum(path: Path) -> Check:
     """Compares fair-esm's file with its known checksum, where one is known."""
-    with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
+    got = sha256_of(path)
     known = FAIR_ESM_SHA256.get(path.name)
     detail = f"sha256 {got}" + ("" if known == got else f", known {known or 'none'}")
     return Check(f"checksum of {path.name}", known in (None, got), detail)

@@ -185,6 +185,13 @@ def test_verify_notices_a_prefix_that_is_none(monkeypatch):
     assert "FAIL  prefix of 28K: 32 features" in result.output
 
 
+def test_verify_fails_where_there_is_no_head_to_compare(tmp_path):
+    transformers_model(perturbed_esm2(2, 64, 4)).esm.save_pretrained(tmp_path / "headless")
+    result = run("verify", "headless", "--model", tmp_path / "headless")
+    assert result.exit_code == 1
+    assert "FAIL  headless against fair-esm: its checkpoint has no language-model head" in result.output
+
+
 def test_verify_says_what_the_maps_were_fitted_on(tmp_path, small_sizes):
     save_published(tmp_path, raw=True)
     with pytest.warns(UserWarning, match="look fitted on the previous backbone's raw embedding"):

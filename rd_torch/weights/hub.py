@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -12,16 +11,17 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypedDict, Unpack
 
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is a re-export
     EntryNotFoundError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
 )
-from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # a public re-export
 
 from rd_torch.config import Reference
 from rd_torch.weights.known import ESM2_ON_HUB, FIRST_KEPT, PUBLISHED_MAPS
+from rd_torch.weights.tensors import sha256_of
 
 RECORD: Final = "rd_torch.json"
 """Beside a repository's snapshots in the cache: checksums of its files, and the commit that came first."""
@@ -119,8 +119,7 @@ def _check(folder: Path, path: Path, name: str, known: str | None) -> str:
     stamp = [stat.st_size, stat.st_mtime_ns]
     if seen and seen["stamp"] == stamp and known in (None, seen["sha256"]):
         return str(seen["sha256"])
-    with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
+    got = sha256_of(path)
     expected = known or (seen and seen["sha256"])
     if expected and got != expected:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import pickle
 import zipfile
@@ -28,6 +29,12 @@ def require_file(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint file {path}, got nothing there")
     return path
+
+
+def sha256_of(path: Path) -> str:
+    """A file's checksum."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
