@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final, Literal, TypedDict, Unpack
+from typing import Any, Final, TypedDict, Unpack
 
 import torch
 from esm.data import Alphabet
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rd_torch.config import ESM2_LEVELS, Method, check_choice
 from rd_torch.model import RDModel
 from rd_torch.weights import PUBLISHED_MAPS, Source
-from rd_torch.weights.published import SequenceCount
+from rd_torch.weights.published import PCA, PublishedRegressor, SequenceCount
 
 _PREFIXES: Final = ("esm2.rd/", "esm2_rd_")
 _COUNTS: Final[dict[int, SequenceCount]] = {500: "0.5k", 1_000: "1k", 5_000: "5k", 10_000: "10k"}
@@ -32,8 +32,8 @@ class Options(TypedDict, total=False):
     """
 
     scaler_type: Method
-    regressor_type: Literal["pcr", "linear", "ridge"]
-    pca_type: Literal["incremental", "fbpca"]
+    regressor_type: PublishedRegressor
+    pca_type: PCA
     n_pretrained_seqs: int
     backbones: dict[str, Source | nn.Module]
     dtype: torch.dtype
@@ -66,7 +66,7 @@ def load_model_and_alphabet(name: str | Path, **options: Unpack[Options]) -> tup
     known = {key: value for key, value in options.items() if key not in {*_NAMES, "n_pretrained_seqs"}}
     if len(known) < len(options):
         raise ValueError(f"expected options of the authors' maps for those alone, got them for {name}")
-    model = RDModel.from_pretrained(name, **known)  # type: ignore[arg-type]
+    model = RDModel.from_pretrained(name, **known)  # type: ignore[arg-type]  # a dict of the TypedDict's own
     return model, model.alphabet
 
 

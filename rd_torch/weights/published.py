@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Final, Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -75,10 +75,10 @@ class Choice:
     special_rows: SpecialRows = "maps"
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, ("rd", "naive"))
-        check_choice("regressor", self.regressor, ("pcr", "linear", "ridge"))
-        check_choice("pca", self.pca, ("incremental", "fbpca"))
-        check_choice("sequences", self.sequences, ("0.5k", "1k", "5k", "10k"))
+        check_choice("method", self.method, get_args(Method))
+        check_choice("regressor", self.regressor, get_args(PublishedRegressor))
+        check_choice("pca", self.pca, get_args(PCA))
+        check_choice("sequences", self.sequences, get_args(SequenceCount))
 
     def file_name(self, smaller: str, larger: str) -> str:
         """The maps from one level to the next."""
