@@ -21,7 +21,6 @@ from rd_torch.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from rd_torch.config import RDConfig
     from rd_torch.model import RDModel
     from rd_torch.sequences import Protein
 
@@ -89,11 +88,14 @@ def embed(
         raise ValueError(f"expected a folder {output.parent} to write to, got nothing there")
     proteins = _read(fasta, strict, max_length)
     name, published = model or DEFAULT_MODEL, given(options)
-    width, level = _choose(read_checkpoint(name, level, **published).config, width, level)
+    if width is not None:
+        level = read_checkpoint(name, **published).config.levels_for(width)[-1]
+    chain = _load(name, level, dtype, device, **published)
+    width, level = width or chain.embed_dim, list(chain.backbones)[-1]
     chosen = name if model else f"{name} (the shipped family; --model names another)"
     click.echo(f"Model {chosen}, level {level}, width {width}", err=True)
     embed_to_file(
-        _load(name, level, dtype, device, **published),
+        chain,
         proteins,
         output,
         width=width,
@@ -173,14 +175,6 @@ def _read(fasta: Path, strict: bool, max_length: int | None) -> list[Protein]:
     ]
     corrections.warn()
     return proteins
-
-
-def _choose(config: RDConfig, width: int | None, level: str | None) -> tuple[int, str]:
-    """Width and the level that holds it, from whichever is given."""
-    if level is None:
-        level = config.levels_for(width)[-1]
-    config.require_level(level)
-    return width or config.widths[level], level
 
 
 def _load(name: str, level: str | None, dtype: str, device: str | None, **published: Any) -> RDModel:

@@ -84,7 +84,9 @@ class Checkpoint:
         """
         if source is None and level.name in self.included:
             return self.included[level.name]()
-        return find_backbone(source or level.reference or level.name, hub, level.name)
+        source = source or level.reference
+        assert source is not None, "a level is included or has a reference"
+        return find_backbone(source, hub, level.name)
 
 
 def shipped() -> dict[str, Path]:
