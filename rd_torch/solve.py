@@ -172,6 +172,7 @@ def _inverse(regressor: Regressor, alpha: float, count: int, constant: float) ->
     penalty = alpha / (count - 1) if regressor == "ridge" else 0.0
 
     def weigh(eigenvalues: Tensor) -> Tensor:
+        """The inverse of each eigenvalue that counts, zero for the others."""
         there = eigenvalues + penalty > max(RELATIVE_CUTOFF * float(eigenvalues[-1]), constant)
         if regressor == "pcr":
             there &= significant_components(eigenvalues, count)
