@@ -18,28 +18,25 @@ Command = Callable[..., None]
 
 
 def plainly(command: Command) -> Command:
-    """Turns errors of bad input into one line, and warnings likewise, each said once."""
+    """Turns errors of bad input into one line, and warnings likewise."""
 
     @wraps(command)
     def run(**arguments: Any) -> None:
         """The command, quietly."""
-        said: set[str] = set()
-
-        def show(message: Warning | str, *_: Any, **__: Any) -> None:
-            """Prints a warning in one line, unless it was said before."""
-            if str(message) not in said:
-                said.add(str(message))
-                click.echo(f"Warning: {message}", err=True)
-
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = show
+            warnings.showwarning = _show
             try:
                 command(**arguments)
             except (ValueError, OSError) as error:
                 raise click.ClickException(str(error)) from error
 
     return run
+
+
+def _show(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Prints a warning in one line."""
+    click.echo(f"Warning: {message}", err=True)
 
 
 option = partial(click.option, show_default=True)
