@@ -1,8 +1,8 @@
 """One backbone: ESM-2 as a plain module over packed tokens.
 
 Parameter names are fair-esm's, so that its state dicts load unchanged; numerics are fair-esm's too
-(Lin et al., Science 2023, doi:10.1126/science.ade2574). Two things differ: no work is done on padding
-and attention maps are built only when asked for.
+(Lin et al., Science 2023, doi:10.1126/science.ade2574). Three things differ: no work is done on padding,
+attention maps are built only when asked for, and the residual stream is float32 where weights are half.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from esm.modules import ContactPredictionHead, RobertaLMHead
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rd_torch.attention import attend, attention_maps
 from rd_torch.config import ALPHABET, Level, Reference
-from rd_torch.packing import Packing
+from rd_torch.packing import Packing, in_chunks
 
 # Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
 # token dropout left on average, to which every sequence is scaled back.
@@ -27,6 +28,7 @@ MEAN_SHARE_KEPT = 1 - 0.15 * 0.8
 EMBEDDING = "embed_tokens.weight"
 
 Rotation = tuple[Tensor, Tensor]
+Heads = tuple[Tensor, Tensor, Tensor]
 AttentionSink = Callable[[Tensor], None]
 
 
@@ -61,21 +63,22 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, positions: Tensor) -> Rotation:
-        """Cosines and sines, each `(tokens, 1, head_size / 2)`, of `(tokens,)` positions."""
+        """Cosines and signed sines of `(tokens,)` positions, each `(tokens, 1, head_size)`."""
         angles = positions[:, None, None].to(self.inv_freq.dtype) * self.inv_freq
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
     """Rotates `(tokens, heads, size)`: feature i of the first half pairs with i of the second."""
     cos, sin = rotation
-    first, second = heads.chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(heads.dtype)
+    exact = heads.to(cos.dtype)
+    first, second = exact.chunk(2, dim=-1)
+    return torch.addcmul(exact * cos, torch.cat((second, first), dim=-1), sin).to(heads.dtype)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention within each sequence of the packing."""
+    """The projections of multi-head self-attention."""
 
     def __init__(self, width: int, attention_heads: int) -> None:
         super().__init__()
@@ -86,38 +89,22 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         self.rot_emb = RotaryEmbedding(width // attention_heads)
 
-    def forward(
-        self, x: Tensor, packing: Packing, rotation: Rotation, sink: AttentionSink | None = None
-    ) -> Tensor:
-        """`(tokens, width)` to `(tokens, width)`; `sink` receives the attention maps if given."""
+    def forward(self, x: Tensor, rotation: Rotation) -> Heads:
+        """Rotated queries, rotated keys and values, each `(tokens, heads, size)`, of `(tokens, width)`."""
         q, k, v = (
             rearrange(project(x), "t (h d) -> t h d", h=self.attention_heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        if sink is not None:
-            sink(attention_maps(q, k, packing))
-        mixed = [
-            bucket.gather(
-                functional.scaled_dot_product_attention(
-                    bucket.spread(q), bucket.spread(k), bucket.spread(v), bucket.mask
-                )
-            )
-            for bucket in packing.buckets
-        ]
-        return self.out_proj(torch.cat(mixed).flatten(1) if mixed else x)
+        return rotate(q, rotation), rotate(k, rotation), v
 
 
-def attention_maps(q: Tensor, k: Tensor, packing: Packing) -> Tensor:
-    """Attention of packed `q` to packed `k`, `(batch, heads, time, time)`, zeros at padding."""
-    padded_q, padded_k = packing.unpack(q), packing.unpack(k)
-    scores = torch.einsum("bihd,bjhd->bhij", padded_q * q.shape[-1] ** -0.5, padded_k)
-    keys, queries = packing.real[:, None, None, :], packing.real[:, None, :, None]
-    lowest = torch.finfo(scores.dtype).min
-    maps = scores.masked_fill(~keys, lowest).softmax(
-        -1, dtype=torch.promote_types(scores.dtype, torch.float32)
-    )
-    return maps.to(scores.dtype).masked_fill(~(keys & queries), 0)
+class ResidualNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its input: the residual stream's, which no half type may round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(tokens, width)` to the same."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class TransformerLayer(nn.Module):
@@ -126,17 +113,33 @@ class TransformerLayer(nn.Module):
     def __init__(self, width: int, attention_heads: int) -> None:
         super().__init__()
         self.self_attn = SelfAttention(width, attention_heads)
-        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.self_attn_layer_norm = ResidualNorm(width)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
-        self.final_layer_norm = nn.LayerNorm(width)
+        self.final_layer_norm = ResidualNorm(width)
 
     def forward(
         self, x: Tensor, packing: Packing, rotation: Rotation, sink: AttentionSink | None = None
     ) -> Tensor:
-        """`(tokens, width)` to `(tokens, width)`."""
-        x = x + self.self_attn(self.self_attn_layer_norm(x), packing, rotation, sink)
-        return x + self.fc2(functional.gelu(self.fc1(self.final_layer_norm(x))))
+        """The residual stream `(tokens, width)` one layer on; `sink` receives attention maps if given."""
+        q, k, v = in_chunks(self.heads, x, *rotation)
+        if sink is not None:
+            sink(attention_maps(q, k, packing))
+        return in_chunks(self.finish, x, attend(q, k, v, packing))[0]
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> Heads:
+        """What attention needs of each token: the part of the layer before it."""
+        return self.self_attn(self._normalized(self.self_attn_layer_norm, x), (cos, sin))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor]:
+        """The part of the layer behind attention: its projection and the feed-forward block."""
+        x = x + self.self_attn.out_proj(mixed.flatten(1))
+        inner = functional.gelu(self.fc1(self._normalized(self.final_layer_norm, x)))
+        return (x + self.fc2(inner),)
+
+    def _normalized(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """The normalised stream in the weights' dtype."""
+        return norm(x).to(self.final_layer_norm.weight.dtype)
 
 
 def _own_angles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -192,7 +195,7 @@ class ESM2(nn.Module):
         if not self.embed_tokens.weight.is_meta:  # where normal_ would import the compiler for a second
             nn.init.normal_(self.embed_tokens.weight)
         self.layers = nn.ModuleList(TransformerLayer(embed_dim, attention_heads) for _ in range(num_layers))
-        self.emb_layer_norm_after = nn.LayerNorm(embed_dim)
+        self.emb_layer_norm_after = ResidualNorm(embed_dim)
         self.lm_head = RobertaLMHead(embed_dim, len(ALPHABET), weight=self.embed_tokens.weight)
         self.contact_head = ContactPredictionHead(
             num_layers * attention_heads, prepend_bos=True, append_eos=True, eos_idx=ALPHABET.eos_idx
@@ -270,13 +273,18 @@ class ESM2(nn.Module):
             sink: called once a layer with its `(batch, heads, time, time)` attention maps.
 
         Returns:
-            `(tokens, width)` final hidden states in packed order; `packing.unpack` pads them.
+            `(tokens, width)` final hidden states in packed order, in float32 for half-precision
+            weights; `packing.unpack` pads them.
         """
         x = self._embed(tokens, packing)
         rotation = cast(TransformerLayer, self.layers[0]).self_attn.rot_emb(packing.positions)
         for layer in self.layers:
             x = layer(x, packing, rotation, sink)
         return self.emb_layer_norm_after(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The language-model head's logits, `(..., 33)`, of final hidden states."""
+        return self.lm_head(hidden.to(self.embed_tokens.weight.dtype))
 
     def _embed(self, tokens: Tensor, packing: Packing) -> Tensor:
         """Token embeddings under token dropout: `<mask>` is zero, the rest scaled to make up for it."""
@@ -286,4 +294,4 @@ class ESM2(nn.Module):
         x = self.embed_tokens(ids) * (ids != ALPHABET.mask_idx)[:, None]
         kept = (real - masked.sum(1)).clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))
         scale = MEAN_SHARE_KEPT * (real / kept)
-        return (x * scale[packing.sequence][:, None]).to(x.dtype)
+        return x * scale[packing.sequence][:, None]

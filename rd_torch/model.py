@@ -145,7 +145,7 @@ class RDModel(Pretrained):
         attentions = torch.stack(maps, 1) if maps else None
         return RDOutput(
             embeddings=self._with_special_rows(nested, tokens, packing, raw[name]),
-            logits=packing.unpack(largest.lm_head(raw[name])) if largest.has_lm_head else None,
+            logits=packing.unpack(largest.logits(raw[name])) if largest.has_lm_head else None,
             residue_mask=is_residue(tokens),
             nested=nested,
             widths=tuple((name, self.config.widths[name]) for name in raw),

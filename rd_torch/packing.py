@@ -8,8 +8,11 @@ packing is then *padded*, every position counts as a token and a mask keeps atte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -17,6 +20,12 @@ from torch import Tensor
 # A sequence joins a bucket while it is at least this share of the bucket's longest: attention does
 # at most 1 / 0.85^2 times the work on padding, and a batch needs few calls.
 SHORTEST_SHARE = 0.85
+
+# Features in a chunk of tokens: what a layer makes of them stays in a CPU's cache. At least 256 tokens,
+# so that its matrix products read the weights seldom, in multiples of what vector units take at a time.
+CHUNK_FEATURES = 512 * 1280
+CHUNK_TOKENS = 256
+CHUNK_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,8 @@ class Packing:
             packing is padded and every place counts.
         positions: `(tokens,)` column of each token: 0 at the first, padding counted, as fair-esm.
         sequence: `(tokens,)` row of each token.
-        buckets: the groups for attention, in packed order.
+        edges: packed token at which each sequence begins, and the number of all behind them; empty
+            when the packing is padded.
     """
 
     shape: tuple[int, int]
@@ -74,7 +84,7 @@ class Packing:
     index: Tensor | None
     positions: Tensor
     sequence: Tensor
-    buckets: tuple[Bucket, ...]
+    edges: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, real: Tensor) -> Packing:
@@ -93,7 +103,7 @@ class Packing:
             index=index,
             positions=index % max(time, 1),
             sequence=index // max(time, 1),
-            buckets=_cut_buckets([length for length in lengths if length], real.device),
+            edges=tuple(accumulate((length for length in lengths if length), initial=0)),
         )
 
     @classmethod
@@ -102,15 +112,41 @@ class Packing:
         batch, time = real.shape
         places = torch.arange(time, device=real.device)
         rows = torch.arange(batch, device=real.device)
-        bucket = Bucket(0, batch * time, batch, time, mask=real[:, None, None, :])
         return cls(
             shape=(batch, time),
             real=real,
             index=None,
             positions=places.repeat(batch),
             sequence=rows.repeat_interleave(time, output_size=batch * time),
-            buckets=(bucket,),
         )
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether every place of the batch counts, padding too."""
+        return self.index is None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max((stop - start for start, stop in pairwise(self.edges)), default=0)
+
+    @cached_property
+    def boundaries(self) -> Tensor:
+        """`(sequences + 1,)` the edges as an int32 tensor, as kernels want them."""
+        return torch.tensor(self.edges, dtype=torch.int32).to(self.real.device, non_blocking=True)
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The groups of similar length for attention, in packed order; when padded one, with a mask."""
+        if self.is_padded:
+            batch, time = self.shape
+            return (Bucket(0, batch * time, batch, time, mask=self.real[:, None, None, :]),)
+        return self._cut_buckets
+
+    @cached_property
+    def _cut_buckets(self) -> tuple[Bucket, ...]:
+        lengths = [stop - start for start, stop in pairwise(self.edges)]
+        return _cut_buckets(lengths, self.real.device)
 
     def pack(self, padded: Tensor) -> Tensor:
         """`(batch, time, ...)` to `(tokens, ...)`."""
@@ -155,3 +191,25 @@ def _bucket(lengths: Sequence[int], start: int, device: torch.device) -> Bucket:
     slots = torch.where(mask, (ends - counts)[:, None] + places, 0)
     kept = mask.flatten().nonzero()[:, 0]
     return Bucket(start, stop, rows, length, slots.flatten(), kept, mask[:, None, None, :])
+
+
+def in_chunks(function: Callable[..., tuple[Tensor, ...]], *packed: Tensor) -> tuple[Tensor, ...]:
+    """Applies a function that treats each packed token by itself, on a CPU chunk by chunk.
+
+    What it makes on the way then stays in the cache and takes memory for one chunk. Where a graph is
+    recorded or traced that would gain nothing, and the function is applied at once.
+
+    Args:
+        function: packed tensors in, a tuple of packed tensors out.
+        *packed: tensors of the same number of tokens; the first tells the width.
+    """
+    first = packed[0]
+    if first.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return function(*packed)
+    most = max(CHUNK_TOKENS, CHUNK_FEATURES // first.shape[-1])
+    chunks = ceil(len(first) / most)
+    if chunks <= 1:
+        return function(*packed)
+    rows = CHUNK_MULTIPLE * ceil(len(first) / (chunks * CHUNK_MULTIPLE))
+    pieces = zip(*(part.split(rows) for part in packed), strict=True)
+    return tuple(torch.cat(parts) for parts in zip(*(function(*piece) for piece in pieces), strict=True))

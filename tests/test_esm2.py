@@ -236,7 +236,8 @@ def test_a_double_model_has_its_angles_in_float64():
     positions = torch.tensor([0, 1, 2**24 + 1])
     cos, sin = rotary(positions)
     angles = positions[:, None, None].double() * rotary.inv_freq
-    assert torch.equal(torch.stack((cos, sin)), torch.stack((angles.cos(), angles.sin())))
+    assert torch.equal(cos, torch.cat((angles.cos(), angles.cos()), -1))
+    assert torch.equal(sin, torch.cat((-angles.sin(), angles.sin()), -1))
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
@@ -247,7 +248,7 @@ def test_a_half_model_tells_1500_positions_apart(half):
     assert not torch.equal(cos[1023], cos[1024])
     assert len(torch.cat((cos, sin), -1).flatten(1).unique(dim=0)) == 1502
     out = embed(module, tokens_of("A" * 1500))
-    assert out.dtype == half
+    assert out.dtype == torch.float32
     assert out.isfinite().all()
 
 
