@@ -3,7 +3,7 @@
 | where | kernel |
 |---|---|
 | CUDA, half precision, Ampere or newer | `varlen_attn`: one call over the packed tokens |
-| CPU, bfloat16, no graph recorded | matrix products on blocks of scores that stay in the cache |
+| CPU with AVX512-BF16, bfloat16, no graph recorded | matrix products on blocks of scores that fit a cache |
 | everywhere else, and the reference | scaled dot-product attention on buckets of similar length |
 
 All of them take packed `(tokens, heads, size)` tensors and give one back.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor
@@ -38,10 +38,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     if packing.is_padded:
         return _by_buckets(q, k, v, packing)
     if q.is_cuda and q.dtype in HALF and q.shape[-1] in VARLEN_SIZES and _has_varlen(q.device):
-        return varlen_attn(
-            q, k, v, packing.boundaries, packing.boundaries, packing.longest, packing.longest
-        )  # fmt: skip
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        edges, longest = packing.boundaries, packing.longest
+        return cast(Tensor, varlen_attn(q, k, v, edges, edges, longest, longest))
+    if q.dtype == torch.bfloat16 and _multiplies_bfloat16(q.device) and not torch.is_grad_enabled():
         return _by_blocks(q, k, v, packing)
     return _by_buckets(q, k, v, packing)
 
@@ -50,6 +49,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
 def _has_varlen(device: torch.device) -> bool:
     """Whether the GPU is one that `varlen_attn` runs on."""
     return torch.cuda.get_device_capability(device) >= AMPERE
+
+
+@cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether this is a CPU whose vector units multiply in bfloat16."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def _by_buckets(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

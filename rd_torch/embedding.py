@@ -11,17 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rd_torch.batching import find_budget, run_batches
 from rd_torch.config import check_choice
 from rd_torch.model import RDModel
 from rd_torch.moments import float64_device
-from rd_torch.sequences import (
-    DEFAULT_TOKENS_PER_BATCH,
-    Protein,
-    cut_batches,
-    is_residue,
-    normalized,
-    tokenize,
-)
+from rd_torch.sequences import Protein, is_residue, normalized
 from rd_torch.store.hdf5 import check_identifiers, write_embeddings
 
 Pool: TypeAlias = Literal["mean", "none"]
@@ -53,7 +47,8 @@ def embed(
         sequences: amino-acid letters, in any case; an empty list gives an empty result.
         pool: `"mean"` averages over residues, `"none"` keeps one row a residue.
         width: features to return; by default all.
-        tokens_per_batch: tokens a batch holds at most, padding counted; by default 8,192.
+        tokens_per_batch: tokens a batch holds at most, padding counted; by default what half of the
+            free memory takes. Halved, with a warning, when memory runs out all the same.
 
     Returns:
         `(sequences, width)` for `"mean"`, a list of `(residues, width)` for `"none"`; in the maps'
@@ -62,6 +57,7 @@ def embed(
     Raises:
         TypeError: for one string in place of several.
         ValueError: for an empty sequence, a pool or width that does not exist.
+        MemoryError: for a sequence that takes more memory than there is.
     """
     if isinstance(sequences, str):
         raise TypeError("expected a sequence of strings, got one string: put it in a list")
@@ -128,14 +124,17 @@ def embed_stream(
     pool, width = options.get("pool", "mean"), options.get("width")
     budget = options.get("tokens_per_batch")
     check_choice("pool", pool, ("mean", "none"))
-    model.config.require_width(width)
     device = next(model.parameters()).device
-    for batch in cut_batches(sequences, DEFAULT_TOKENS_PER_BATCH if budget is None else budget):
-        tokens = tokenize([sequence for _, sequence in batch]).to(device)
-        with torch.inference_mode():
-            embeddings = model.encode(tokens, width=width)
-            arrays = _pooled(embeddings, is_residue(tokens), pool)
-        yield from zip([index for index, _ in batch], arrays, strict=True)
+    if budget is None:
+        budget = find_budget(model.family(width).values(), device)
+
+    @torch.inference_mode()
+    def vectors(tokens: Tensor) -> list[np.ndarray]:
+        """One array a sequence."""
+        return _pooled(model.encode(tokens, width=width), is_residue(tokens), pool)
+
+    for batch in run_batches(vectors, sequences, budget, device):
+        yield from zip(batch.indices, batch.result, strict=True)
 
 
 def _pooled(embeddings: Tensor, residues: Tensor, pool: Pool) -> list[np.ndarray]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from rd_torch.batching import Batch, find_budget, run_batches
 from rd_torch.config import ALPHABET, PredictFrom, Regressor
 from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.packing import Packing
-from rd_torch.sequences import DEFAULT_TOKENS_PER_BATCH, cut_batches, is_residue, normalized, tokenize
+from rd_torch.sequences import is_residue, normalized
 from rd_torch.solve import check_options, solve_stages
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -32,7 +34,7 @@ def fit(
     backbones: Mapping[str, nn.Module],
     sequences: Iterable[str],
     *,
-    tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
+    tokens_per_batch: int | None = None,
     progress: Progress = iter,
     provenance: Mapping[str, Any] | None = None,
     **options: Unpack[SolveOptions],
@@ -43,7 +45,8 @@ def fit(
         backbones: the family by level name, smallest first, on one device: `rd_torch.ESM2` or
             `esm.ESM2`. Tensors are shared with the model that comes back.
         sequences: amino-acid letters; may be a generator, memory does not grow with their number.
-        tokens_per_batch: tokens a batch holds at most, padding counted.
+        tokens_per_batch: tokens a batch holds at most, padding counted; by default what half of the
+            free memory takes. Halved, with a warning, when memory runs out all the same.
         progress: wraps the stream of sequences, as `tqdm` does.
         provenance: where backbones and sequences come from; saved with the model.
         **options: `added`, `regressor`, `alpha` and `predict_from` of `solve_stages`.
@@ -61,8 +64,9 @@ def fit(
     check_options(list(widths.values()), **options)
     device = next(iter(family.values())).embed_tokens.weight.device
     moments = RunningMoments(sum(widths.values()), device)
-    batches = cut_batches(normalized(sequences), tokens_per_batch)
-    count = sum(1 for _ in progress(_update(moments, family, batches)))
+    budget = find_budget(family.values(), device) if tokens_per_batch is None else tokens_per_batch
+    batches = run_batches(partial(_residues, family), normalized(sequences), budget, device)
+    count = sum(1 for _ in progress(_update(moments, batches)))
     stages = solve_stages(moments, widths, **options)
     facts = {"sequences": count, "residues": moments.count, "solve": {"regressor": "pcr", **options}}
     return RDModel(
@@ -74,15 +78,15 @@ def fit(
 
 
 @torch.no_grad()
-def _update(
-    moments: RunningMoments, family: Mapping[str, ESM2], batches: Iterable[list[tuple[int, str]]]
-) -> Iterator[int]:
-    """Adds the residues of each batch to the joint moments; yields the index of each sequence."""
-    device = next(iter(family.values())).embed_tokens.weight.device
+def _residues(family: Mapping[str, ESM2], tokens: Tensor) -> Tensor:
+    """`(residues, widths together)` raw embeddings of a batch, side by side."""
+    packing = Packing.of(tokens != ALPHABET.padding_idx)
+    residues = packing.pack(is_residue(tokens))
+    return torch.cat([backbone(tokens, packing)[residues] for backbone in family.values()], dim=1)
+
+
+def _update(moments: RunningMoments, batches: Iterable[Batch[Tensor]]) -> Iterator[int]:
+    """Adds each batch to the joint moments; yields the index of each sequence."""
     for batch in batches:
-        tokens = tokenize([sequence for _, sequence in batch]).to(device)
-        packing = Packing.of(tokens != ALPHABET.padding_idx)
-        residues = packing.pack(is_residue(tokens))
-        hidden = [backbone(tokens, packing)[residues] for backbone in family.values()]
-        moments.update(torch.cat(hidden, dim=1))
-        yield from (index for index, _ in batch)
+        moments.update(batch.result)
+        yield from batch.indices

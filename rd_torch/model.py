@@ -209,6 +209,14 @@ class RDModel(Pretrained):
             provenance=self.config.provenance,
         ).train(self.training)
 
+    def family(self, width: int | None = None) -> dict[str, ESM2]:
+        """The backbones that run for `width` features, by default all, smallest first.
+
+        Raises:
+            ValueError: for a width that does not exist.
+        """
+        return {name: self._backbone(name) for name in self.config.levels_for(width)}
+
     def freeze_backbones(self) -> RDModel:
         """Stops all backbones from training; the maps are frozen already."""
         self.backbones.requires_grad_(False)
@@ -224,11 +232,11 @@ class RDModel(Pretrained):
         self, tokens: Tensor, width: int | None, sink: AttentionSink | None = None
     ) -> tuple[Packing, dict[str, Tensor]]:
         """The batch's packing, and the packed raw embeddings of the levels that hold `width` features."""
-        names = self.config.levels_for(width)
+        family = self.family(width)
         check_tokens(tokens)
         packing = Packing.of(tokens != self.padding_idx)
-        sinks = dict.fromkeys(names[:-1]) | {names[-1]: sink}
-        return packing, {name: self._backbone(name)(tokens, packing, sinks[name]) for name in names}
+        sinks = dict.fromkeys(family) | {list(family)[-1]: sink}
+        return packing, {name: each(tokens, packing, sinks[name]) for name, each in family.items()}
 
     def _nest(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs the stages over raw embeddings, smallest first; what comes out at each level."""

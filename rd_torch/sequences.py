@@ -20,8 +20,6 @@ from rd_torch.config import ALPHABET, FIRST_RESIDUE, LAST_RESIDUE, RESIDUE_LETTE
 SPECIAL_TOKENS: Final = 2
 """`<cls>` in front of a sequence and `<eos>` behind it."""
 
-DEFAULT_TOKENS_PER_BATCH: Final = 8_192
-
 WINDOW_BATCHES: Final = 64
 """Batches' worth of sequences that are sorted by length at a time."""
 

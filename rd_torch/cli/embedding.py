@@ -28,9 +28,8 @@ fasta_argument = click.argument("fasta", type=click.Path(path_type=Path))
 budget_option = option(
     "--tokens-per-batch",
     type=click.IntRange(min=1),
-    default=8192,
     metavar="N",
-    help="Tokens a batch holds at most: lower it when memory runs out.",
+    help="Tokens a batch holds at most.  [default: what half of the free memory takes]",
 )
 strict_option = option("--strict", is_flag=True, help="Refuse letters that are no residue, don't read X.")
 

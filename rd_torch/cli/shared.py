@@ -28,7 +28,7 @@ def plainly(command: Command) -> Command:
             warnings.showwarning = _show
             try:
                 command(**arguments)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, MemoryError) as error:
                 raise click.ClickException(str(error)) from error
 
     return run

@@ -1,0 +1,143 @@
+"""Sequences through a model in batches: a token budget found from free memory, halved when it runs out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, Generic, NamedTuple, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from rd_torch.esm2 import ESM2
+from rd_torch.sequences import SPECIAL_TOKENS, cut_batches, tokenize
+
+Result = TypeVar("Result")
+
+MOST_TOKENS: Final = {"cpu": 8_192, "cuda": 32_768}
+"""Tokens a batch by type of device from which larger batches are not faster."""
+
+LEAST_TOKENS: Final = 1_024
+
+SHARE_OF_FREE: Final = 0.5
+"""Share of the free memory that a batch is planned to take: the estimate is rough, others allocate too."""
+
+
+class Batch(NamedTuple, Generic[Result]):
+    """One batch that went through.
+
+    Attributes:
+        indices: the number of each sequence in the input.
+        tokens: `(batch, time)` on the device.
+        result: what was computed of them.
+    """
+
+    indices: list[int]
+    tokens: Tensor
+    result: Result
+
+
+def bytes_per_token(family: Iterable[ESM2]) -> int:
+    """A rough upper bound of what a forward pass without gradients takes, weights apart.
+
+    Of the widest layer: residual stream, its normalised copy, heads, feed-forward block; of the chain: each
+    raw embedding, in float64 too where moments are summed, and nested ones packed, padded and averaged.
+    """
+    members = list(family)
+    element = members[-1].embed_tokens.weight.element_size()
+    widths = [member.embed_dim for member in members]
+    return (12 + 14 * element) * max(widths) + 20 * sum(widths) + 28 * max(widths)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that the device could still give; None where it cannot be told."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+def find_budget(family: Iterable[ESM2], device: torch.device) -> int:
+    """Tokens a batch may hold on the device as it is now: what half of its free memory takes.
+
+    Never fewer than 1,024, never more than the device gains from (8,192; 32,768 on CUDA).
+    """
+    most = MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"])
+    free = free_bytes(device)
+    if free is None:
+        return most
+    return max(LEAST_TOKENS, min(most, int(SHARE_OF_FREE * free) // bytes_per_token(family)))
+
+
+def run_batches(
+    compute: Callable[[Tensor], Result],
+    sequences: Iterable[str],
+    tokens_per_batch: int,
+    device: torch.device,
+) -> Iterator[Batch[Result]]:
+    """Computes normalised sequences batch by batch, longest first within a window.
+
+    A batch that the device has no memory for is halved, and so is the budget from there on, with a
+    warning. On a CPU this needs an operating system that refuses memory rather than kill.
+
+    Args:
+        compute: `(batch, time)` tokens to whatever is wanted of them.
+        sequences: letters, residues only; read as they are needed.
+        tokens_per_batch: tokens a batch holds at most, padding counted; a longer sequence goes alone.
+        device: where tokens go.
+
+    Raises:
+        ValueError: for a budget below 1.
+        MemoryError: where one sequence alone takes more than there is.
+    """
+    limit = tokens_per_batch
+    for batch in cut_batches(sequences, tokens_per_batch):
+        waiting = [batch]
+        while waiting:
+            part = waiting.pop()
+            size = len(part) * (len(part[0][1]) + SPECIAL_TOKENS)
+            if size <= limit or len(part) == 1:
+                done = _attempt(compute, part, device)
+                if done is not None:
+                    yield done
+                    continue
+                limit = _halved(size, len(part), device)
+            half = (len(part) + 1) // 2
+            waiting += [part[half:], part[:half]]
+
+
+def _attempt(
+    compute: Callable[[Tensor], Result], part: list[tuple[int, str]], device: torch.device
+) -> Batch[Result] | None:
+    """The batch computed; None where memory ran out."""
+    try:
+        tokens = tokenize([sequence for _, sequence in part]).to(device)
+        return Batch([index for index, _ in part], tokens, compute(tokens))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the system had no memory left."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _halved(size: int, rows: int, device: torch.device) -> int:
+    """Half the tokens that were too many, with a warning; a MemoryError where they were one sequence."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if rows == 1:
+        raise MemoryError(
+            f"expected memory for one sequence of {size - SPECIAL_TOKENS:,} residues, got none left on "
+            f"{device}: cut it (--max-length), take a shorter width or a half-precision model"
+        )
+    warnings.warn(
+        f"{size:,} tokens were too many for the memory of {device}: batches hold at most {size // 2:,} "
+        "from here on",
+        stacklevel=4,
+    )
+    return size // 2
