@@ -11,18 +11,20 @@ All of them take packed `(tokens, heads, size)` tensors and give one back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Final, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 from rd_torch.packing import Packing
+from rd_torch.precision import HALF, apply_outside_half, at_least_float32
 
-HALF: Final = (torch.float16, torch.bfloat16)
+Rotation = tuple[Tensor, Tensor]
 
 VARLEN_SIZES: Final = range(16, 129, 8)
 """Head sizes that `varlen_attn` is used for."""
@@ -33,22 +35,60 @@ AMPERE: Final = (8, 0)
 BLOCK: Final = 1 << 21
 
 
+class RotaryEmbedding(nn.Module):
+    """Angles of rotary position embeddings (Su et al., arXiv 2104.09864).
+
+    The inverse frequencies are a buffer because they belong to the checkpoint: the published ones
+    carry the rounding of half-precision training, and fresh ones shift cosines by up to 0.2.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, head_size: int) -> None:
+        super().__init__()
+        inv_freq = [10_000.0 ** -(k / head_size) for k in range(0, head_size, 2)]
+        self.register_buffer("inv_freq", torch.tensor(inv_freq, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        self.inv_freq = apply_outside_half(fn, self.inv_freq)
+        return self
+
+    def forward(self, positions: Tensor) -> Rotation:
+        """Cosines and signed sines of `(tokens,)` positions, each `(tokens, 1, head_size)`."""
+        angles = positions[:, None, None].to(self.inv_freq.dtype) * self.inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
+    """Rotates `(tokens, heads, size)`: feature i of the first half pairs with i of the second."""
+    cos, sin = rotation
+    exact = heads.to(cos.dtype)
+    first, second = exact.chunk(2, dim=-1)
+    return torch.addcmul(exact * cos, torch.cat((second, first), dim=-1), sin).to(heads.dtype)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """`softmax(q k' / sqrt(size)) v` within each sequence: `(tokens, heads, size)` in and out."""
     if packing.is_padded:
         return _by_buckets(q, k, v, packing)
-    if q.is_cuda and q.dtype in HALF and q.shape[-1] in VARLEN_SIZES and _has_varlen(q.device):
-        edges, longest = packing.boundaries, packing.longest
-        return cast(Tensor, varlen_attn(q, k, v, edges, edges, longest, longest))
+    if has_varlen(q.device, q.dtype, q.shape[-1]):
+        return attend_varlen(q, k, v, packing.boundaries, packing.longest)
     if q.dtype == torch.bfloat16 and _multiplies_bfloat16(q.device) and not torch.is_grad_enabled():
         return _by_blocks(q, k, v, packing)
     return _by_buckets(q, k, v, packing)
 
 
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int) -> Tensor:
+    """`attend` by `varlen_attn`: int32 edges of the sequences, and a bound of their lengths."""
+    return cast(Tensor, varlen_attn(q, k, v, edges, edges, longest, longest))
+
+
 @cache
-def _has_varlen(device: torch.device) -> bool:
-    """Whether the GPU is one that `varlen_attn` runs on."""
-    return torch.cuda.get_device_capability(device) >= AMPERE
+def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether `varlen_attn` takes such heads: half precision on an Ampere GPU or a newer one."""
+    fits = device.type == "cuda" and dtype in HALF and head_size in VARLEN_SIZES
+    return fits and torch.cuda.get_device_capability(device) >= AMPERE
 
 
 @cache
@@ -97,7 +137,5 @@ def attention_maps(q: Tensor, k: Tensor, packing: Packing) -> Tensor:
     scores = torch.einsum("bihd,bjhd->bhij", padded_q * q.shape[-1] ** -0.5, padded_k)
     keys, queries = packing.real[:, None, None, :], packing.real[:, None, :, None]
     lowest = torch.finfo(scores.dtype).min
-    maps = scores.masked_fill(~keys, lowest).softmax(
-        -1, dtype=torch.promote_types(scores.dtype, torch.float32)
-    )
+    maps = scores.masked_fill(~keys, lowest).softmax(-1, dtype=at_least_float32(scores.dtype))
     return maps.to(scores.dtype).masked_fill(~(keys & queries), 0)

@@ -17,9 +17,10 @@ from esm.modules import ContactPredictionHead, RobertaLMHead
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rd_torch.attention import attend, attention_maps
+from rd_torch.attention import RotaryEmbedding, Rotation, attend, attention_maps, rotate
 from rd_torch.config import ALPHABET, Level, Reference
 from rd_torch.packing import Packing, in_chunks
+from rd_torch.precision import ResidualNorm, at_least_float32
 
 # Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
 # token dropout left on average, to which every sequence is scaled back.
@@ -27,54 +28,8 @@ MEAN_SHARE_KEPT = 1 - 0.15 * 0.8
 
 EMBEDDING = "embed_tokens.weight"
 
-Rotation = tuple[Tensor, Tensor]
 Heads = tuple[Tensor, Tensor, Tensor]
 AttentionSink = Callable[[Tensor], None]
-
-
-def apply_outside_half(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Applies a module-wide conversion to a tensor that no half type may touch.
-
-    Devices, `float32` and `float64` pass; `float16` and `bfloat16` become `float32`, so that
-    `.half().float()` gives the same bits back.
-    """
-    applied = fn(tensor)
-    if applied.dtype in (torch.float16, torch.bfloat16):
-        return tensor.to(applied.device, torch.float32)
-    return applied
-
-
-class RotaryEmbedding(nn.Module):
-    """Angles of rotary position embeddings (Su et al., arXiv 2104.09864).
-
-    The inverse frequencies are a buffer because they belong to the checkpoint: the published ones
-    carry the rounding of half-precision training, and fresh ones shift cosines by up to 0.2.
-    """
-
-    inv_freq: Tensor
-
-    def __init__(self, head_size: int) -> None:
-        super().__init__()
-        inv_freq = [10_000.0 ** -(k / head_size) for k in range(0, head_size, 2)]
-        self.register_buffer("inv_freq", torch.tensor(inv_freq, dtype=torch.float32))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        self.inv_freq = apply_outside_half(fn, self.inv_freq)
-        return self
-
-    def forward(self, positions: Tensor) -> Rotation:
-        """Cosines and signed sines of `(tokens,)` positions, each `(tokens, 1, head_size)`."""
-        angles = positions[:, None, None].to(self.inv_freq.dtype) * self.inv_freq
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Rotates `(tokens, heads, size)`: feature i of the first half pairs with i of the second."""
-    cos, sin = rotation
-    exact = heads.to(cos.dtype)
-    first, second = exact.chunk(2, dim=-1)
-    return torch.addcmul(exact * cos, torch.cat((second, first), dim=-1), sin).to(heads.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -96,15 +51,6 @@ class SelfAttention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         return rotate(q, rotation), rotate(k, rotation), v
-
-
-class ResidualNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its input: the residual stream's, which no half type may round."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(tokens, width)` to the same."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class TransformerLayer(nn.Module):
@@ -137,9 +83,27 @@ class TransformerLayer(nn.Module):
         inner = functional.gelu(self.fc1(self._normalized(self.final_layer_norm, x)))
         return (x + self.fc2(inner),)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return self.final_layer_norm.weight.dtype
+
     def _normalized(self, norm: nn.Module, x: Tensor) -> Tensor:
         """The normalised stream in the weights' dtype."""
-        return norm(x).to(self.final_layer_norm.weight.dtype)
+        return norm(x).to(self.dtype)
+
+
+def token_dropout(tokens: Tensor, packing: Packing, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What token dropout makes of a batch: `(tokens,)` ids, and the factor of each one's embedding.
+
+    The factor is zero at `<mask>`; elsewhere 0.88 over the share of the sequence's tokens that are not
+    masked, computed in `dtype`.
+    """
+    ids = packing.pack(tokens)
+    masked = (tokens == ALPHABET.mask_idx).sum(1)
+    real = packing.real.sum(1)
+    scale = MEAN_SHARE_KEPT * (real / (real - masked).clamp(min=1).to(dtype))
+    return ids, scale[packing.sequence].masked_fill(ids == ALPHABET.mask_idx, 0)
 
 
 def _own_angles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,7 +111,7 @@ def _own_angles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     angles: dict[str, Tensor] = {}
     for name, inv_freq in tensors.items():
         if name.endswith("rot_emb.inv_freq"):
-            exact = inv_freq.to(torch.promote_types(inv_freq.dtype, torch.float32))
+            exact = inv_freq.to(at_least_float32(inv_freq.dtype))
             shared = any(exact.data_ptr() == other.data_ptr() for other in angles.values())
             angles[name] = exact.clone() if shared else exact
     return angles
@@ -276,22 +240,21 @@ class ESM2(nn.Module):
             `(tokens, width)` final hidden states in packed order, in float32 for half-precision
             weights; `packing.unpack` pads them.
         """
-        x = self._embed(tokens, packing)
-        rotation = cast(TransformerLayer, self.layers[0]).self_attn.rot_emb(packing.positions)
+        exact = at_least_float32(self.embed_tokens.weight.dtype)
+        x = self.embedded(*token_dropout(tokens, packing, exact))
+        rotation = self.rotation(packing.positions)
         for layer in self.layers:
             x = layer(x, packing, rotation, sink)
         return self.emb_layer_norm_after(x)
 
+    def embedded(self, ids: Tensor, scale: Tensor) -> Tensor:
+        """`(tokens, width)` the residual stream's beginning; arguments as `token_dropout` gives them."""
+        return self.embed_tokens(ids) * scale[:, None]
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """Cosines and signed sines of `(tokens,)` positions."""
+        return cast(TransformerLayer, self.layers[0]).self_attn.rot_emb(positions)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The language-model head's logits, `(..., 33)`, of final hidden states."""
         return self.lm_head(hidden.to(self.embed_tokens.weight.dtype))
-
-    def _embed(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """Token embeddings under token dropout: `<mask>` is zero, the rest scaled to make up for it."""
-        masked = tokens == ALPHABET.mask_idx
-        real = packing.real.sum(1)
-        ids = packing.pack(tokens)
-        x = self.embed_tokens(ids) * (ids != ALPHABET.mask_idx)[:, None]
-        kept = (real - masked.sum(1)).clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))
-        scale = MEAN_SHARE_KEPT * (real / kept)
-        return x * scale[packing.sequence][:, None]

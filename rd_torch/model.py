@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch.config import ALPHABET, Level, PredictFrom, RDConfig, SpecialRows
+from rd_torch.engine import Engine
 from rd_torch.esm2 import ESM2, AttentionSink
 from rd_torch.loading import Pretrained
 from rd_torch.output import RDOutput
 from rd_torch.packing import Packing
+from rd_torch.precision import at_least_float32
 from rd_torch.sequences import check_tokens, is_residue
 from rd_torch.stage import ConcatPCA, Maps
 
@@ -82,7 +84,8 @@ class RDModel(Pretrained):
             got = {part: tuple(tensor.shape) for part, tensor in stage.named_buffers()}
             if got != expected:
                 raise ValueError(f"expected {expected} in the stage that leads to {name}, got {got}")
-        dtype = torch.promote_types(next(iter(family.values())).embed_tokens.weight.dtype, torch.float32)
+        self._engine: Engine | None = None
+        dtype = at_least_float32(next(iter(family.values())).embed_tokens.weight.dtype)
         self.backbones = nn.ModuleDict(family)
         self.stages = nn.ModuleDict(
             {
@@ -141,7 +144,7 @@ class RDModel(Pretrained):
         *_, name = raw
         nested = packing.unpack(levels[name][:, :width])
         separate = levels if self.config.method == "naive" else {}
-        largest = self._backbone(name)
+        largest = cast(ESM2, self.backbones[name])
         attentions = torch.stack(maps, 1) if maps else None
         return RDOutput(
             embeddings=self._with_special_rows(nested, tokens, packing, raw[name]),
@@ -198,12 +201,12 @@ class RDModel(Pretrained):
         Raises:
             ValueError: for a level that is not there.
         """
-        names = list(self.config.widths)
         self.config.require_level(level)
+        names = list(self.config.widths)
         run = names[: names.index(level) + 1]
         return RDModel(
             {name: self.backbones[name] for name in run},
-            [self._stage(name) for name in run[1:]],
+            [cast(Maps, self.stages[name]) for name in run[1:]],
             predict_from=self.config.predict_from,
             special_rows=self.config.special_rows,
             provenance=self.config.provenance,
@@ -215,18 +218,39 @@ class RDModel(Pretrained):
         Raises:
             ValueError: for a width that does not exist.
         """
-        return {name: self._backbone(name) for name in self.config.levels_for(width)}
+        return {name: cast(ESM2, self.backbones[name]) for name in self.config.levels_for(width)}
+
+    def prepare_inference(self) -> RDModel:
+        """Makes inference fast on a CUDA device, for batches of any lengths; returns the model itself.
+
+        From then on, in `eval` mode and without gradients, backbones run fused, small batches as CUDA
+        graphs of a few packed sizes, smaller backbones beside the largest. A size takes longer when it
+        first comes; nothing is compiled for it. Parameters stay shared and trainable; when they move
+        or are replaced, what was derived from them is made again. Hooks inside the backbones do not
+        run. On other devices the model is as fast as it gets, and is only put in `eval` mode.
+        """
+        self.eval()
+        if next(self.parameters()).device.type == "cuda":
+            self._engine = Engine(self.family())
+        return self
+
+    def _ready_engine(self) -> Engine | None:
+        """The prepared engine where this call may use it, made anew if its parameters have gone."""
+        if self._engine is None or self.training or torch.is_grad_enabled():
+            return None
+        if not self._engine.is_current:
+            self._engine = None
+            self.prepare_inference()
+        return self._engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the engine, which belongs to these very tensors."""
+        return {**super().__getstate__(), "_engine": None}
 
     def freeze_backbones(self) -> RDModel:
         """Stops all backbones from training; the maps are frozen already."""
         self.backbones.requires_grad_(False)
         return self
-
-    def _backbone(self, level: str) -> ESM2:
-        return cast(ESM2, self.backbones[level])
-
-    def _stage(self, level: str) -> Maps:
-        return cast(Maps, self.stages[level])
 
     def _run(
         self, tokens: Tensor, width: int | None, sink: AttentionSink | None = None
@@ -235,13 +259,16 @@ class RDModel(Pretrained):
         family = self.family(width)
         check_tokens(tokens)
         packing = Packing.of(tokens != self.padding_idx)
+        engine = None if packing.is_padded or sink is not None else self._ready_engine()
+        if engine is not None:
+            return packing, engine(tokens, packing, len(family))
         sinks = dict.fromkeys(family) | {list(family)[-1]: sink}
         return packing, {name: each(tokens, packing, sinks[name]) for name, each in family.items()}
 
     def _nest(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs the stages over raw embeddings, smallest first; what comes out at each level."""
         (name, previous), *rest = raw.items()
-        nested = previous.to(torch.promote_types(previous.dtype, torch.float32))
+        nested = previous.to(at_least_float32(previous.dtype))
         levels = {name: nested}
         for name, larger in rest:
             source = previous if self.config.predict_from == "previous" else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch.config import Explained, Method
-from rd_torch.esm2 import apply_outside_half
+from rd_torch.precision import apply_outside_half
 
 
 class Maps(nn.Module):

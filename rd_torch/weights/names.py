@@ -10,7 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from rd_torch.esm2 import EMBEDDING, RotaryEmbedding
+from rd_torch.attention import RotaryEmbedding
+from rd_torch.esm2 import EMBEDDING
 
 SHARED_ANGLES: Final = "rot_emb.inv_freq"
 ANGLES: Final = "layers.{}.self_attn.rot_emb.inv_freq"
