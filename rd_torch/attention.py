@@ -127,7 +127,8 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
             for row in range(0, length, rows):
                 block = queries[some, row : row + rows]
                 scores = torch.baddbmm(unused, block, keys[some].mT, beta=0, alpha=scale)
-                out[some, row : row + rows] = torch.bmm(scores.softmax(-1), values[some])
+                torch.softmax(scores, -1, out=scores)  # in place: fresh memory costs as much
+                out[some, row : row + rows] = torch.bmm(scores, values[some])
     return mixed
 
 

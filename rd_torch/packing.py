@@ -23,7 +23,7 @@ SHORTEST_SHARE = 0.85
 
 # Features in a chunk of tokens: what a layer makes of them stays in a CPU's cache. At least 256 tokens,
 # so that its matrix products read the weights seldom, in multiples of what vector units take at a time.
-CHUNK_FEATURES = 512 * 1280
+CHUNK_FEATURES = 1024 * 1280
 CHUNK_TOKENS = 256
 CHUNK_MULTIPLE = 16
 
