@@ -15,6 +15,7 @@ from rd_torch.batching import find_budget, run_batches
 from rd_torch.config import check_choice
 from rd_torch.model import RDModel
 from rd_torch.moments import float64_device
+from rd_torch.precision import warn_if_emulated
 from rd_torch.sequences import Protein, is_residue, normalized
 from rd_torch.store.hdf5 import check_identifiers, write_embeddings
 
@@ -124,7 +125,9 @@ def embed_stream(
     pool, width = options.get("pool", "mean"), options.get("width")
     budget = options.get("tokens_per_batch")
     check_choice("pool", pool, ("mean", "none"))
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
+    device = weight.device
+    warn_if_emulated(device, weight.dtype)
     if budget is None:
         budget = find_budget(model.family(width).values(), device)
 

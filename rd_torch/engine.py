@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Final, NamedTuple, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rd_torch.attention import attend, attend_varlen, has_varlen
 from rd_torch.config import ALPHABET
-from rd_torch.esm2 import ESM2, TransformerLayer, token_dropout
+from rd_torch.esm2 import ESM2, Heads, TransformerLayer, token_dropout
 from rd_torch.packing import Packing
 from rd_torch.precision import at_least_float32
 
@@ -53,6 +53,13 @@ def shape_for(packing: Packing) -> Shape:
     size = max(LEAST_SIZE, -(-tokens // step) * step)
     sequences = max(LEAST_SEQUENCES, _power_of_two(len(packing.edges)))
     return Shape(size, sequences, max(LEAST_LONGEST, _power_of_two(max(packing.longest, size - tokens))))
+
+
+@cache
+def _fused() -> tuple[Callable[..., Heads], Callable[..., tuple[Tensor]]]:
+    """The token-wise parts of a layer, compiled: once a width, for whatever engine asks."""
+    heads = torch.compile(TransformerLayer.heads, dynamic=True)
+    return heads, torch.compile(TransformerLayer.finish, dynamic=True)
 
 
 def _power_of_two(number: int) -> int:
@@ -125,8 +132,7 @@ class Engine:
 
     def __init__(self, family: Mapping[str, ESM2]) -> None:
         self._family = dict(family)
-        self._heads = torch.compile(TransformerLayer.heads, dynamic=True)
-        self._finish = torch.compile(TransformerLayer.finish, dynamic=True)
+        self._heads, self._finish = _fused()
         weight = next(iter(family.values())).embed_tokens.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._recordings: OrderedDict[tuple[Shape, int], Recording] = OrderedDict()

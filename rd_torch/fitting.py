@@ -15,6 +15,7 @@ from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.packing import Packing
+from rd_torch.precision import warn_if_emulated
 from rd_torch.sequences import is_residue, normalized
 from rd_torch.solve import check_options, solve_stages
 
@@ -62,7 +63,9 @@ def fit(
     family = {name: ESM2.sharing(module) for name, module in backbones.items()}
     widths = {name: backbone.embed_dim for name, backbone in family.items()}
     check_options(list(widths.values()), **options)
-    device = next(iter(family.values())).embed_tokens.weight.device
+    weight = next(iter(family.values())).embed_tokens.weight
+    device = weight.device
+    warn_if_emulated(device, weight.dtype)
     moments = RunningMoments(sum(widths.values()), device)
     budget = find_budget(family.values(), device) if tokens_per_batch is None else tokens_per_batch
     batches = run_batches(partial(_residues, family), normalized(sequences), budget, device)

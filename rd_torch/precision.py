@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Final
 
@@ -10,21 +11,45 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 HALF: Final = (torch.float16, torch.bfloat16)
+FULL: Final = (torch.float32, torch.float64)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself, or float32 for a half type."""
-    return torch.promote_types(dtype, torch.float32)
+    """The dtype itself, or float32 for a half type.
+
+    Raises:
+        TypeError: for a dtype that no backbone can have.
+    """
+    if dtype not in HALF + FULL:
+        listed = ", ".join(str(each).removeprefix("torch.") for each in HALF + FULL)
+        raise TypeError(f"expected a backbone in {listed}, got {str(dtype).removeprefix('torch.')}")
+    return torch.float32 if dtype in HALF else dtype
+
+
+def warn_if_emulated(device: torch.device, dtype: torch.dtype) -> None:
+    """Warns where the device has a half type only in emulation, slower than float32."""
+    if device.type == "cpu" and dtype in HALF and torch.backends.mkldnn.is_available():
+        fp16, bf16 = torch.ops.mkldnn._is_mkldnn_fp16_supported, torch.ops.mkldnn._is_mkldnn_bf16_supported
+        native = bf16() if dtype == torch.bfloat16 else fp16()
+    else:
+        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+        native = dtype != torch.bfloat16 or not old
+    if not native:
+        warnings.warn(
+            f"{device} computes {str(dtype).removeprefix('torch.')} in emulation, slower than float32: "
+            "results are right, but another dtype is faster",
+            stacklevel=3,
+        )
 
 
 def apply_outside_half(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """Applies a module-wide conversion to a tensor that no half type may touch.
 
-    Devices, `float32` and `float64` pass; `float16` and `bfloat16` become `float32`, so that
-    `.half().float()` gives the same bits back.
+    Devices, `float32` and `float64` pass; smaller types become `float32`, so that `.half().float()`
+    gives the same bits back.
     """
     applied = fn(tensor)
-    if applied.dtype in HALF:
+    if applied.is_floating_point() and applied.element_size() < torch.float32.itemsize:
         return tensor.to(applied.device, torch.float32)
     return applied
 

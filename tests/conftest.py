@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import small_model, tokens_of
 
 
@@ -23,3 +24,11 @@ def data():
     if not folder:
         pytest.skip("RD_TORCH_DATA names no folder")
     return Path(folder).resolve()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` run wherever CUDA is."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -6,8 +6,8 @@ from helpers import random_esm2, random_sequence, tokens_of
 from torch import nn
 
 from rd_torch import ESM2, ESM2_LEVELS, Level, RDModel
-from rd_torch.config import ALPHABET
 from rd_torch.attention import RotaryEmbedding
+from rd_torch.config import ALPHABET
 from rd_torch.packing import Packing
 
 TOLERANCE = 2e-5

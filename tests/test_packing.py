@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from rd_torch.packing import SHORTEST_SHARE, Packing
+from rd_torch import packing as packing_module
+from rd_torch.packing import SHORTEST_SHARE, Packing, in_chunks
 
 LENGTHS = (3, 40, 17, 39, 1, 34, 33, 20)
 REAL = {
@@ -153,3 +154,32 @@ def test_gradients_of_attention_are_those_of_each_sequence_alone(make, real):
     )
     for mine, other in zip(ours, alone, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 100, 257])
+@pytest.mark.parametrize(("features", "least"), [(1, 1), (64, 16), (10**9, 256)])
+def test_chunks_together_are_the_whole(monkeypatch, tokens, features, least):
+    monkeypatch.setattr(packing_module, "CHUNK_FEATURES", features)
+    monkeypatch.setattr(packing_module, "CHUNK_TOKENS", least)
+    x, y = torch.randn(tokens, 4), torch.randn(tokens, 2, 3)
+    sizes = []
+
+    def function(a, b):
+        sizes.append(len(a))
+        return a + 1, b * a[:, :1, None]
+
+    with torch.no_grad():
+        first, second = in_chunks(function, x, y)
+    assert torch.equal(first, x + 1)
+    assert torch.equal(second, y * x[:, :1, None])
+    assert sum(sizes) == tokens
+    assert max(sizes) <= max(features // 4, least) + packing_module.CHUNK_MULTIPLE
+    assert all(size % packing_module.CHUNK_MULTIPLE == 0 for size in sizes[:-1])
+
+
+def test_a_graph_is_recorded_in_one_piece(monkeypatch):
+    monkeypatch.setattr(packing_module, "CHUNK_FEATURES", 1)
+    monkeypatch.setattr(packing_module, "CHUNK_TOKENS", 16)
+    calls = []
+    in_chunks(lambda x: (calls.append(len(x)) or x,), torch.randn(100, 4))
+    assert calls == [100]

@@ -1,0 +1,176 @@
+"""Token budgets: found, kept, halved when memory runs out; nothing lost on the way."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_sequence, small_model
+
+import rd_torch
+from rd_torch import batching
+from rd_torch.batching import LEAST_TOKENS, MOST_TOKENS, bytes_per_token, find_budget, run_batches
+
+CPU = torch.device("cpu")
+SEQUENCES = [random_sequence(length, seed) for seed, length in enumerate((5, 60, 61, 1, 33, 8, 59, 30, 2))]
+
+
+def scarce(most, error=torch.OutOfMemoryError):
+    """Computes the number of tokens; runs out of memory above `most` of them."""
+
+    def compute(tokens):
+        if tokens.numel() > most:
+            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate a lot")
+        return tokens.numel()
+
+    return compute
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+@pytest.mark.parametrize("most", [63, 70, 150, 400])
+def test_a_batch_too_large_is_halved_with_a_warning_and_nothing_is_lost(most, error):
+    with pytest.warns(
+        UserWarning, match="tokens were too many for the memory of cpu: batches hold at most"
+    ) as said:
+        done = list(run_batches(scarce(most, error), SEQUENCES, 1_000, CPU))
+    assert sorted(index for batch in done for index in batch.indices) == list(range(len(SEQUENCES)))
+    assert max(batch.result for batch in done) <= most
+    assert len(said) <= 5  # the budget stays halved
+    for batch in done:
+        assert batch.tokens.shape == (len(batch.indices), max(len(SEQUENCES[i]) for i in batch.indices) + 2)
+
+
+def test_one_sequence_that_takes_too_much_is_an_error_that_says_how_long_it_is():
+    with (
+        pytest.warns(UserWarning, match="too many"),
+        pytest.raises(
+            MemoryError, match="expected memory for one sequence of 61 residues, got none left on cpu: cut"
+        ),
+    ):
+        list(run_batches(scarce(62), SEQUENCES, 1_000, CPU))
+
+
+def test_other_errors_pass():
+    def compute(tokens):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(run_batches(compute, SEQUENCES, 100, CPU))
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_a_sequence_longer_than_the_budget_goes_alone_without_a_warning(budget):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = list(run_batches(lambda tokens: tokens.numel(), SEQUENCES, budget, CPU))
+    assert all(batch.result <= budget or len(batch.indices) == 1 for batch in done)
+    assert list(run_batches(lambda tokens: 0, [], budget, CPU)) == []
+
+
+def test_embeddings_are_the_same_when_memory_was_short(monkeypatch):
+    model = small_model()
+    expected = rd_torch.embed(model, SEQUENCES)
+    encode = model.encode
+
+    def short(tokens, **options):
+        if tokens.numel() > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(tokens, **options)
+
+    monkeypatch.setattr(model, "encode", short)
+    with pytest.warns(UserWarning, match="too many"):
+        np.testing.assert_allclose(rd_torch.embed(model, SEQUENCES), expected, atol=2e-5)
+
+
+def test_a_fit_is_the_same_when_memory_was_short(monkeypatch):
+    backbones = small_model().family()
+    expected = rd_torch.fit(backbones, SEQUENCES)
+    forward = rd_torch.ESM2.forward
+
+    def short(self, tokens, *rest):
+        if tokens.numel() > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, tokens, *rest)
+
+    monkeypatch.setattr(rd_torch.ESM2, "forward", short)
+    with pytest.warns(UserWarning, match="too many"):
+        again = rd_torch.fit(backbones, SEQUENCES)
+    assert again.config.provenance["fit"] == expected.config.provenance["fit"]
+    for name, stage in expected.stages.items():
+        torch.testing.assert_close(again.stages[name].W, stage.W, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"), [(0, LEAST_TOKENS), (None, MOST_TOKENS["cpu"]), (10**15, MOST_TOKENS["cpu"])]
+)
+def test_the_budget_has_bounds(monkeypatch, free, expected):
+    monkeypatch.setattr(batching, "free_bytes", lambda _: free)
+    assert find_budget(small_model().family().values(), CPU) == expected
+
+
+def test_between_its_bounds_the_budget_is_what_half_of_the_free_memory_takes(monkeypatch):
+    family = small_model().family().values()
+    monkeypatch.setattr(batching, "free_bytes", lambda _: 2 * 5_000 * bytes_per_token(family))
+    assert find_budget(family, CPU) == 5_000
+
+
+def test_free_memory_is_what_the_system_says():
+    assert 0 < batching.free_bytes(CPU) < 2**50
+    assert batching.free_bytes(torch.device("meta")) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_the_estimate_covers_what_a_forward_pass_takes():
+    """Peak memory of a process that embeds one full batch, against the estimate."""
+    code = """
+import pathlib, re, torch
+from rd_torch import RDModel
+from rd_torch.batching import bytes_per_token
+from rd_torch.esm2 import ESM2
+torch.set_num_threads(1)
+model = RDModel({"only": ESM2(2, 640, 20)}, []).eval()
+tokens = torch.full((8, 512), 5)
+with torch.inference_mode():
+    model.encode(tokens[:, :8])
+    status = pathlib.Path("/proc/self/status")
+    read = lambda name: int(re.search(rf"{name}:\\s+(\\d+) kB", status.read_text())[1]) * 1024
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = read("VmRSS")
+    model.encode(tokens)
+print((read("VmHWM") - before) / (tokens.numel() * bytes_per_token(model.family().values())))
+"""
+    share = float(
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    )
+    assert 0.2 < share < 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs an address-space limit")
+def test_a_real_shortage_of_memory_halves_the_batch(tmp_path):
+    code = """
+import resource, warnings, torch, psutil
+from rd_torch import RDModel, embed
+from rd_torch.esm2 import ESM2
+torch.set_num_threads(1)
+model = RDModel({"only": ESM2(1, 640, 20)}, []).eval()
+embed(model, ["MKV"])
+now = psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (now + 150 * 2**20,) * 2)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    vectors = embed(model, ["MKVLA" * 100] * 64, tokens_per_batch=40_000)
+print(vectors.shape, sum("too many" in str(each.message) for each in said))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    shape, said = done.stdout.rsplit(maxsplit=1)
+    assert shape == "(64, 640)"
+    assert 1 <= int(said) <= 5
+
+
+def test_a_half_type_that_the_device_emulates_is_said_once(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    with pytest.warns(UserWarning, match="cpu computes float16 in emulation, slower than float32") as said:
+        rd_torch.embed(small_model().half(), SEQUENCES, tokens_per_batch=70)
+    assert len(said) == 1
