@@ -70,7 +70,7 @@ def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """`softmax(q k' / sqrt(size)) v` within each sequence: `(tokens, heads, size)` in and out."""
-    if packing.is_padded:
+    if not packing.longest:  # padded, or without any token
         return _by_buckets(q, k, v, packing)
     if has_varlen(q.device, q.dtype, q.shape[-1]):
         return attend_varlen(q, k, v, packing.boundaries, packing.longest)

@@ -259,7 +259,7 @@ class RDModel(Pretrained):
         family = self.family(width)
         check_tokens(tokens)
         packing = Packing.of(tokens != self.padding_idx)
-        engine = None if packing.is_padded or sink is not None else self._ready_engine()
+        engine = self._ready_engine() if packing.longest and sink is None else None
         if engine is not None:
             return packing, engine(tokens, packing, len(family))
         sinks = dict.fromkeys(family) | {list(family)[-1]: sink}

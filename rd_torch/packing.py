@@ -125,9 +125,9 @@ class Packing:
         """Whether every place of the batch counts, padding too."""
         return self.index is None
 
-    @property
+    @cached_property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Tokens of the longest sequence; 0 when the packing is padded or holds no token."""
         return max((stop - start for start, stop in pairwise(self.edges)), default=0)
 
     @cached_property

@@ -1,0 +1,65 @@
+"""The benchmarks in small: they run, compare what they say, and leave a result that the page is made of."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--level", "35M", "--layers", "1"]
+
+
+def run(tmp_path, script, *arguments):
+    path = tmp_path / "result.json"
+    command = [sys.executable, ROOT / "benchmarks" / script, *arguments, "--output", path]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(path.read_text())
+
+
+def test_speed_compares_everybody_in_every_dtype(tmp_path):
+    options = ["--dtype", "float32", "bfloat16", "--lengths", "30", "--tokens", "128", "--rounds", "1"]
+    result = run(tmp_path, "speed.py", *SMALL, *options, "--budgets", "40", "128")
+    assert "no result" in result["title"]  # backbones were cut
+    rows = {(row["dtype"], row["contender"]): row for row in result["rows"]}
+    for dtype in ("float32", "bfloat16"):
+        assert rows[dtype, "rd chain"]["chain's speed over it"] == 1
+        for contender in ("own 35M alone", "sum of own backbones alone", "fair-esm", "transformers sdpa"):
+            row = rows[dtype, contender]
+            assert row["tokens/s"] > 0
+            assert row["chain's speed over it"] == pytest.approx(1 / row["chain's time over it"], rel=0.01)
+    assert ("bfloat16", "fair-esm float32") in rows
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_pass_takes_a_third_of_fair_esms_memory(tmp_path):
+    options = ["--batch", "4", "--residues", "1022", "--dtype", "float32"]
+    rows = run(tmp_path, "memory.py", *SMALL, *options)["rows"]
+    shares = {row["contender"]: row["share of fair-esm's"] for row in rows}
+    assert shares.pop("fair-esm") == 1
+    assert shares
+    assert max(shares.values()) < 1 / 3
+
+
+def test_the_cost_of_a_fit_is_split_into_its_parts(tmp_path, data):
+    options = ["--residues", "500", "--data", str(data)]
+    rows = run(tmp_path, "fit_cost.py", *SMALL, *options)["rows"]
+    assert len(rows) >= 3
+
+
+def test_half_precision_is_given_per_added_block(tmp_path, data):
+    rows = run(tmp_path, "half_precision.py", "mini", "--residues", "500", "--data", str(data))["rows"]
+    errors = {(row["level"], row["backbones"]): row["error, mean"] for row in rows}
+    assert len(errors) == 4 * 4
+    for level in ("28K", "90K", "207K", "1M"):
+        assert errors[level, "float16, float32 residual"] < errors[level, "bfloat16, float32 residual"] / 4
+        assert errors[level, "bfloat16, float32 residual"] < 0.05
+
+
+def test_the_page_holds_every_result():
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        result = json.loads(path.read_text())
+        assert result["title"] in page
+        assert result["command"] in page
