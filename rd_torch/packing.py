@@ -77,6 +77,7 @@ class Packing:
         sequence: `(tokens,)` row of each token.
         edges: packed token at which each sequence begins, and the number of all behind them; empty
             when the packing is padded.
+        longest: tokens of the longest sequence; 0 when the packing is padded or holds no token.
     """
 
     shape: tuple[int, int]
@@ -85,6 +86,7 @@ class Packing:
     positions: Tensor
     sequence: Tensor
     edges: tuple[int, ...] = ()
+    longest: int = 0
 
     @classmethod
     def of(cls, real: Tensor) -> Packing:
@@ -104,6 +106,7 @@ class Packing:
             positions=index % max(time, 1),
             sequence=index // max(time, 1),
             edges=tuple(accumulate((length for length in lengths if length), initial=0)),
+            longest=max(lengths, default=0),
         )
 
     @classmethod
@@ -124,11 +127,6 @@ class Packing:
     def is_padded(self) -> bool:
         """Whether every place of the batch counts, padding too."""
         return self.index is None
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest sequence; 0 when the packing is padded or holds no token."""
-        return max((stop - start for start, stop in pairwise(self.edges)), default=0)
 
     @cached_property
     def boundaries(self) -> Tensor:
