@@ -136,7 +136,15 @@ class Engine:
         weight = next(iter(family.values())).embed_tokens.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._recordings: OrderedDict[tuple[Shape, int], Recording] = OrderedDict()
-        self._weights = self._fingerprint()
+        self._parts = [
+            (container, name, part)
+            for backbone in family.values()
+            for module in backbone.modules()
+            for container in (module._parameters, module._modules)
+            for name, part in container.items()
+        ]
+        self._parameters = [part for _, _, part in self._parts if isinstance(part, Tensor)]
+        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         if self._device.type == "cuda":
             self._side = torch.cuda.Stream(self._device)
         if self._records:
@@ -148,8 +156,11 @@ class Engine:
 
     @property
     def is_current(self) -> bool:
-        """Whether the parameters are where they were: graphs would not notice new ones."""
-        return self._fingerprint() == self._weights
+        """Whether modules and parameters are what and where they were: graphs would not notice others."""
+        addresses = [parameter.data_ptr() for parameter in self._parameters]
+        return addresses == self._addresses and all(
+            container.get(name) is part for container, name, part in self._parts
+        )
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, packing: Packing, levels: int) -> dict[str, Tensor]:
@@ -174,11 +185,6 @@ class Engine:
         """Whether small batches are replayed as graphs: where attention needs nothing from the host."""
         sizes = (each.embed_dim // each.attention_heads for each in self._family.values())
         return all(has_varlen(self._device, self._dtype, size) for size in sizes)
-
-    def _fingerprint(self) -> list[tuple[int, int]]:
-        """Every parameter's identity and address."""
-        family = self._family.values()
-        return [(id(part), part.data_ptr()) for backbone in family for part in backbone.parameters()]
 
     def _record(self, shape: Shape, inputs: Inputs, packing: Packing, levels: int) -> Recording:
         """Records the shape as a graph, after a run that compiles what is not compiled yet."""

@@ -112,13 +112,27 @@ def test_a_slot_gives_each_batch_its_own_results_whatever_was_in_it_before(monke
         torch.testing.assert_close(fixed[: len(expected)], expected, atol=2e-5, rtol=0)
 
 
-def test_an_engine_notices_when_its_parameters_go():
+def replace_a_parameter(backbone):
+    backbone.layers[0].fc1.weight = torch.nn.Parameter(backbone.layers[0].fc1.weight.clone())
+
+
+def replace_a_module(backbone):
+    backbone.layers[1].self_attn.q_proj = torch.nn.Sequential(backbone.layers[1].self_attn.q_proj)
+
+
+def assign_a_state_dict(backbone):
+    backbone.load_state_dict(copy.deepcopy(backbone.state_dict()), assign=True)
+
+
+@pytest.mark.parametrize(
+    "change", [torch.nn.Module.half, replace_a_parameter, replace_a_module, assign_a_state_dict]
+)
+def test_an_engine_notices_when_its_parameters_go(change):
     model = small_model()
     prepared = Engine(model.family())
+    model.backbones["b"].layers[0].fc1.weight.data.mul_(2)  # in place: a graph reads the new values
     assert prepared.is_current
-    model.backbones["a"].layers[0].fc1.weight.data.mul_(2)  # in place: the same address
-    assert prepared.is_current
-    model.half()
+    change(model.backbones["b"])
     assert not prepared.is_current
 
 
