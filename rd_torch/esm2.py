@@ -20,7 +20,7 @@ from torch.nn import functional
 from rd_torch.attention import RotaryEmbedding, Rotation, attend, attention_maps, rotate
 from rd_torch.config import ALPHABET, Level, Reference
 from rd_torch.packing import Packing, in_chunks
-from rd_torch.precision import ResidualNorm, at_least_float32
+from rd_torch.precision import ResidualNorm, at_least_float32, onednn_has
 
 # Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
 # token dropout left on average, to which every sequence is scaled back.
@@ -32,16 +32,40 @@ Heads = tuple[Tensor, Tensor, Tensor]
 AttentionSink = Callable[[Tensor], None]
 
 
+class Linear(nn.Linear):
+    """A linear layer that on a CPU multiplies by oneDNN where PyTorch would take MKL.
+
+    In float32 that is twice as fast on AMD's CPUs, whose vector units MKL uses by half. Where a graph is
+    recorded or traced, PyTorch's own way has the gradients.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(tokens, in features)` to `(tokens, out features)`."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or not self._by_onednn(x):
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def _by_onednn(self, x: Tensor) -> bool:
+        graph = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return (
+            not (graph or torch.is_autocast_enabled("cpu"))
+            and len(x) > 0
+            and x.dtype == self.weight.dtype
+            and onednn_has(x.dtype)
+            and type(self.weight) in (Tensor, nn.Parameter)
+        )
+
+
 class SelfAttention(nn.Module):
     """The projections of multi-head self-attention."""
 
     def __init__(self, width: int, attention_heads: int) -> None:
         super().__init__()
         self.attention_heads = attention_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
         self.rot_emb = RotaryEmbedding(width // attention_heads)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Heads:
@@ -60,8 +84,8 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(width, attention_heads)
         self.self_attn_layer_norm = ResidualNorm(width)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
         self.final_layer_norm = ResidualNorm(width)
 
     def forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Final
 
 import torch
@@ -26,15 +27,26 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
+@cache
+def onednn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies on this CPU in the dtype, and not in emulation."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    by_dtype = {
+        torch.float32: lambda: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in by_dtype and by_dtype[dtype]()
+
+
 def warn_if_emulated(device: torch.device, dtype: torch.dtype) -> None:
     """Warns where the device has a half type only in emulation, slower than float32."""
-    if device.type == "cpu" and dtype in HALF and torch.backends.mkldnn.is_available():
-        fp16, bf16 = torch.ops.mkldnn._is_mkldnn_fp16_supported, torch.ops.mkldnn._is_mkldnn_bf16_supported
-        native = bf16() if dtype == torch.bfloat16 else fp16()
-    else:
-        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-        native = dtype != torch.bfloat16 or not old
-    if not native:
+    emulated = {
+        "cpu": lambda: dtype in HALF and not onednn_has(dtype),
+        "cuda": lambda: dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0),
+    }
+    if emulated.get(device.type, lambda: False)():
         warnings.warn(
             f"{device} computes {str(dtype).removeprefix('torch.')} in emulation, slower than float32: "
             "results are right, but another dtype is faster",

@@ -10,7 +10,7 @@ import torch
 from helpers import random_sequence, small_model
 
 import rd_torch
-from rd_torch import batching
+from rd_torch import batching, precision
 from rd_torch.batching import LEAST_TOKENS, MOST_TOKENS, bytes_per_token, find_budget, run_batches
 
 CPU = torch.device("cpu")
@@ -170,7 +170,7 @@ print(vectors.shape, sum("too many" in str(each.message) for each in said))
 
 
 def test_a_half_type_that_the_device_emulates_is_said_once(monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    monkeypatch.setattr(precision, "onednn_has", lambda _: False)
     with pytest.warns(UserWarning, match="cpu computes float16 in emulation, slower than float32") as said:
         rd_torch.embed(small_model().half(), SEQUENCES, tokens_per_batch=70)
     assert len(said) == 1

@@ -8,6 +8,7 @@ from torch import nn
 from rd_torch import ESM2, ESM2_LEVELS, Level, RDModel
 from rd_torch.attention import RotaryEmbedding
 from rd_torch.config import ALPHABET
+from rd_torch.esm2 import Linear
 from rd_torch.packing import Packing
 
 TOLERANCE = 2e-5
@@ -310,3 +311,44 @@ def test_autocast_to_bfloat16_stays_near_float32():
             out = embed(module, tokens)
     assert out.isfinite().all()
     assert 0 < (out - exact).std() / exact.std() < 0.03
+
+
+ONEDNN = torch.ops.mkldnn._linear_pointwise
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Counts the layers that oneDNN multiplied."""
+    calls = []
+
+    def count(*arguments):
+        calls.append(arguments[0].dtype)
+        return ONEDNN(*arguments)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", count)
+    return calls
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_a_linear_layer_is_the_formula_and_its_inference_is_onednns(products, tokens, dtype, within):
+    layer, x = Linear(64, 48).to(dtype), torch.randn(tokens, 64, dtype=dtype)
+    exact = x.double() @ layer.weight.double().T + layer.bias.double()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), exact, atol=within, rtol=within)
+    assert products == [dtype]
+    trained = layer(x.requires_grad_())
+    torch.testing.assert_close(trained.double(), exact, atol=within, rtol=within)
+    trained.sum().backward()
+    assert layer.weight.grad is not None
+    assert x.grad is not None
+    assert products == [dtype]  # where a graph is recorded, PyTorch's own
+
+
+def test_a_frozen_backbone_multiplies_by_onednn_although_others_train(products):
+    module = ESM2.sharing(random_esm2(*SMALL)).requires_grad_(False)
+    embed(module, tokens_of("MKV"))
+    assert len(products) == 6 * SMALL[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        embed(module, tokens_of("MKV"))
+    assert len(products) == 6 * SMALL[0]
