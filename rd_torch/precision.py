@@ -32,12 +32,13 @@ def onednn_has(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies on this CPU in the dtype, and not in emulation."""
     if not torch.backends.mkldnn.is_available():
         return False
-    by_dtype = {
-        torch.float32: lambda: True,
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return dtype in by_dtype and by_dtype[dtype]()
+    if dtype in HALF:
+        half = torch.ops.mkldnn
+        supported = (
+            half._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else half._is_mkldnn_fp16_supported
+        )
+        return bool(supported())
+    return dtype == torch.float32
 
 
 def warn_if_emulated(device: torch.device, dtype: torch.dtype) -> None:
