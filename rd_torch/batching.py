@@ -123,7 +123,13 @@ def _attempt(
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether a device or the system had no memory left."""
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    said = (
+        "can't allocate memory",
+        "could not create",
+        "bad_alloc",
+        "could not execute",
+    )  # the last by oneDNN
+    return isinstance(error, kinds) or any(part in str(error) for part in said)
 
 
 def _halved(size: int, rows: int, device: torch.device) -> int:

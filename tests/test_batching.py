@@ -148,6 +148,7 @@ print((read("VmHWM") - before) / (tokens.numel() * bytes_per_token(model.family(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs an address-space limit")
+@pytest.mark.slow
 def test_a_real_shortage_of_memory_halves_the_batch(tmp_path):
     code = """
 import resource, warnings, torch, psutil
@@ -157,7 +158,7 @@ torch.set_num_threads(1)
 model = RDModel({"only": ESM2(1, 640, 20)}, []).eval()
 embed(model, ["MKV"])
 now = psutil.Process().memory_info().vms
-resource.setrlimit(resource.RLIMIT_AS, (now + 150 * 2**20,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (now + 300 * 2**20,) * 2)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     vectors = embed(model, ["MKVLA" * 100] * 64, tokens_per_batch=40_000)
