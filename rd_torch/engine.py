@@ -140,11 +140,11 @@ class Engine:
             (container, name, part)
             for backbone in family.values()
             for module in backbone.modules()
-            for container in (module._parameters, module._modules)
+            for container in (module._parameters, module._buffers, module._modules)
             for name, part in container.items()
         ]
-        self._parameters = [part for _, _, part in self._parts if isinstance(part, Tensor)]
-        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
+        self._tensors = [part for _, _, part in self._parts if isinstance(part, Tensor)]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         if self._device.type == "cuda":
             self._side = torch.cuda.Stream(self._device)
         if self._records:
@@ -156,8 +156,8 @@ class Engine:
 
     @property
     def is_current(self) -> bool:
-        """Whether modules and parameters are what and where they were: graphs would not notice others."""
-        addresses = [parameter.data_ptr() for parameter in self._parameters]
+        """Whether modules and tensors are what and where they were: graphs would not notice others."""
+        addresses = [tensor.data_ptr() for tensor in self._tensors]
         return addresses == self._addresses and all(
             container.get(name) is part for container, name, part in self._parts
         )

@@ -124,8 +124,14 @@ def assign_a_state_dict(backbone):
     backbone.load_state_dict(copy.deepcopy(backbone.state_dict()), assign=True)
 
 
+def replace_the_angles(backbone):
+    rotary = backbone.layers[0].self_attn.rot_emb
+    rotary.inv_freq = rotary.inv_freq.clone()
+
+
 @pytest.mark.parametrize(
-    "change", [torch.nn.Module.half, replace_a_parameter, replace_a_module, assign_a_state_dict]
+    "change",
+    [torch.nn.Module.half, replace_a_parameter, replace_a_module, replace_the_angles, assign_a_state_dict],
 )
 def test_an_engine_notices_when_its_parameters_go(change):
     model = small_model()
