@@ -22,14 +22,12 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 from rd_torch.packing import Packing
-from rd_torch.precision import HALF, apply_outside_half, at_least_float32
+from rd_torch.precision import AMPERE, HALF, apply_outside_half, at_least_float32
 
 Rotation = tuple[Tensor, Tensor]
 
 VARLEN_SIZES: Final = range(16, 129, 8)
 """Head sizes that `varlen_attn` is used for."""
-
-AMPERE: Final = (8, 0)
 
 # Scores that are computed at a time on the CPU: 4 MiB in bfloat16, which a last-level cache holds.
 BLOCK: Final = 1 << 21

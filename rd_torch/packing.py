@@ -123,11 +123,6 @@ class Packing:
             sequence=rows.repeat_interleave(time, output_size=batch * time),
         )
 
-    @property
-    def is_padded(self) -> bool:
-        """Whether every place of the batch counts, padding too."""
-        return self.index is None
-
     @cached_property
     def boundaries(self) -> Tensor:
         """`(sequences + 1,)` the edges as an int32 tensor, as kernels want them."""
@@ -136,7 +131,7 @@ class Packing:
     @property
     def buckets(self) -> tuple[Bucket, ...]:
         """The groups of similar length for attention, in packed order; when padded one, with a mask."""
-        if self.is_padded:
+        if self.index is None:
             batch, time = self.shape
             return (Bucket(0, batch * time, batch, time, mask=self.real[:, None, None, :]),)
         return self._cut_buckets

@@ -14,6 +14,9 @@ from torch.nn import functional
 HALF: Final = (torch.float16, torch.bfloat16)
 FULL: Final = (torch.float32, torch.float64)
 
+AMPERE: Final = (8, 0)
+"""Compute capability from which GPUs multiply in bfloat16."""
+
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype itself, or float32 for a half type.
@@ -29,7 +32,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 @cache
 def onednn_has(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies on this CPU in the dtype, and not in emulation."""
+    """Whether oneDNN takes the dtype on this CPU."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype in HALF:
@@ -43,11 +46,12 @@ def onednn_has(dtype: torch.dtype) -> bool:
 
 def warn_if_emulated(device: torch.device, dtype: torch.dtype) -> None:
     """Warns where the device has a half type only in emulation, slower than float32."""
-    emulated = {
-        "cpu": lambda: dtype in HALF and not onednn_has(dtype),
-        "cuda": lambda: dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0),
-    }
-    if emulated.get(device.type, lambda: False)():
+    if device.type == "cpu":
+        emulated = dtype in HALF and not onednn_has(dtype)
+    else:
+        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE
+        emulated = old and dtype == torch.bfloat16
+    if emulated:
         warnings.warn(
             f"{device} computes {str(dtype).removeprefix('torch.')} in emulation, slower than float32: "
             "results are right, but another dtype is faster",
