@@ -46,6 +46,17 @@ def test_the_cost_of_a_fit_is_split_into_its_parts(tmp_path, data):
     options = ["--residues", "500", "--data", str(data)]
     rows = run(tmp_path, "fit_cost.py", *SMALL, *options)["rows"]
     assert len(rows) >= 3
+    seconds = {row["part"]: row["seconds"] for row in rows}
+    shares = {row["part"]: row["share of the forward passes"] for row in rows}
+    assert len(seconds) == len(rows)
+    for part, share in shares.items():
+        assert seconds[part] >= 0
+        if share == 1:
+            assert seconds[part] > 0
+    together = shares.pop("moments and solving together")
+    assert together > 0
+    assert sum(share == 1 for share in shares.values()) == 1
+    assert any(abs(a + b - together) < 0.001 for a in shares.values() for b in shares.values())
 
 
 def test_half_precision_is_given_per_added_block(tmp_path, data):
