@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rd_torch.esm2 import ESM2
+from rd_torch.precision import warn_if_emulated
 from rd_torch.sequences import SPECIAL_TOKENS, cut_batches, tokenize
 
 Result = TypeVar("Result")
@@ -23,18 +24,19 @@ LEAST_TOKENS: Final = 1_024
 SHARE_OF_FREE: Final = 0.5
 """Share of the free memory that a batch is planned to take: the estimate is rough, others allocate too."""
 
+# What oneDNN and C++ say, without a type of their own. oneDNN says more where a shape is the trouble.
+_SHORT_OF_MEMORY: Final = ("could not create a primitive", "could not execute a primitive", "std::bad_alloc")
+
 
 class Batch(NamedTuple, Generic[Result]):
     """One batch that went through.
 
     Attributes:
         indices: the number of each sequence in the input.
-        tokens: `(batch, time)` on the device.
         result: what was computed of them.
     """
 
     indices: list[int]
-    tokens: Tensor
     result: Result
 
 
@@ -70,6 +72,16 @@ def find_budget(family: Iterable[ESM2], device: torch.device) -> int:
     return max(LEAST_TOKENS, min(most, int(SHARE_OF_FREE * free) // bytes_per_token(family)))
 
 
+def plan_batches(family: Iterable[ESM2], tokens_per_batch: int | None) -> tuple[int, torch.device]:
+    """The budget, found where none is given, and the family's device; warns of a dtype it emulates."""
+    members = list(family)
+    weight = members[0].embed_tokens.weight
+    warn_if_emulated(weight.device, weight.dtype)
+    if tokens_per_batch is None:
+        tokens_per_batch = find_budget(members, weight.device)
+    return tokens_per_batch, weight.device
+
+
 def run_batches(
     compute: Callable[[Tensor], Result],
     sequences: Iterable[str],
@@ -99,47 +111,41 @@ def run_batches(
             size = len(part) * (len(part[0][1]) + SPECIAL_TOKENS)
             if size <= limit or len(part) == 1:
                 done = _attempt(compute, part, device)
-                if done is not None:
+                if isinstance(done, Batch):
                     yield done
                     continue
-                limit = _halved(size, len(part), device)
+                limit = _halved(size, len(part), device, done)
             half = (len(part) + 1) // 2
             waiting += [part[half:], part[:half]]
 
 
 def _attempt(
     compute: Callable[[Tensor], Result], part: list[tuple[int, str]], device: torch.device
-) -> Batch[Result] | None:
-    """The batch computed; None where memory ran out."""
+) -> Batch[Result] | str:
+    """The batch computed, or what was said when memory ran out."""
     try:
         tokens = tokenize([sequence for _, sequence in part]).to(device)
-        return Batch([index for index, _ in part], tokens, compute(tokens))
+        return Batch([index for index, _ in part], compute(tokens))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-    return None
+        return str(error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether a device or the system had no memory left."""
     kinds = (MemoryError, torch.OutOfMemoryError)
-    said = (
-        "can't allocate memory",
-        "could not create",
-        "bad_alloc",
-        "could not execute",
-    )  # the last by oneDNN
-    return isinstance(error, kinds) or any(part in str(error) for part in said)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error) or str(error) in _SHORT_OF_MEMORY
 
 
-def _halved(size: int, rows: int, device: torch.device) -> int:
+def _halved(size: int, rows: int, device: torch.device, said: str) -> int:
     """Half the tokens that were too many, with a warning; a MemoryError where they were one sequence."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if rows == 1:
         raise MemoryError(
             f"expected memory for one sequence of {size - SPECIAL_TOKENS:,} residues, got none left on "
-            f"{device}: cut it (--max-length), take a shorter width or a half-precision model"
+            f"{device}: cut it (--max-length), take a shorter width or a half-precision model ({said})"
         )
     warnings.warn(
         f"{size:,} tokens were too many for the memory of {device}: batches hold at most {size // 2:,} "

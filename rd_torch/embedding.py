@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rd_torch.batching import find_budget, run_batches
+from rd_torch.batching import plan_batches, run_batches
 from rd_torch.config import check_choice
 from rd_torch.model import RDModel
 from rd_torch.moments import float64_device
-from rd_torch.precision import warn_if_emulated
 from rd_torch.sequences import Protein, is_residue, normalized
 from rd_torch.store.hdf5 import check_identifiers, write_embeddings
 
@@ -123,20 +122,15 @@ def embed_stream(
     Arguments and errors as for `embed`.
     """
     pool, width = options.get("pool", "mean"), options.get("width")
-    budget = options.get("tokens_per_batch")
     check_choice("pool", pool, ("mean", "none"))
-    weight = next(model.parameters())
-    device = weight.device
-    warn_if_emulated(device, weight.dtype)
-    if budget is None:
-        budget = find_budget(model.family(width).values(), device)
+    planned = plan_batches(model.family(width).values(), options.get("tokens_per_batch"))
 
     @torch.inference_mode()
     def vectors(tokens: Tensor) -> list[np.ndarray]:
         """One array a sequence."""
         return _pooled(model.encode(tokens, width=width), is_residue(tokens), pool)
 
-    for batch in run_batches(vectors, sequences, budget, device):
+    for batch in run_batches(vectors, sequences, *planned):
         yield from zip(batch.indices, batch.result, strict=True)
 
 

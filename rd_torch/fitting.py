@@ -9,13 +9,12 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from rd_torch.batching import Batch, find_budget, run_batches
+from rd_torch.batching import Batch, plan_batches, run_batches
 from rd_torch.config import ALPHABET, PredictFrom, Regressor
 from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.packing import Packing
-from rd_torch.precision import warn_if_emulated
 from rd_torch.sequences import is_residue, normalized
 from rd_torch.solve import check_options, solve_stages
 
@@ -63,11 +62,8 @@ def fit(
     family = {name: ESM2.sharing(module) for name, module in backbones.items()}
     widths = {name: backbone.embed_dim for name, backbone in family.items()}
     check_options(list(widths.values()), **options)
-    weight = next(iter(family.values())).embed_tokens.weight
-    device = weight.device
-    warn_if_emulated(device, weight.dtype)
+    budget, device = plan_batches(family.values(), tokens_per_batch)
     moments = RunningMoments(sum(widths.values()), device)
-    budget = find_budget(family.values(), device) if tokens_per_batch is None else tokens_per_batch
     batches = run_batches(partial(_residues, family), normalized(sequences), budget, device)
     count = sum(1 for _ in progress(_update(moments, batches)))
     stages = solve_stages(moments, widths, **options)
