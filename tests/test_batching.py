@@ -42,6 +42,13 @@ def test_a_batch_too_large_is_halved_with_a_warning_and_nothing_is_lost(most, er
         assert batch.result.shape == (len(batch.indices), max(len(SEQUENCES[i]) for i in batch.indices) + 2)
 
 
+def test_the_budget_stays_halved_for_the_batches_that_follow():
+    with pytest.warns(UserWarning, match="too many") as said:
+        done = list(run_batches(scarce(130), ["A" * 30] * 100, 1_000, CPU))
+    assert sum(len(batch.indices) for batch in done) == 100
+    assert len(said) == 2  # 992 and 256 tokens of the first batch; none of the three after it
+
+
 def test_one_sequence_that_takes_too_much_is_an_error_that_says_how_long_it_is():
     with (
         pytest.warns(UserWarning, match="too many"),
