@@ -51,7 +51,8 @@ from torch import Tensor, nn
 
 import rd_torch
 from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
-from rd_torch.esm2 import ESM2, MEAN_SHARE_KEPT, TransformerLayer
+from rd_torch.esm2 import ESM2, MEAN_SHARE_KEPT
+from rd_torch.layer import TransformerLayer
 from rd_torch.packing import Packing
 from rd_torch.sequences import cut_batches, is_residue, normalized, read_fasta, tokenize
 

@@ -46,32 +46,39 @@ WARM_UP = "M" * 14
 """With `<cls>` and `<eos>` 16 tokens."""
 
 
-def resident(entry: str) -> int:
+class Meter:
+    """Memory that this process holds on a device, in bytes: now, and at the most since the last restart."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+
+    def restart(self) -> None:
+        """Gives freed memory back to the system, and lets the peak start from what is held now."""
+        if self._cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from VmRSS
+
+    def now(self) -> int:
+        """What is held now."""
+        return torch.cuda.memory_allocated() if self._cuda else _resident("VmRSS")
+
+    def peak(self) -> int:
+        """What was held at the most."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() if self._cuda else _resident("VmHWM")
+
+
+def _resident(entry: str) -> int:
     """Bytes that `/proc/self/status` states: VmRSS now, VmHWM at the most."""
     found = re.search(rf"^{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     if found is None:
         raise OSError(f"expected {entry} in /proc/self/status, got none: this needs Linux")
     return int(found[1]) * 1024
-
-
-def peak_on_cpu(contender: Contender, batch: Batch) -> int:
-    """Bytes of resident memory at the most above those before, in one forward pass."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from VmRSS
-    before = resident("VmRSS")
-    contender.encode(batch)
-    return resident("VmHWM") - before
-
-
-def peak_on_cuda(contender: Contender, batch: Batch) -> int:
-    """Bytes allocated at the most above those before, in one forward pass."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    contender.encode(batch)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def build(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> Contender:
@@ -93,7 +100,11 @@ def measure_once(name: str, dtype: str, arguments: argparse.Namespace) -> int:
         arguments.device,
     )
     contender.encode(Batch.of([WARM_UP], arguments.device))
-    return (peak_on_cuda if arguments.device == "cuda" else peak_on_cpu)(contender, batch)
+    meter = Meter(arguments.device)
+    meter.restart()
+    before = meter.now()
+    contender.encode(batch)
+    return meter.peak() - before
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rd_torch.embedding import embed
     from rd_torch.esm2 import ESM2
     from rd_torch.fitting import fit
+    from rd_torch.heads import MatryoshkaHead, Predictor, ResidueHead, SequenceHead, align_labels
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
     from rd_torch.output import RDOutput
@@ -33,13 +34,18 @@ _HOMES = {
     "ESM2_LEVELS": "config",
     "Explained": "config",
     "Level": "config",
+    "MatryoshkaHead": "heads",
+    "Predictor": "heads",
     "RDConfig": "config",
     "RDModel": "model",
     "RDOutput": "output",
     "Reference": "config",
+    "ResidueHead": "heads",
     "RunningMoments": "moments",
+    "SequenceHead": "heads",
     "Stage": "stage",
     "TransformersEncoder": "pretrained",
+    "align_labels": "heads",
     "embed": "embedding",
     "fit": "fitting",
     "pretrained": "pretrained",
@@ -52,13 +58,18 @@ __all__ = [
     "ConcatPCA",
     "Explained",
     "Level",
+    "MatryoshkaHead",
+    "Predictor",
     "RDConfig",
     "RDModel",
     "RDOutput",
     "Reference",
+    "ResidueHead",
     "RunningMoments",
+    "SequenceHead",
     "Stage",
     "TransformersEncoder",
+    "align_labels",
     "embed",
     "fit",
     "pretrained",

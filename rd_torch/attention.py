@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
-from rd_torch.packing import Packing
+from rd_torch.packing import Packing, is_recorded
 from rd_torch.precision import AMPERE, HALF, apply_outside_half, at_least_float32
 
 Rotation = tuple[Tensor, Tensor]
@@ -72,7 +72,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         return _by_buckets(q, k, v, packing)
     if has_varlen(q.device, q.dtype, q.shape[-1]):
         return attend_varlen(q, k, v, packing.boundaries, packing.longest)
-    if q.dtype == torch.bfloat16 and _multiplies_bfloat16(q.device) and not torch.is_grad_enabled():
+    if q.dtype == torch.bfloat16 and _multiplies_bfloat16(q.device) and not is_recorded(q, k, v):
         return _by_blocks(q, k, v, packing)
     return _by_buckets(q, k, v, packing)
 

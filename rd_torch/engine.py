@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rd_torch.attention import attend, attend_varlen, has_varlen
 from rd_torch.config import ALPHABET
-from rd_torch.esm2 import ESM2, Heads, TransformerLayer, token_dropout
+from rd_torch.esm2 import ESM2, token_dropout
+from rd_torch.layer import Heads, TransformerLayer
 from rd_torch.packing import Packing
 from rd_torch.precision import at_least_float32
 

@@ -7,127 +7,52 @@ attention maps are built only when asked for, and the residual stream is float32
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import torch
-from einops import rearrange
 from esm.model.esm2 import ESM2 as FairESM2
 from esm.modules import ContactPredictionHead, RobertaLMHead
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from rd_torch.attention import RotaryEmbedding, Rotation, attend, attention_maps, rotate
+from rd_torch.attention import Rotation
 from rd_torch.config import ALPHABET, Level, Reference
-from rd_torch.packing import Packing, in_chunks
-from rd_torch.precision import ResidualNorm, at_least_float32, onednn_has
+from rd_torch.layer import AttentionSink, TransformerLayer
+from rd_torch.packing import Packing
+from rd_torch.precision import ResidualNorm, at_least_float32
 
 # Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
 # token dropout left on average, to which every sequence is scaled back.
 MEAN_SHARE_KEPT = 1 - 0.15 * 0.8
 
+# Tokens of a soft sequence that count as not masked at the least, where all but nothing is at `<mask>`.
+LEAST_KEPT = 1e-6
+
 EMBEDDING = "embed_tokens.weight"
-
-Heads = tuple[Tensor, Tensor, Tensor]
-AttentionSink = Callable[[Tensor], None]
-
-
-class Linear(nn.Linear):
-    """A linear layer that on a CPU multiplies by oneDNN where PyTorch would take MKL.
-
-    In float32 that is twice as fast on AMD's CPUs, whose vector units MKL uses by half. Where a graph is
-    recorded or traced, PyTorch's own way has the gradients.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(tokens, in features)` to `(tokens, out features)`."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or not self._by_onednn(x):
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def _by_onednn(self, x: Tensor) -> bool:
-        graph = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        return (
-            not (graph or torch.is_autocast_enabled("cpu"))
-            and len(x) > 0
-            and x.dtype == self.weight.dtype
-            and onednn_has(x.dtype)
-            and type(self.weight) in (Tensor, nn.Parameter)
-        )
-
-
-class SelfAttention(nn.Module):
-    """The projections of multi-head self-attention."""
-
-    def __init__(self, width: int, attention_heads: int) -> None:
-        super().__init__()
-        self.attention_heads = attention_heads
-        self.q_proj = Linear(width, width)
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
-        self.rot_emb = RotaryEmbedding(width // attention_heads)
-
-    def forward(self, x: Tensor, rotation: Rotation) -> Heads:
-        """Rotated queries, rotated keys and values, each `(tokens, heads, size)`, of `(tokens, width)`."""
-        q, k, v = (
-            rearrange(project(x), "t (h d) -> t h d", h=self.attention_heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return rotate(q, rotation), rotate(k, rotation), v
-
-
-class TransformerLayer(nn.Module):
-    """One pre-norm layer: attention, then a feed-forward block four times as wide."""
-
-    def __init__(self, width: int, attention_heads: int) -> None:
-        super().__init__()
-        self.self_attn = SelfAttention(width, attention_heads)
-        self.self_attn_layer_norm = ResidualNorm(width)
-        self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
-        self.final_layer_norm = ResidualNorm(width)
-
-    def forward(
-        self, x: Tensor, packing: Packing, rotation: Rotation, sink: AttentionSink | None = None
-    ) -> Tensor:
-        """The residual stream `(tokens, width)` one layer on; `sink` receives attention maps if given."""
-        q, k, v = in_chunks(self.heads, x, *rotation)
-        if sink is not None:
-            sink(attention_maps(q, k, packing))
-        return in_chunks(self.finish, x, attend(q, k, v, packing))[0]
-
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> Heads:
-        """What attention needs of each token: the part of the layer before it."""
-        return self.self_attn(self._normalized(self.self_attn_layer_norm, x), (cos, sin))
-
-    def finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor]:
-        """The part of the layer behind attention: its projection and the feed-forward block."""
-        x = x + self.self_attn.out_proj(mixed.flatten(1))
-        inner = functional.gelu(self.fc1(self._normalized(self.final_layer_norm, x)))
-        return (x + self.fc2(inner),)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weights' dtype."""
-        return self.final_layer_norm.weight.dtype
-
-    def _normalized(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """The normalised stream in the weights' dtype."""
-        return norm(x).to(self.dtype)
 
 
 def token_dropout(tokens: Tensor, packing: Packing, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What token dropout makes of a batch: `(tokens,)` ids, and the factor of each one's embedding.
+    """What token dropout makes of a batch: packed tokens, and the factor of each one's embedding.
 
-    The factor is zero at `<mask>`; elsewhere 0.88 over the share of the sequence's tokens that are not
-    masked, computed in `dtype`.
+    `<mask>` enters as zeros. The rest is scaled by 0.88 over the share of the sequence's tokens that are
+    not masked, computed in `dtype`. Of distributions, `(batch, time, 33)`, the share at `<mask>` enters as
+    zeros and counts as masked.
+
+    Returns:
+        `(tokens,)` ids, or `(tokens, 33)` distributions in `dtype` without what is at `<mask>`; `(tokens,)`.
     """
-    ids = packing.pack(tokens)
+    packed = packing.pack(tokens)
+    count = packing.real.sum(1)
+    if tokens.is_floating_point():
+        masked = tokens[..., ALPHABET.mask_idx].masked_fill(~packing.real, 0).to(dtype).sum(1)
+        kept = (count - masked).clamp(min=LEAST_KEPT)
+        at_mask = torch.arange(len(ALPHABET), device=tokens.device) == ALPHABET.mask_idx
+        packed = packed.to(dtype).masked_fill(at_mask, 0)
+        return packed, (MEAN_SHARE_KEPT * (count / kept))[packing.sequence]
     masked = (tokens == ALPHABET.mask_idx).sum(1)
-    real = packing.real.sum(1)
-    scale = MEAN_SHARE_KEPT * (real / (real - masked).clamp(min=1).to(dtype))
-    return ids, scale[packing.sequence].masked_fill(ids == ALPHABET.mask_idx, 0)
+    scale = MEAN_SHARE_KEPT * (count / (count - masked).clamp(min=1).to(dtype))
+    return packed, scale[packing.sequence].masked_fill(packed == ALPHABET.mask_idx, 0)
 
 
 def _own_angles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,6 +94,8 @@ class ESM2(nn.Module):
 
     Attributes:
         reference: where the weights lie on the Hub, if they came from there.
+        checkpointing: whether layers are computed again in the backward pass, in place of keeping what
+            they made on the way.
     """
 
     def __init__(self, num_layers: int = 33, embed_dim: int = 1280, attention_heads: int = 20) -> None:
@@ -177,6 +104,7 @@ class ESM2(nn.Module):
         self.embed_dim = embed_dim
         self.attention_heads = attention_heads
         self.reference: Reference | None = None
+        self.checkpointing = False
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(len(ALPHABET), embed_dim), freeze=False, padding_idx=ALPHABET.padding_idx
         )
@@ -252,12 +180,21 @@ class ESM2(nn.Module):
                 if parameter is not self.embed_tokens.weight:
                     parameter.requires_grad_(False)
 
+    def require_device_of(self, tokens: Tensor) -> None:
+        """Raises a ValueError unless the weights are where the tokens are."""
+        device = self.embed_tokens.weight.device
+        if device != tokens.device:
+            raise ValueError(
+                f"expected tokens and backbones on one device, got {tokens.device} and {device}: "
+                "move them with .to"
+            )
+
     def forward(self, tokens: Tensor, packing: Packing, sink: AttentionSink | None = None) -> Tensor:
         """Runs all layers and the last LayerNorm.
 
         Args:
-            tokens: `(batch, time)` integer ids of fair-esm's alphabet.
-            packing: the packing of `tokens != padding`.
+            tokens: `(batch, time)` integer ids of fair-esm's alphabet, or `(batch, time, 33)` distributions.
+            packing: the packing of the tokens that are no padding.
             sink: called once a layer with its `(batch, heads, time, time)` attention maps.
 
         Returns:
@@ -267,13 +204,21 @@ class ESM2(nn.Module):
         exact = at_least_float32(self.embed_tokens.weight.dtype)
         x = self.embedded(*token_dropout(tokens, packing, exact))
         rotation = self.rotation(packing.positions)
+        checkpointed = self.checkpointing and torch.is_grad_enabled() and sink is None
         for layer in self.layers:
-            x = layer(x, packing, rotation, sink)
+            if checkpointed:
+                x = checkpoint(layer, x, packing, rotation, use_reentrant=False)
+            else:
+                x = layer(x, packing, rotation, sink)
         return self.emb_layer_norm_after(x)
 
-    def embedded(self, ids: Tensor, scale: Tensor) -> Tensor:
+    def embedded(self, packed: Tensor, scale: Tensor) -> Tensor:
         """`(tokens, width)` the residual stream's beginning; arguments as `token_dropout` gives them."""
-        return self.embed_tokens(ids) * scale[:, None]
+        if not packed.is_floating_point():
+            return self.embed_tokens(packed) * scale[:, None]
+        table = self.embed_tokens(torch.arange(len(ALPHABET), device=packed.device))
+        with torch.autocast(packed.device.type, enabled=False):
+            return torch.matmul(packed, table.to(packed.dtype)) * scale[:, None]
 
     def rotation(self, positions: Tensor) -> Rotation:
         """Cosines and signed sines of `(tokens,)` positions."""

@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from rd_torch.config import ALPHABET, Level, PredictFrom, RDConfig, SpecialRows
 from rd_torch.engine import Engine
-from rd_torch.esm2 import ESM2, AttentionSink
+from rd_torch.esm2 import ESM2
+from rd_torch.layer import AttentionSink
 from rd_torch.loading import Pretrained
 from rd_torch.output import RDOutput
 from rd_torch.packing import Packing
 from rd_torch.precision import at_least_float32
-from rd_torch.sequences import check_tokens, is_residue
+from rd_torch.sequences import check_tokens, is_real, is_residue, token_ids
 from rd_torch.stage import ConcatPCA, Maps
+from rd_torch.training import Trainable
 
 
-class RDModel(Pretrained):
+class RDModel(Pretrained, Trainable):
     """A family of ESM-2 backbones and the stages that nest their embeddings.
 
     Every prefix of the embedding that ends at a level's width is, to the bit, the embedding of the
@@ -121,7 +123,9 @@ class RDModel(Pretrained):
         """Nested embeddings of padded token ids.
 
         Args:
-            tokens: `(batch, time)` integer ids of fair-esm's alphabet; `<pad>` is id 1.
+            tokens: `(batch, time)` integer ids of fair-esm's alphabet, `<pad>` id 1; or soft sequences:
+                `(batch, time, 33)` distributions over the alphabet, padding 1 at `<pad>`, through which
+                gradients reach the sequence. What is no embedding goes by each position's likeliest id.
             repr_layers: for code written for fair-esm: `[num_layers]` or nothing. Hidden layers
                 have no reverse-distilled form.
             need_head_weights: return attention maps of the largest backbone that runs.
@@ -132,9 +136,9 @@ class RDModel(Pretrained):
             An `RDOutput`; a batch without rows gives empty tensors.
 
         Raises:
-            TypeError: for tokens that are no integers.
-            ValueError: for tokens of another rank or unknown ids, a layer that has no reverse-distilled
-                form, or a width that does not exist.
+            TypeError: for tokens that are neither integer nor floating.
+            ValueError: for tokens of another rank or device, unknown ids, distributions that do not sum to one
+                (within 0.005), a layer that has no reverse-distilled form, or a width that does not exist.
         """
         layers = self._listed(repr_layers)
         maps: list[Tensor] = []
@@ -146,17 +150,18 @@ class RDModel(Pretrained):
         separate = levels if self.config.method == "naive" else {}
         largest = cast(ESM2, self.backbones[name])
         attentions = torch.stack(maps, 1) if maps else None
+        ids = token_ids(tokens)
         return RDOutput(
-            embeddings=self._with_special_rows(nested, tokens, packing, raw[name]),
+            embeddings=self._with_special_rows(nested, ids, packing, raw[name]),
             logits=packing.unpack(largest.logits(raw[name])) if largest.has_lm_head else None,
-            residue_mask=is_residue(tokens),
+            residue_mask=is_residue(ids),
             nested=nested,
             widths=tuple((name, self.config.widths[name]) for name in raw),
             num_layers=self.num_layers,
             separate={level: packing.unpack(part) for level, part in separate.items()},
             repr_layers=layers,
             attentions=attentions,
-            contacts=largest.contact_head(tokens, attentions) if return_contacts else None,
+            contacts=largest.contact_head(ids, attentions) if return_contacts else None,
         )
 
     def encode(self, tokens: Tensor, *, width: int | None = None) -> Tensor:
@@ -164,7 +169,7 @@ class RDModel(Pretrained):
         packing, raw = self._run(tokens, width)
         *_, name = raw
         nested = packing.unpack(self._nest(raw)[name][:, :width])
-        return self._with_special_rows(nested, tokens, packing, raw[name])
+        return self._with_special_rows(nested, token_ids(tokens), packing, raw[name])
 
     def combine(self, embeddings: Mapping[str, Tensor]) -> Tensor:
         """Nested embeddings from raw ones that people already hold; no backbone runs.
@@ -247,19 +252,17 @@ class RDModel(Pretrained):
         """Everything but the engine, which belongs to these very tensors."""
         return {**super().__getstate__(), "_engine": None}
 
-    def freeze_backbones(self) -> RDModel:
-        """Stops all backbones from training; the maps are frozen already."""
-        self.backbones.requires_grad_(False)
-        return self
-
     def _run(
         self, tokens: Tensor, width: int | None, sink: AttentionSink | None = None
     ) -> tuple[Packing, dict[str, Tensor]]:
         """The batch's packing, and the packed raw embeddings of the levels that hold `width` features."""
         family = self.family(width)
         check_tokens(tokens)
-        packing = Packing.of(tokens != self.padding_idx)
-        engine = self._ready_engine() if packing.longest and sink is None else None
+        for backbone in family.values():
+            backbone.require_device_of(tokens)
+        packing = Packing.of(is_real(tokens))
+        plain = packing.longest and sink is None and not tokens.is_floating_point()
+        engine = self._ready_engine() if plain else None
         if engine is not None:
             return packing, engine(tokens, packing, len(family))
         sinks = dict.fromkeys(family) | {list(family)[-1]: sink}
@@ -276,11 +279,11 @@ class RDModel(Pretrained):
             previous = larger
         return levels
 
-    def _with_special_rows(self, nested: Tensor, tokens: Tensor, packing: Packing, larger: Tensor) -> Tensor:
+    def _with_special_rows(self, nested: Tensor, ids: Tensor, packing: Packing, larger: Tensor) -> Tensor:
         """The padded nested embeddings, with special rows replaced where the checkpoint wants that."""
         if self.config.special_rows == "maps":
             return nested
-        special = packing.real & ~is_residue(tokens)
+        special = packing.real & ~is_residue(ids)
         own = packing.unpack(larger)[..., : nested.shape[-1]].to(nested.dtype)
         return torch.where(special[..., None], own, nested)
 

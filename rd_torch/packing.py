@@ -186,6 +186,11 @@ def _bucket(lengths: Sequence[int], start: int, device: torch.device) -> Bucket:
     return Bucket(start, stop, rows, length, slots.flatten(), kept, mask[:, None, None, :])
 
 
+def is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd records what is computed of these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def in_chunks(function: Callable[..., tuple[Tensor, ...]], *packed: Tensor) -> tuple[Tensor, ...]:
     """Applies a function that treats each packed token by itself, on a CPU chunk by chunk.
 
@@ -197,7 +202,7 @@ def in_chunks(function: Callable[..., tuple[Tensor, ...]], *packed: Tensor) -> t
         *packed: tensors of the same number of tokens; the first tells the width.
     """
     first = packed[0]
-    if first.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if first.device.type != "cpu" or torch.compiler.is_compiling() or is_recorded(*packed):
         return function(*packed)
     most = max(CHUNK_TOKENS, CHUNK_FEATURES // first.shape[-1])
     chunks = ceil(len(first) / most)

@@ -36,7 +36,7 @@ class Maps(nn.Module):
             dtypes = ", ".join(f"{name} {part.dtype}" for name, part in parts.items())
             raise ValueError(f"expected one dtype, got {dtypes}")
         for name, part in parts.items():
-            self.register_buffer(name, apply_outside_half(torch.Tensor.detach, part))
+            self.register_buffer(name, apply_outside_half(torch.Tensor.detach, part).contiguous())
         self.explained = explained
 
     @property

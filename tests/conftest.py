@@ -1,9 +1,18 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import small_model, tokens_of
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled():
+    """Graphs of one test count against the limit of the next, where both compile one function."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import nn
 from rd_torch import ESM2, ESM2_LEVELS, Level, RDModel
 from rd_torch.attention import RotaryEmbedding
 from rd_torch.config import ALPHABET
-from rd_torch.esm2 import Linear
+from rd_torch.layer import Linear
 from rd_torch.packing import Packing
 
 TOLERANCE = 2e-5

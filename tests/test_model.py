@@ -207,8 +207,8 @@ def test_contacts_and_logits_are_the_largest_backbones_own(model, tokens):
 @pytest.mark.parametrize(
     ("tokens", "error", "message"),
     [
-        (torch.zeros(2, 3), TypeError, "expected tokens as an int64 or int32 tensor, got torch.float32"),
-        ([[0, 5, 2]], TypeError, "expected tokens as an int64 or int32 tensor, got list"),
+        (torch.zeros(2, 3, dtype=torch.bool), TypeError, "as a floating one, got torch.bool: use a batch"),
+        ([[0, 5, 2]], TypeError, "expected tokens as an int64 or int32 tensor, or .*, got list"),
         (torch.tensor([0, 5, 2]), ValueError, r"expected tokens of shape \(batch, time\), got \(3,\)"),
         (torch.tensor([[0, 33]]), ValueError, "expected token ids from 0 to 32, got 0 to 33"),
         (torch.tensor([[-1, 5]]), ValueError, "expected token ids from 0 to 32, got -1 to 5"),
@@ -390,9 +390,11 @@ def test_the_compiled_model_is_one_graph_and_agrees_with_eager(backend, tokens):
         assert_agrees(compiled(batch), model(batch))
 
 
+@pytest.mark.parametrize("options", [{}, {"width": 48}, {"width": 20}], ids=str)
 @torch.no_grad()
-def test_the_exported_model_takes_any_batch_and_time(model, tokens):
-    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}
-    program = torch.export.export(model, (tokens,), dynamic_shapes={"tokens": dims}).module()
+def test_the_exported_model_takes_any_batch_and_time(model, tokens, options):
+    shapes = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}}
+    shapes |= dict.fromkeys(options)
+    program = torch.export.export(model, (tokens,), options, dynamic_shapes=shapes).module()
     for batch in (tokens, tokens_of("MKTAYIAKQRQISFVKSHFSRQ<mask>EERLGLI"), tokens[:, :6].repeat(2, 1)):
-        assert_agrees(program(batch), model(batch))
+        assert_agrees(program(batch, **options), model(batch, **options))

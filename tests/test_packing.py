@@ -181,5 +181,5 @@ def test_a_graph_is_recorded_in_one_piece(monkeypatch):
     monkeypatch.setattr(packing_module, "CHUNK_FEATURES", 1)
     monkeypatch.setattr(packing_module, "CHUNK_TOKENS", 16)
     calls = []
-    in_chunks(lambda x: (calls.append(len(x)) or x,), torch.randn(100, 4))
+    in_chunks(lambda x: (calls.append(len(x)) or x,), torch.randn(100, 4, requires_grad=True))
     assert calls == [100]

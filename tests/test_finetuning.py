@@ -1,0 +1,116 @@
+"""The fine-tuning scripts in small: they resume, stop, and say which approach is better where one is."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = ["--proteins", "24", "--proteins-valid", "12", "--residues", "40", "--seeds", "1", "--epochs", "2"]
+
+
+@pytest.fixture
+def finetuning(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import finetuning
+
+    return finetuning
+
+
+@pytest.fixture
+def run(finetuning, monkeypatch, tmp_path, data):
+    """Runs a script with arguments; its rows, and the states it left."""
+
+    def go(script, folder, *arguments):
+        output = tmp_path / "result.json"
+        command = [script, "--data", str(data), "--folder", str(tmp_path / folder), *SMALL, *arguments]
+        monkeypatch.setattr(sys, "argv", [*command, "--output", str(output)])
+        module = __import__(script)
+        problem = next(
+            each for each in vars(module).values() if isinstance(each, type) and hasattr(each, "title")
+        )
+        finetuning.main(problem(), module.__doc__)
+        states = {path.stem: torch.load(path) for path in (tmp_path / folder).glob("*.pt")}
+        return json.loads(output.read_text())["rows"], states
+
+    return go
+
+
+LEVELS = ["28K", "90K", "207K", "1M"]
+
+
+def test_every_approach_runs_at_every_level(run, tmp_path):
+    picture = tmp_path / "curves.png"
+    rows, states = run("finetune_sequence", "a", "--plot", str(picture))
+    assert [(row["approach"], row["level"]) for row in rows] == [
+        ("training mean", ""),
+        ("composition", ""),
+        *[(approach, level) for approach in ("frozen", "LoRA", "full") for level in LEVELS],
+    ]
+    assert len(states) == 1 + 3 * 4
+    assert picture.stat().st_size > 10_000
+    trained = {(row["approach"], row["level"]): row["trained parameters"] for row in rows}
+    assert trained["frozen", "1M"] < trained["LoRA", "1M"] < trained["full", "1M"]
+    for state in states.values():
+        progress = state["progress"]
+        assert len(progress["curve"]) == progress["epoch"] <= 2
+        assert progress["curve"][progress["best_epoch"] - 1] == max(progress["curve"])
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_end(run, finetuning, monkeypatch):
+    options = ["--approaches", "LoRA", "--model", "esm2-rd-mini"]
+    whole, expected = run("finetune_residue", "whole", *options)
+    save = finetuning.Run._save
+    calls = []
+
+    def cut_off(self, *arguments):
+        save(self, *arguments)
+        calls.append(self.name)
+        if len(calls) % 4 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetuning.Run, "_save", cut_off)
+    for _ in range(40):
+        try:
+            rows, states = run("finetune_residue", "cut", *options)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert len(calls) > 8
+    assert rows == whole
+    assert states.keys() == expected.keys()
+    for name, state in states.items():
+        for part, tensor in state["best"].items():
+            assert torch.equal(tensor, expected[name]["best"][part]), (name, part)
+
+
+def test_a_folder_of_other_choices_is_refused(run):
+    run("finetune_sequence", "a", "--approaches", "baseline")
+    with pytest.raises(SystemExit, match=r"expected .* to be of .*'residues': 30.*, got .*'residues': 40"):
+        run("finetune_sequence", "a", "--approaches", "baseline", "--residues", "30")
+
+
+def test_a_signal_in_the_composition_is_found_and_a_shuffled_one_is_not(run, finetuning, monkeypatch, data):
+    """Labels that are the share of leucine are found from the composition; those of other proteins are not."""
+    module = __import__("finetune_sequence")
+    read = module.MeltingTemperature.read
+
+    def planted(self, data, residues, shift=0):
+        sets = read(self, data, residues)
+        for name, examples in sets.items():
+            shares = [each.sequence.count("L") / len(each.sequence) * 10 for each in examples]
+            moved = shares[shift:] + shares[:shift]
+            sets[name] = [
+                finetuning.Example(e.sequence, share) for e, share in zip(examples, moved, strict=True)
+            ]
+        return sets
+
+    options = ["--approaches", "baseline", "--proteins", "400", "--epochs", "30"]
+    monkeypatch.setattr(module.MeltingTemperature, "read", planted)
+    found = run("finetune_sequence", "planted", *options)[0][-1]
+    assert float(found["Spearman"]) > 0.8
+    monkeypatch.setattr(module.MeltingTemperature, "read", lambda *rest: planted(*rest, shift=1))
+    lost = run("finetune_sequence", "shuffled", *options)[0][-1]
+    assert abs(float(lost["Spearman"])) < 0.2

@@ -1,0 +1,105 @@
+"""Two processes on the CPU against one: DistributedDataParallel and FSDP2."""
+
+import pytest
+import torch
+from helpers import random_sequence, small_model, tokens_of
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rd_torch import Predictor, SequenceHead
+
+WORLD = 2
+SEQUENCES = [random_sequence(length, length) for length in (12, 30, 5, 21)]
+LABELS = torch.tensor([0.5, -1.0, 2.0, 0.1])
+
+
+class Direct(nn.Module):
+    """A model that is used by itself, its whole output asked for."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, labels):
+        out = self.model(tokens)
+        means = (out.embeddings * out.residue_mask[..., None]).sum((1, 2)) / out.residue_mask.sum(1)
+        return {"loss": (means - labels).square().mean()}
+
+
+def build(kind):
+    """The same module in every process: a chain and a head, a narrower one, one with frozen levels."""
+    torch.manual_seed(0)
+    model = small_model().train()
+    if kind == "bare":
+        return Direct(model)
+    if kind == "partly frozen":
+        model.freeze_backbones("a").freeze_backbones("b", except_top=1)
+    if kind == "checkpointed":
+        model.gradient_checkpointing_enable()
+    width = 48 if kind == "narrower" else 64
+    return Predictor(model, SequenceHead(width, 1, task="regression", pool="attention"))
+
+
+KINDS = ["bare", "whole", "narrower", "partly frozen", "checkpointed"]
+
+
+def step(module, part):
+    """Loss and whole gradients of a part of the batch."""
+    tokens = tokens_of(*SEQUENCES)[part]
+    loss = module(tokens, LABELS[part])["loss"]
+    loss.backward()
+    gradients = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            gradient = parameter.grad
+            gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            gradients[name.removeprefix("module.")] = gradient.clone()
+    return loss.detach(), gradients
+
+
+def shard(module):
+    """FSDP2 as its documentation has it: each layer, then the rest."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for backbone in module.model.backbones.values():
+        for layer in backbone.layers:
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
+    )
+    rows = slice(rank * len(SEQUENCES) // WORLD, (rank + 1) * len(SEQUENCES) // WORLD)
+    results = {}
+    for kind in KINDS:
+        for way, wrap in (("DDP", DistributedDataParallel), ("FSDP2", shard)):
+            loss, gradients = step(wrap(build(kind)), rows)
+            distributed.all_reduce(loss)
+            results[way, kind] = loss / WORLD, gradients
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(work, (folder,), nprocs=WORLD)
+    return torch.load(folder / "results.pt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+def test_two_processes_have_the_loss_and_the_gradients_of_one(results, way, kind):
+    loss, gradients = results[way, kind]
+    expected, alone = step(build(kind), slice(None))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert gradients.keys() == alone.keys()
+    for name, gradient in gradients.items():
+        scale = alone[name].abs().max().clamp(min=1e-4)
+        assert (gradient - alone[name]).abs().max() <= 2e-4 * scale, name
