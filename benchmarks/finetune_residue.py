@@ -2,10 +2,10 @@
 
     python benchmarks/finetune_residue.py --output FILE --plot PICTURE
 
-Data: `residue/ss3_{train,valid,test}.csv.gz`; labels C, H and E, `-` where the structure is not resolved. The
-baselines are the majority class, and a one-hot window of seven residues to each side with the same head. Scores
-are accuracy, and the area under the precision-recall curve of each class, averaged. How runs go, stop and
-resume: `finetuning.py`.
+Data: `residue/ss3_{train,valid,test}.csv.gz`; labels C, H and E, `-` where the structure is not resolved.
+The baselines are the majority class, and a one-hot window of seven residues to each side with the same
+head. Scores are accuracy, and the area under the precision-recall curve of each class, averaged. How runs
+go, stop and resume: `finetuning.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ LETTERS = len(RESIDUE_LETTERS)
 
 
 class SecondaryStructure(Problem):
+    """Coil, helix or strand."""
+
     title = "Three-state secondary structure"
     baseline = (f"one-hot window of {2 * REACH + 1}", (2 * REACH + 1) * LETTERS)
     metrics = ("accuracy", "macro AUPR")

@@ -32,6 +32,8 @@ CENTRE, SCALE = 50.0, 10.0
 
 
 class MeltingTemperature(Problem):
+    """Degrees at which half of a protein is unfolded."""
+
     title = "Melting temperature"
     baseline = ("composition", LETTERS)
     metrics = ("Spearman", "error, degrees")

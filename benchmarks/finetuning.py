@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import random
 import statistics
 import time
@@ -297,7 +296,7 @@ class Run:
         }
         unfinished = self.path.with_suffix(".partial")
         torch.save(state, unfinished)
-        os.replace(unfinished, self.path)  # a kill leaves the old state or the new one
+        unfinished.replace(self.path)  # a kill leaves the old state or the new one
 
 
 class Study:

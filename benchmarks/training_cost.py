@@ -2,17 +2,17 @@
 
     python benchmarks/training_cost.py --output FILE
 
-Three questions, each with random weights of the published shapes up to `--level`, a linear residue head of three
-classes on all features, AdamW, and `--batch` sequences of `--residues` residues:
+Three questions, each with random weights of the published shapes up to `--level`, a linear residue head of
+three classes on all features, AdamW, and `--batch` sequences of `--residues` residues:
 
     head            the backbones are frozen, fair-esm's runs under no_grad; ours in float32 and in bfloat16
     full            everything trains, in float32
     checkpointing   ours, everything trains, layers computed again in the backward pass
 
-Times are medians of steps taken in turns in one process. Memory is measured in a process each, in the second step:
-the peak above the weights, which are all that stands before the first (gradients and AdamW's moments count), and
-the peak above what the first step left, which is what activations take. On a CPU it is the kernel's own record of
-resident memory, good to a few MiB.
+Times are medians of steps taken in turns in one process. Memory is measured in a process each, in the second
+step: the peak above the weights, which are all that stands before the first (gradients and AdamW's moments
+count), and the peak above what the first step left, which is what activations take. On a CPU it is the
+kernel's own record of resident memory, good to a few MiB.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def main() -> None:
         print(json.dumps(peaks(*arguments.once, arguments)))
         return
     title = (
-        f"A training step up to {arguments.level}, {arguments.batch} sequences of {arguments.residues} residues, "
-        f"on {where(arguments)}"
+        f"A training step up to {arguments.level}, {arguments.batch} sequences of {arguments.residues} "
+        f"residues, on {where(arguments)}"
     )
     rows = [row for task in CONTENDERS for row in rows_of(task, arguments)]
     write_result(title, rows, environment(), arguments.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,22 +18,58 @@ Heads = tuple[Tensor, Tensor, Tensor]
 AttentionSink = Callable[[Tensor], None]
 
 
+class _Product(torch.autograd.Function):
+    """`x weight' + bias` by oneDNN, with its gradients."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _by_onednn(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        x, weight, _ = inputs
+        wanted = ctx.needs_input_grad  # what nobody wants a gradient for is not kept
+        ctx.save_for_backward(x if wanted[1] else None, weight if wanted[0] else None)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        multiply = _differentiable if torch.is_grad_enabled() else _by_onednn
+        gradient = gradient.contiguous()
+        return (
+            None if weight is None else multiply(gradient, weight.t().contiguous()),
+            None if x is None else multiply(gradient.t().contiguous(), x.t().contiguous()),
+            gradient.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _differentiable(x: Tensor, weight: Tensor) -> Tensor:
+    """The same where gradients of gradients are wanted."""
+    return functional.linear(x, weight)
+
+
 class Linear(nn.Linear):
     """A linear layer that on a CPU multiplies by oneDNN where PyTorch would take MKL.
 
     In float32 that is twice as fast on AMD's CPUs, whose vector units MKL uses by half. Where a graph is
-    recorded or traced, PyTorch's own way has the gradients.
+    traced, PyTorch has its own way.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """`(tokens, in features)` to `(tokens, out features)`."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or not self._by_onednn(x):
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or not self._fits_onednn(x):
             return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if is_recorded(x, self.weight, self.bias):
+            return _Product.apply(x, self.weight, self.bias)
+        return _by_onednn(x, self.weight, self.bias)
 
-    def _by_onednn(self, x: Tensor) -> bool:
+    def _fits_onednn(self, x: Tensor) -> bool:
         return (
-            not (is_recorded(x, *self.parameters()) or torch.is_autocast_enabled("cpu"))
+            not torch.is_autocast_enabled("cpu")
             and len(x) > 0
             and x.dtype == self.weight.dtype
             and onednn_has(x.dtype)

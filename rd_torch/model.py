@@ -137,8 +137,8 @@ class RDModel(Pretrained, Trainable):
 
         Raises:
             TypeError: for tokens that are neither integer nor floating.
-            ValueError: for tokens of another rank or device, unknown ids, distributions that do not sum to one
-                (within 0.005), a layer that has no reverse-distilled form, or a width that does not exist.
+            ValueError: for tokens of another rank or device, unknown ids, distributions that do not sum to
+                one (within 0.005), a layer without a reverse-distilled form, or a width that does not exist.
         """
         layers = self._listed(repr_layers)
         maps: list[Tensor] = []

@@ -331,7 +331,7 @@ def products(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 300])
-def test_a_linear_layer_is_the_formula_and_its_inference_is_onednns(products, tokens, dtype, within):
+def test_a_linear_layer_is_the_formula_and_so_are_its_gradients(products, tokens, dtype, within):
     layer, x = Linear(64, 48).to(dtype), torch.randn(tokens, 64, dtype=dtype)
     exact = x.double() @ layer.weight.double().T + layer.bias.double()
     with torch.no_grad():
@@ -339,10 +339,41 @@ def test_a_linear_layer_is_the_formula_and_its_inference_is_onednns(products, to
     assert products == [dtype]
     trained = layer(x.requires_grad_())
     torch.testing.assert_close(trained.double(), exact, atol=within, rtol=within)
-    trained.sum().backward()
-    assert layer.weight.grad is not None
-    assert x.grad is not None
-    assert products == [dtype]  # where a graph is recorded, PyTorch's own
+    weights = torch.randn(trained.shape).to(dtype)
+    (trained * weights).sum().backward()
+    assert products == 4 * [dtype]  # the last two are the gradients
+    exact = {
+        "x": (x.grad, weights.double() @ layer.weight.double()),
+        "weight": (layer.weight.grad, weights.double().T @ x.double()),
+        "bias": (layer.bias.grad, weights.double().sum(0)),
+    }
+    for name, (gradient, expected) in exact.items():
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(gradient.double(), expected, atol=within * scale, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "x", "weight and bias"])
+def test_a_linear_layer_keeps_what_gradients_need_and_no_more(frozen):
+    layer, x = Linear(64, 48), torch.randn(7, 64)
+    wanted = {"x": x, "weight": layer.weight, "bias": layer.bias}
+    for name, tensor in wanted.items():
+        tensor.requires_grad_(name not in frozen.split(" and "))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        out = layer(x)
+    sizes = {"weight": x.numel() * layer.weight.requires_grad, "x": layer.weight.numel() * x.requires_grad}
+    assert sum(tensor.numel() for tensor in kept) == sum(sizes.values())
+    out.sum().backward()
+    assert [name for name, tensor in wanted.items() if tensor.grad is None] == frozen.split(" and ")
+
+
+def test_a_linear_layer_has_gradients_of_gradients():
+    layer, x = Linear(16, 8), torch.randn(5, 16, requires_grad=True)
+    slopes = {}
+    for name, run in (("ours", layer), ("exact", lambda x: x @ layer.weight.T + layer.bias)):
+        (first,) = torch.autograd.grad(run(x).tanh().sum(), x, create_graph=True)
+        slopes[name] = torch.autograd.grad(first.square().sum(), (x, layer.weight))
+    torch.testing.assert_close(slopes["ours"], slopes["exact"])
 
 
 def test_a_frozen_backbone_multiplies_by_onednn_although_others_train(products):

@@ -93,7 +93,7 @@ def test_a_folder_of_other_choices_is_refused(run):
 
 
 def test_a_signal_in_the_composition_is_found_and_a_shuffled_one_is_not(run, finetuning, monkeypatch, data):
-    """Labels that are the share of leucine are found from the composition; those of other proteins are not."""
+    """The share of leucine is found from the composition; that of another protein is not."""
     module = __import__("finetune_sequence")
     read = module.MeltingTemperature.read
 
