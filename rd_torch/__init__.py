@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from rd_torch.embedding import embed
     from rd_torch.esm2 import ESM2
     from rd_torch.fitting import fit
-    from rd_torch.heads import MatryoshkaHead, Predictor, ResidueHead, SequenceHead, align_labels
+    from rd_torch.heads import MatryoshkaHead, ResidueHead, SequenceHead, align_labels
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
     from rd_torch.output import RDOutput
+    from rd_torch.predictor import Predictor
     from rd_torch.pretrained import TransformersEncoder
     from rd_torch.solve import solve_stages
     from rd_torch.stage import ConcatPCA, Stage
@@ -35,7 +36,7 @@ _HOMES = {
     "Explained": "config",
     "Level": "config",
     "MatryoshkaHead": "heads",
-    "Predictor": "heads",
+    "Predictor": "predictor",
     "RDConfig": "config",
     "RDModel": "model",
     "RDOutput": "output",

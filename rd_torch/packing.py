@@ -55,13 +55,13 @@ class Bucket:
         """`(tokens, heads, size)` of the whole batch to this bucket's `(n, heads, length, size)`."""
         here = packed[self.start : self.stop]
         if self.slots is not None:
-            here = here[self.slots]
+            here = here.index_select(0, self.slots)  # whose gradient is cheaper than of here[...]
         return here.unflatten(0, (self.rows, self.length)).transpose(1, 2)
 
     def gather(self, spread: Tensor) -> Tensor:
         """`(n, heads, length, size)` back to this bucket's packed `(stop - start, heads, size)`."""
         slots = spread.transpose(1, 2).flatten(0, 1)
-        return slots if self.kept is None else slots[self.kept]
+        return slots if self.kept is None else slots.index_select(0, self.kept)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Packing:
     def pack(self, padded: Tensor) -> Tensor:
         """`(batch, time, ...)` to `(tokens, ...)`."""
         flat = padded.flatten(0, 1)
-        return flat if self.index is None else flat[self.index]
+        return flat if self.index is None else flat.index_select(0, self.index)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """`(tokens, ...)` to `(batch, time, ...)`, zeros at padding."""

@@ -1,0 +1,106 @@
+"""A chain and a head as one module, as training loops want it.
+
+predictor = Predictor(model, SequenceHead(128, 1, task="regression"))
+loss = predictor(tokens, labels)["loss"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from rd_torch.esm2 import ESM2
+from rd_torch.heads import Head, MatryoshkaHead
+from rd_torch.model import RDModel
+from rd_torch.sequences import is_residue, token_ids
+
+
+class Predictor(nn.Module):
+    """A chain and a head as one module, as training loops want it.
+
+    Args:
+        model: an `RDModel`, bare or wrapped by PEFT. Backbones above the head's width are left out, so that
+            every parameter that can train gets a gradient at every step.
+        head: what reads the embeddings.
+
+    Raises:
+        ValueError: for a head that reads more features than the model has.
+    """
+
+    def __init__(self, model: nn.Module, head: Head | MatryoshkaHead) -> None:
+        super().__init__()
+        config = cast(RDModel, model).config
+        if head.width > cast(RDModel, model).embed_dim:
+            raise ValueError(
+                f"expected a head of at most the model's width, {cast(RDModel, model).embed_dim}, "
+                f"got {head.width}"
+            )
+        needed = config.levels_for(head.width)
+        whole = len(needed) == len(config.levels)
+        self.model = model if whole else cast(RDModel, model).truncate(needed[-1])
+        self.head = head
+        self.register_state_dict_post_hook(_save_once)
+        self.register_load_state_dict_pre_hook(_tie_again)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        """Predictions, and the loss where labels come.
+
+        Args:
+            tokens: as `RDModel` takes them.
+            labels: as the head's loss takes them.
+
+        Returns:
+            `{"loss": (), "predictions": ...}`, or without the loss.
+
+        Raises:
+            ValueError: what the model and the head raise.
+        """
+        residue_mask = is_residue(token_ids(tokens))
+        embeddings = cast(RDModel, self.model).encode(tokens, width=self.head.width)
+        predictions = self.head(embeddings, residue_mask)
+        if labels is None:
+            return {"predictions": predictions}
+        loss = cast(Head, self.head).loss(predictions, labels, residue_mask)
+        return {"loss": loss, "predictions": predictions}
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """The model's own: training loops ask the module that they are given."""
+        cast(RDModel, self.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **others: Any
+    ) -> None:
+        """The same under the name, and with the defaults, that newer versions of transformers have.
+
+        Raises:
+            ValueError: for other options than there are.
+        """
+        if others not in ({}, {"every_n_layers": 1, "offload": False}):
+            raise ValueError(f"expected every layer to be checkpointed and nothing offloaded, got {others}")
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+
+def _tied(predictor: nn.Module) -> dict[str, str]:
+    """Names of language-model weights that are the embeddings under another name, and of those."""
+    return {
+        f"{name}.lm_head.weight": f"{name}.embed_tokens.weight"
+        for name, module in predictor.named_modules()
+        if isinstance(module, ESM2) and module.has_lm_head
+    }
+
+
+def _save_once(predictor: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    """Leaves tied weights out: files that hold one tensor a name refuse the second name."""
+    for twin in _tied(predictor):
+        state.pop(prefix + twin, None)
+
+
+def _tie_again(predictor: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Puts them back where a state is loaded."""
+    for twin, name in _tied(predictor).items():
+        if prefix + name in state:
+            state.setdefault(prefix + twin, state[prefix + name])
