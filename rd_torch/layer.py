@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -79,6 +80,34 @@ class Linear(nn.Linear):
         )
 
 
+def _computed_again(tensor: Tensor, compute: Callable[[], Tensor]) -> AbstractContextManager[object]:
+    """Within it autograd keeps of `tensor` only how to compute it again: a quarter of a layer's activations.
+
+    Nothing happens where no graph is recorded, or where somebody else says what is kept: a compiler,
+    checkpointing, `save_on_cpu`, `torch.func`.
+    """
+    graph: Any = torch._C._autograd
+    if (
+        torch.compiler.is_compiling()
+        or not is_recorded(tensor)
+        or not graph._saved_tensors_hooks_is_enabled()
+        or graph._top_saved_tensors_default_hooks(False) is not None
+    ):
+        return nullcontext()
+    place, shape = tensor.data_ptr(), tensor.shape
+
+    def keep(kept: Tensor) -> Tensor | None:
+        return None if (kept.data_ptr(), kept.shape) == (place, shape) else kept
+
+    def give_back(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        with torch.no_grad():
+            return compute()
+
+    return torch.autograd.graph.saved_tensors_hooks(keep, give_back)
+
+
 class SelfAttention(nn.Module):
     """The projections of multi-head self-attention."""
 
@@ -127,8 +156,10 @@ class TransformerLayer(nn.Module):
     def finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor]:
         """The part of the layer behind attention: its projection and the feed-forward block."""
         x = x + self.self_attn.out_proj(mixed.flatten(1))
-        inner = functional.gelu(self.fc1(self._normalized(self.final_layer_norm, x)))
-        return (x + self.fc2(inner),)
+        hidden = self.fc1(self._normalized(self.final_layer_norm, x))
+        inner = functional.gelu(hidden)
+        with _computed_again(inner, lambda: functional.gelu(hidden)):
+            return (x + self.fc2(inner),)
 
     @property
     def dtype(self) -> torch.dtype:

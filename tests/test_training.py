@@ -1,13 +1,17 @@
 """Gradients, freezing, checkpointing: what a training loop relies on."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import SHAPES, random_esm2, random_sequence, random_stages, small_model, tokens_of
 from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rd_torch import RDModel
+from rd_torch import RDModel, layer
 from rd_torch.config import ALPHABET
 from rd_torch.packing import Packing
 
@@ -152,6 +156,45 @@ def test_checkpointing_leaves_attention_maps_and_inference_alone(model, tokens):
         torch.testing.assert_close(model(tokens).embeddings, expected.embeddings)
     with pytest.raises(ValueError, match="expected no options but {'use_reentrant': False}, got"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def steps(model, tokens):
+    """First and second gradients of a loss by one layer's feed-forward weights."""
+    weights = [model.backbones["a"].layers[0].fc1.weight, model.backbones["a"].layers[0].fc2.weight]
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second gradients
+        loss = weighted(model(tokens, width=32).embeddings, tokens != PAD)
+        first = torch.autograd.grad(loss, weights, create_graph=True)
+    return first, torch.autograd.grad(sum(each.square().sum() for each in first), weights)
+
+
+def test_what_is_computed_again_is_what_would_have_been_kept(monkeypatch, model, tokens):
+    again = []
+    gelu = functional.gelu
+    monkeypatch.setattr(functional, "gelu", lambda x: again.append(1) or gelu(x))
+    ours = steps(model, tokens)
+    assert len(again) > 2  # two layers of the first backbone, and once more in the backward passes
+    monkeypatch.setattr(layer, "_computed_again", lambda *_: nullcontext())
+    again.clear()
+    kept = steps(model, tokens)
+    assert len(again) == 2
+    for mine, theirs in zip(ours, kept, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_whoever_says_what_is_kept_is_left_to_it(monkeypatch, model, tokens):
+    """`save_on_cpu` moves everything, and `torch.func`, which allows no hooks, gets its gradient."""
+    weighted(model(tokens).embeddings, tokens != PAD).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    with torch.autograd.graph.save_on_cpu():
+        weighted(model(tokens).embeddings, tokens != PAD).backward()
+    assert_same(gradients(model), expected, 1e-6)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters):
+        return weighted(functional_call(model, parameters, (tokens,)).embeddings, tokens != PAD)
+
+    assert_same(torch.func.grad(loss)(parameters), expected, 1e-5)
 
 
 def trainable(model):
