@@ -206,13 +206,13 @@ class RDConfig:
             explained=self.explained[:stages],
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """This config as plain JSON values."""
         return {"format": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> RDConfig:
-        """The config that `to_json` wrote.
+    def from_dict(cls, values: Mapping[str, Any]) -> RDConfig:
+        """The config that `to_dict` wrote.
 
         Raises:
             ValueError: for another format or a missing or unknown key.
@@ -225,7 +225,7 @@ class RDConfig:
         try:
             return cls(
                 **{key: value for key, value in values.items() if key not in _PARSED},
-                levels=tuple(_level_from_json(level) for level in values["levels"]),
+                levels=tuple(_level_from_dict(level) for level in values["levels"]),
                 added=tuple(values["added"]),
                 explained=tuple(item and Explained(**item) for item in values["explained"]),
             )
@@ -235,8 +235,8 @@ class RDConfig:
             ) from error
 
 
-def _level_from_json(values: Mapping[str, Any]) -> Level:
-    """The level that `RDConfig.to_json` wrote."""
+def _level_from_dict(values: Mapping[str, Any]) -> Level:
+    """The level that `RDConfig.to_dict` wrote."""
     reference = values.get("reference")
     return Level(**{**values, "reference": reference and Reference(**reference)})
 

@@ -91,23 +91,25 @@ class Head(nn.Module):
         Raises:
             ValueError: for labels of another shape or unknown classes, or where nothing is labelled.
         """
-        if self.task == "regression" and self.outputs == 1 and labels.ndim == predictions.ndim - 1:
-            labels = labels[..., None]
-        expected = predictions.shape[:-1] if self.task == "classification" else predictions.shape
-        if labels.shape != expected or labels.is_floating_point() != (self.task == "regression"):
-            kind = "floating" if self.task == "regression" else "integer"
+        classes = self.task == "classification"
+        if self.outputs == 1:
+            labels = labels[..., 0] if labels.shape == predictions.shape else labels
+            predictions = predictions[..., 0]
+        expected = predictions.shape[:-1] if classes else predictions.shape
+        if labels.shape != expected or labels.is_floating_point() == classes:
             raise ValueError(
-                f"expected {kind} labels of shape {tuple(expected)}, got {labels.dtype} {tuple(labels.shape)}"
+                f"expected {'integer' if classes else 'floating'} labels of shape {tuple(expected)}, "
+                f"got {labels.dtype} {tuple(labels.shape)}"
             )
         labelled = self.labelled(labels, residue_mask)
         self._check_labels(labels, labelled)
-        if self.task == "classification":
-            targets = labels.masked_fill(~labelled, 0).flatten()
-            each = functional.cross_entropy(
-                predictions.flatten(0, -2).float(), targets.long(), reduction="none"
-            ).view(labelled.shape)
+        targets = labels.masked_fill(~labelled, 0)
+        if classes:
+            logits = predictions.flatten(0, -2).float()
+            each = functional.cross_entropy(logits, targets.flatten().long(), reduction="none")
+            each = each.view(labelled.shape)
         else:
-            each = (predictions - labels.masked_fill(~labelled, 0).to(predictions.dtype)).square()
+            each = (predictions - targets.to(predictions.dtype)).square()
         return each.masked_fill(~labelled, 0).sum() / labelled.sum().clamp(min=1)
 
     def _check_labels(self, labels: Tensor, labelled: Tensor) -> None:

@@ -161,7 +161,7 @@ def test_a_hub_id_is_read_from_the_cache(folder, tmp_path, monkeypatch):
 
 def test_configs_that_cannot_be_are_refused():
     config = rd_torch.RDModel.from_pretrained("esm2-rd-mini").config
-    assert RDConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert RDConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match="at least one level"):
         RDConfig((), (), ())
     with pytest.raises(ValueError, match="one stage fewer than the 4 levels"):

@@ -43,7 +43,7 @@ def write_folder(
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
         part.replace(folder / path)
     (folder / CARD).write_text(model_card(config, name))
-    (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     for path in files:  # which safetensors writes for its owner alone
         (folder / path).chmod((folder / CONFIG).stat().st_mode)
 
@@ -56,7 +56,7 @@ def read_config(path: Path) -> RDConfig:
         ValueError: for a file that is no config of this format.
     """
     try:
-        return RDConfig.from_json(read_json(path))
+        return RDConfig.from_dict(read_json(path))
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"expected a checkpoint's config in {path}, got one that does not read: {error}"
