@@ -84,11 +84,12 @@ def _computed_again(tensor: Tensor, compute: Callable[[], Tensor]) -> AbstractCo
     """Within it autograd keeps of `tensor` only how to compute it again: a quarter of a layer's activations.
 
     Nothing happens where no graph is recorded, or where somebody else says what is kept: a compiler,
-    checkpointing, `save_on_cpu`, `torch.func`.
+    checkpointing, `save_on_cpu`, `torch.func`, tensors that are spread over devices.
     """
     graph: Any = torch._C._autograd
     if (
         torch.compiler.is_compiling()
+        or type(tensor) is not Tensor
         or not is_recorded(tensor)
         or not graph._saved_tensors_hooks_is_enabled()
         or graph._top_saved_tensors_default_hooks(False) is not None
