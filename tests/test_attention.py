@@ -173,3 +173,18 @@ def test_varlen_attention_is_the_formula_and_its_gradients_are_the_reference_pat
         grads.append(torch.autograd.grad(out.float().square().sum(), (q, k, v)))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=10 * TOLERANCE[dtype], rtol=0.05)
+
+
+def test_frozen_heads_take_the_blocks_of_inference_in_the_middle_of_training(monkeypatch):
+    monkeypatch.setattr(attention, "_multiplies_bfloat16", lambda device: True)
+    calls = []
+    monkeypatch.setattr(attention, "_by_blocks", lambda q, *_: calls.append(1) or q)
+    packing = Packing.of(torch.ones(2, 5, dtype=torch.bool))
+    frozen = torch.randn(10, 2, 16, dtype=torch.bfloat16)
+    attend(frozen, frozen, frozen, packing)
+    assert calls == [1]
+    for place in range(3):
+        heads = [frozen.clone().requires_grad_(place == other) for other in range(3)]
+        attend(*heads, packing).float().sum().backward()
+        assert heads[place].grad is not None
+    assert calls == [1]

@@ -183,3 +183,5 @@ def test_a_graph_is_recorded_in_one_piece(monkeypatch):
     calls = []
     in_chunks(lambda x: (calls.append(len(x)) or x,), torch.randn(100, 4, requires_grad=True))
     assert calls == [100]
+    in_chunks(lambda x: (calls.append(len(x)) or x,), torch.randn(100, 4))  # frozen, among what trains
+    assert len(calls) > 2
