@@ -11,8 +11,8 @@ three classes on all features, AdamW, and `--batch` sequences of `--residues` re
 
 Times are medians of steps taken in turns in one process. Memory is measured in a process each, in the second
 step: the peak above the weights, which are all that stands before the first (gradients and AdamW's moments
-count), and the peak above what the first step left, which is what activations take. On a CPU it is the
-kernel's own record of resident memory, good to a few MiB.
+count). A third step gives gradients away as they come: its peak above what stood before is what activations
+take. On a CPU it is the kernel's own record of resident memory, good to a few MiB.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from report import Row, environment, write_result
 from torch import Tensor, nn
 
 import rd_torch
+from rd_torch.sequences import is_residue
 
 STATES = 3
 FAIR = "fair-esm"
@@ -79,8 +80,8 @@ def encoder_of(
     return fair, encode
 
 
-def step_of(name: str, task: str, arguments: argparse.Namespace) -> Step:
-    """One training step of a contender."""
+def step_of(name: str, task: str, arguments: argparse.Namespace) -> tuple[Step, list[nn.Parameter]]:
+    """One training step of a contender, and what it trains."""
     torch.manual_seed(0)
     module, encode = encoder_of(name, task, arguments)
     device = arguments.device
@@ -89,22 +90,23 @@ def step_of(name: str, task: str, arguments: argparse.Namespace) -> Step:
     batch = Batch.of(
         ["ACDEFGHIKLMNPQRSTVWY"[k % 20] * arguments.residues for k in range(arguments.batch)], device
     )
-    mask = (batch.tokens >= 4) & (batch.tokens <= 28)
+    mask = is_residue(batch.tokens)
     labels = torch.randint(STATES, batch.tokens.shape, device=device)
-    trained = [*head.parameters()] if task == HEAD else [*module.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW([p for p in trained if p.requires_grad], lr=1e-5)
+    parts = [head] if task == HEAD else [module, head]
+    trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
     def step() -> None:
         optimizer.zero_grad()
         head.loss(head(encode(batch.tokens), mask), labels, mask).backward()
         optimizer.step()
 
-    return step
+    return step, trained
 
 
 def times(task: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Median seconds of a step, everybody taking turns."""
-    steps = {name: step_of(name, task, arguments) for name in CONTENDERS[task]}
+    steps = {name: step_of(name, task, arguments)[0] for name in CONTENDERS[task]}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(arguments.rounds + 1):  # the first warms up
         for name, step in reversed(steps.items()) if turn % 2 else steps.items():
@@ -123,16 +125,22 @@ def _now(device: str) -> float:
 
 
 def peaks(name: str, task: str, arguments: argparse.Namespace) -> tuple[int, int]:
-    """Bytes in the second step: above the weights, and above what the first step left."""
-    step = step_of(name, task, arguments)
+    """Bytes at the most: above the weights, and of activations alone."""
+    step, trained = step_of(name, task, arguments)
     meter = Meter(arguments.device)
     meter.restart()
     weights = meter.now()
     step()
     meter.restart()
-    left = meter.now()
     step()
-    return meter.peak() - weights, meter.peak() - left
+    whole = meter.peak() - weights
+    for parameter in trained:
+        parameter.grad = None
+        parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+    meter.restart()
+    held = meter.now()
+    step()
+    return whole, meter.peak() - held
 
 
 def memory(task: str, arguments: argparse.Namespace) -> dict[str, tuple[int, int]]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch.batching import Batch, plan_batches, run_batches
-from rd_torch.config import ALPHABET, PredictFrom, Regressor
+from rd_torch.config import PredictFrom, Regressor
 from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.packing import Packing
-from rd_torch.sequences import is_residue, normalized
+from rd_torch.sequences import is_real, is_residue, normalized
 from rd_torch.solve import check_options, solve_stages
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -79,7 +79,7 @@ def fit(
 @torch.no_grad()
 def _residues(family: Mapping[str, ESM2], tokens: Tensor) -> Tensor:
     """`(residues, widths together)` raw embeddings of a batch, side by side."""
-    packing = Packing.of(tokens != ALPHABET.padding_idx)
+    packing = Packing.of(is_real(tokens))
     residues = packing.pack(is_residue(tokens))
     return torch.cat([backbone(tokens, packing)[residues] for backbone in family.values()], dim=1)
 

@@ -24,16 +24,19 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """`(tokens, in features)` to `(tokens, out features)`."""
         return _by_onednn(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        """Keeps what gradients that are wanted need."""
         x, weight, _ = inputs
-        wanted = ctx.needs_input_grad  # what nobody wants a gradient for is not kept
+        wanted = ctx.needs_input_grad
         ctx.save_for_backward(x if wanted[1] else None, weight if wanted[0] else None)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of `x`, the weight and the bias; differentiable where that is asked for."""
         x, weight = ctx.saved_tensors
         multiply = _differentiable if torch.is_grad_enabled() else _by_onednn
         gradient = gradient.contiguous()
@@ -98,9 +101,11 @@ def _computed_again(tensor: Tensor, compute: Callable[[], Tensor]) -> AbstractCo
     place, shape = tensor.data_ptr(), tensor.shape
 
     def keep(kept: Tensor) -> Tensor | None:
+        """Nothing in place of the tensor, everything else as it is."""
         return None if (kept.data_ptr(), kept.shape) == (place, shape) else kept
 
     def give_back(kept: Tensor | None) -> Tensor:
+        """What was kept, or the tensor computed again."""
         if kept is not None:
             return kept
         with torch.no_grad():
