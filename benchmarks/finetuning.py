@@ -7,10 +7,10 @@ A run is one approach at one level with one seed. Approaches:
     LoRA        the chain with LoRA on q_proj and v_proj (Hu et al., arXiv 2106.09685), and the head
     full        everything trains
 
-LoRA and full begin with the head that the frozen run of their level and seed ended with. A run ends when the
-validation score has not risen for `--patience` epochs, and is judged by the test proteins at its best epoch.
-After every epoch its state is written to `--folder`: the same command goes on from there, and takes finished
-runs as they are.
+LoRA and full begin with the head that the frozen run of their level and seed ended with, so that they gain
+nothing which a longer training of the head alone would have given. A run ends when the validation score has
+not risen for `--patience` epochs, and is judged by the test proteins at its best epoch. After every epoch its
+state is written to `--folder`: the same command goes on from there, and takes finished runs as they are.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ class Study:
             self.folder,
             self.problem,
             self.arguments.patience,
-            self.arguments.epochs,
+            self.arguments.epochs if approach in (LORA, FULL) else self.arguments.epochs_head,
         )
         torch.manual_seed(seed)
         rate = LEARNING_RATES[approach]
@@ -446,6 +446,8 @@ class Study:
                     axis.plot(epochs, run.curve, color=colours[approach], alpha=0.8, lw=1.3, label=label)
                     axis.plot(run.best_epoch, max(run.curve), "o", color=colours[approach], ms=4)
             axis.set_title(f"{level}, width {self.widths()[level]}", fontsize=10)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
             axis.set_xlabel("epoch")
             axis.spines[["top", "right"]].set_visible(False)
         axes[0][0].set_ylabel(f"{self.problem.metrics[0]}, validation")
@@ -475,7 +477,8 @@ def main(problem: Problem, description: str | None) -> None:
     parser.add_argument("--proteins", type=int, help="training proteins, by default all")
     parser.add_argument("--proteins-valid", type=int, help="validation proteins, by default all")
     parser.add_argument("--residues", type=int, default=1022, help="residues at which proteins are cut")
-    parser.add_argument("--epochs", type=int, default=30, help="at the most")
+    parser.add_argument("--epochs", type=int, default=30, help="at the most, where the chain trains")
+    parser.add_argument("--epochs-head", type=int, default=200, help="at the most, where only a head trains")
     parser.add_argument("--patience", type=int, default=3, help="epochs without a better validation score")
     parser.add_argument("--tokens-per-batch", type=int, default=4096, help="where the chain trains")
     parser.add_argument("--output", type=Path, help="result file")

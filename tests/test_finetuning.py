@@ -8,7 +8,8 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SMALL = ["--proteins", "24", "--proteins-valid", "12", "--residues", "40", "--seeds", "1", "--epochs", "2"]
+SMALL = ["--proteins", "24", "--proteins-valid", "12", "--residues", "40", "--seeds", "1"]
+SMALL += ["--epochs", "2", "--epochs-head", "2"]
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_a_signal_in_the_composition_is_found_and_a_shuffled_one_is_not(run, fin
             ]
         return sets
 
-    options = ["--approaches", "baseline", "--proteins", "400", "--epochs", "30"]
+    options = ["--approaches", "baseline", "--proteins", "400", "--epochs-head", "30"]
     monkeypatch.setattr(module.MeltingTemperature, "read", planted)
     found = run("finetune_sequence", "planted", *options)[0][-1]
     assert float(found["Spearman"]) > 0.8
