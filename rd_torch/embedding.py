@@ -15,8 +15,9 @@ from rd_torch.batching import plan_batches, run_batches
 from rd_torch.config import check_choice
 from rd_torch.model import RDModel
 from rd_torch.moments import float64_device
-from rd_torch.sequences import Protein, is_residue, normalized
+from rd_torch.sequences import Protein, normalized
 from rd_torch.store.hdf5 import check_identifiers, write_embeddings
+from rd_torch.tokens import is_residue
 
 Pool: TypeAlias = Literal["mean", "none"]
 Embedded: TypeAlias = tuple[int, np.ndarray]

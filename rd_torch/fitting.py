@@ -15,8 +15,9 @@ from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.packing import Packing
-from rd_torch.sequences import is_real, is_residue, normalized
+from rd_torch.sequences import normalized
 from rd_torch.solve import check_options, solve_stages
+from rd_torch.tokens import is_real, is_residue
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rd_torch.config import check_choice
-from rd_torch.sequences import SPECIAL_TOKENS, is_real
+from rd_torch.sequences import SPECIAL_TOKENS
+from rd_torch.tokens import is_real
 
 Task = Literal["regression", "classification"]
 Pooling = Literal["mean", "attention"]

@@ -18,8 +18,8 @@ from rd_torch.loading import Pretrained
 from rd_torch.output import RDOutput
 from rd_torch.packing import Packing
 from rd_torch.precision import at_least_float32
-from rd_torch.sequences import check_tokens, is_real, is_residue, token_ids
 from rd_torch.stage import ConcatPCA, Maps
+from rd_torch.tokens import check_tokens, is_real, is_residue, token_ids
 from rd_torch.training import Trainable
 
 

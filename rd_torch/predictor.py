@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rd_torch.esm2 import ESM2
 from rd_torch.heads import Head, MatryoshkaHead
 from rd_torch.model import RDModel
-from rd_torch.sequences import is_residue, token_ids
+from rd_torch.tokens import is_residue, token_ids
 
 
 class Predictor(nn.Module):

@@ -7,16 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rd_torch.config import ALPHABET, RESIDUE_LETTERS
-from rd_torch.sequences import (
-    Corrections,
-    Protein,
-    cut_batches,
-    is_residue,
-    normalize,
-    normalized,
-    read_fasta,
-    tokenize,
-)
+from rd_torch.sequences import Corrections, Protein, cut_batches, normalize, normalized, read_fasta, tokenize
+from rd_torch.tokens import is_residue
 
 LETTERS = st.text(alphabet="".join(sorted(RESIDUE_LETTERS)), min_size=1, max_size=40)
 FASTA = ">sp|P1|ONE first protein\nMKT\nAYI\n\n>two\nGG\n"
