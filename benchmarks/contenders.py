@@ -21,7 +21,7 @@ from transformers import EsmConfig, EsmModel
 
 import rd_torch
 from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
-from rd_torch.sequences import SPECIAL_TOKENS, Corrections, cut_batches, normalize, read_fasta, tokenize
+from rd_torch.sequences import SPECIAL_TOKENS, Corrections, Fasta, cut_batches, normalize, tokenize
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTILES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
@@ -122,7 +122,7 @@ def natural_proteins(data: Path | None) -> list[str]:
     """The validation proteins in file order, cut at 1,022 residues."""
     if data is None:
         raise SystemExit("expected the folder of the protein data in --data or RD_TORCH_DATA, got none")
-    proteins = read_fasta(Path(data) / "natural50_valid.fasta.xz")
+    proteins = list(Fasta(Path(data) / "natural50_valid.fasta.xz"))
     changed = Corrections()
     return [normalize(protein, changed, max_length=MAX_RESIDUES).sequence for protein in proteins]
 

@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 
 import rd_torch
-from rd_torch.sequences import read_fasta
+from rd_torch.sequences import Fasta
 
 FASTA = Path(__file__).with_name("demo.fasta")
 FAMILIES = {
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the picture")
     output = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
-    proteins = read_fasta(FASTA)
+    proteins = list(Fasta(FASTA))
     model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
     vectors = rd_torch.embed(model, [protein.sequence for protein in proteins])
     by_level = {level: cosines(vectors[:, :width]) for level, width in model.config.widths.items()}

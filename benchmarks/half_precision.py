@@ -54,7 +54,7 @@ from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
 from rd_torch.esm2 import ESM2, MEAN_SHARE_KEPT
 from rd_torch.layer import TransformerLayer
 from rd_torch.packing import Packing
-from rd_torch.sequences import cut_batches, normalized, read_fasta, tokenize
+from rd_torch.sequences import Fasta, cut_batches, normalized, tokenize
 from rd_torch.tokens import is_residue
 
 LEVELS = ("8M", "35M", "150M", "650M")
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--fit-residues", type=int, default=5_000, help="to fit the maps of 650M on")
     parser.add_argument("--layers", type=int, default=33, help="a random backbone has at most")
     arguments = parser.parse_args()
-    found = read_fasta(arguments.data / "natural50_valid.fasta.xz")
+    found = list(Fasta(arguments.data / "natural50_valid.fasta.xz"))
     short = normalized(each.sequence for each in found if len(each.sequence) <= MOST_RESIDUES)
     proteins = take(short, arguments.residues or (22_000 if arguments.family == "mini" else 1_500))
     batches = [tokenize([each for _, each in batch]) for batch in cut_batches(proteins, TOKENS_PER_BATCH)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rd_torch import pretrained
     from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig, Reference
-    from rd_torch.embedding import embed
+    from rd_torch.embedding import embed, embed_to_store
     from rd_torch.esm2 import ESM2
     from rd_torch.fitting import fit
     from rd_torch.heads import MatryoshkaHead, ResidueHead, SequenceHead, align_labels
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rd_torch.pretrained import TransformersEncoder
     from rd_torch.solve import solve_stages
     from rd_torch.stage import ConcatPCA, Stage
+    from rd_torch.store import open_store
 
 _HOMES = {
     "ConcatPCA": "stage",
@@ -48,7 +49,9 @@ _HOMES = {
     "TransformersEncoder": "pretrained",
     "align_labels": "heads",
     "embed": "embedding",
+    "embed_to_store": "embedding",
     "fit": "fitting",
+    "open_store": "store",
     "pretrained": "pretrained",
     "solve_stages": "solve",
 }
@@ -72,7 +75,9 @@ __all__ = [
     "TransformersEncoder",
     "align_labels",
     "embed",
+    "embed_to_store",
     "fit",
+    "open_store",
     "pretrained",
     "solve_stages",
 ]

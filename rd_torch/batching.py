@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Generic, NamedTuple, TypeVar
@@ -82,11 +84,63 @@ def plan_batches(family: Iterable[ESM2], tokens_per_batch: int | None) -> tuple[
     return tokens_per_batch, weight.device
 
 
+def ahead(items: Iterable[Result], most: int) -> Iterator[Result]:
+    """The same items, made in a thread of their own that is up to `most` of them ahead.
+
+    What the thread raises is raised here, behind the items made before it. When nobody wants more, it ends
+    after the item under work.
+    """
+    made: queue.Queue[Result | BaseException | None] = queue.Queue(most)
+    wanted = threading.Event()
+    wanted.set()
+
+    def put(item: Result | BaseException | None) -> bool:
+        while wanted.is_set():
+            try:
+                made.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+        except BaseException as error:  # raised where the items are wanted
+            put(error)
+        else:
+            put(None)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        wanted.clear()
+        thread.join()
+
+
+def require_memory(family: Iterable[ESM2], tokens: Tensor) -> None:
+    """Raises a MemoryError for tokens that would take more than there is, where the system kills for that."""
+    if tokens.device.type != "cpu":
+        return
+    needed, free = bytes_per_token(family) * tokens.numel(), free_bytes(tokens.device) or 0
+    if needed > free:
+        raise MemoryError(f"about {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
+
+
 def run_batches(
     compute: Callable[[Tensor], Result],
     sequences: Iterable[str],
     tokens_per_batch: int,
     device: torch.device,
+    *,
+    failures: dict[int, str] | None = None,
 ) -> Iterator[Batch[Result]]:
     """Computes normalised sequences batch by batch, longest first within a window.
 
@@ -98,10 +152,12 @@ def run_batches(
         sequences: letters, residues only; read as they are needed.
         tokens_per_batch: tokens a batch holds at most, padding counted; a longer sequence goes alone.
         device: where tokens go.
+        failures: if given, receives the number of a sequence that alone takes more memory than there is,
+            and why; the others go on.
 
     Raises:
         ValueError: for a budget below 1.
-        MemoryError: where one sequence alone takes more than there is.
+        MemoryError: where one sequence alone takes more than there is, without `failures`.
     """
     limit = tokens_per_batch
     for batch in cut_batches(sequences, tokens_per_batch):
@@ -114,7 +170,13 @@ def run_batches(
                 if isinstance(done, Batch):
                     yield done
                     continue
-                limit = _halved(size, len(part), device, done)
+                if len(part) == 1:
+                    error = _too_long(size, device, done)
+                    if failures is None:
+                        raise error
+                    failures[part[0][0]] = str(error)
+                    continue
+                limit = _halved(size, device)
             half = (len(part) + 1) // 2
             waiting += [part[half:], part[:half]]
 
@@ -129,6 +191,8 @@ def _attempt(
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         return str(error)
 
 
@@ -138,15 +202,16 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error) or str(error) in _SHORT_OF_MEMORY
 
 
-def _halved(size: int, rows: int, device: torch.device, said: str) -> int:
-    """Half the tokens that were too many, with a warning; a MemoryError where they were one sequence."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if rows == 1:
-        raise MemoryError(
-            f"expected memory for one sequence of {size - SPECIAL_TOKENS:,} residues, got none left on "
-            f"{device}: cut it (--max-length), take a shorter width or a half-precision model ({said})"
-        )
+def _too_long(size: int, device: torch.device, said: str) -> MemoryError:
+    """What is said of one sequence that memory has no room for."""
+    return MemoryError(
+        f"expected memory for one sequence of {size - SPECIAL_TOKENS:,} residues, got none left on "
+        f"{device}: cut it (--max-length), take a shorter width or a half-precision model ({said})"
+    )
+
+
+def _halved(size: int, device: torch.device) -> int:
+    """Half the tokens that were too many, with a warning."""
     warnings.warn(
         f"{size:,} tokens were too many for the memory of {device}: batches hold at most {size // 2:,} "
         "from here on",

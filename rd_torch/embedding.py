@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict, Unpack
+from typing import Final, TypedDict, Unpack, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rd_torch.batching import plan_batches, run_batches
+from rd_torch.batching import ahead, plan_batches, require_memory, run_batches
 from rd_torch.config import check_choice
+from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.moments import float64_device
 from rd_torch.sequences import Protein, normalized
-from rd_torch.store.hdf5 import check_identifiers, write_embeddings
+from rd_torch.store import Facts, Names, Pool, Row, SaveDtype, Window, Work, cut_windows, format_of
+from rd_torch.store.work import Failure, Progress
 from rd_torch.tokens import is_residue
 
-Pool: TypeAlias = Literal["mean", "none"]
-Embedded: TypeAlias = tuple[int, np.ndarray]
+WINDOWS_AHEAD: Final = 1
+"""Windows that are read while one is embedded."""
 
 
 class EmbedOptions(TypedDict, total=False):
@@ -65,7 +67,7 @@ def embed(
     stream = embed_stream(
         model, normalized(sequences), pool=pool, width=width, tokens_per_batch=tokens_per_batch
     )
-    arrays = dict(stream)
+    arrays = {index: tensor.numpy() for index, tensor in stream}
     ordered = [arrays[index] for index in range(len(arrays))]
     if pool == "none":
         return ordered
@@ -73,75 +75,131 @@ def embed(
     return np.stack(ordered) if ordered else np.zeros((0, features), dtype=np.float32)
 
 
-def embed_to_file(
+def embed_to_store(
     model: RDModel,
-    proteins: Sequence[Protein],
-    path: Path,
+    proteins: Iterable[Protein],
+    path: str | Path,
     *,
-    save_dtype: str = "float32",
-    progress: Callable[[Iterable[Embedded]], Iterable[Embedded]] = iter,
-    attributes: Mapping[str, Any] | None = None,
+    form: str | None = None,
+    save_dtype: SaveDtype = "float32",
+    name: str = "",
+    progress: Progress = lambda residues, before: None,
     **options: Unpack[EmbedOptions],
-) -> None:
-    """Embeds normalised proteins into an HDF5 file, one dataset a protein.
+) -> dict[str, Failure]:
+    """Embeds proteins into an embedding file or folder, which `rd_torch.open_store` reads.
 
-    The file appears under its name when the last protein is written, not before.
+    Called again after a kill, a full disk or a crash it goes on where it was: what is done stays as it is,
+    and at most one window of about 16 batches is embedded again. The store appears under its name when the
+    last protein is in it; until then its parts lie in `<path>.part`. Records keep their order. A record
+    whose identifier another one has is stored as `IDENTIFIER#2`, with a warning that counts them; equal
+    sequences are embedded as often as they come. A sequence that alone takes more memory than there is is
+    left out, and listed in `<path>.failed.tsv`.
 
     Args:
         model: the chain.
-        proteins: records with different identifiers.
-        path: the HDF5 file; one that is there is replaced at the end.
-        save_dtype: what the file holds.
-        progress: wraps the stream of proteins, as `tqdm` does.
-        attributes: more attributes for the file, beside levels, widths, width, pool and version.
+        proteins: normalised records; may be a generator, memory does not grow with their number.
+        path: the store; its suffix tells the format.
+        form: `"h5"`, `"parquet"` or `"pt"`, in place of the suffix.
+        save_dtype: what the store holds; bfloat16 in `"pt"` alone.
+        name: what the model is called in the store.
+        progress: called with residues that are done, and whether they were so before.
         **options: `pool`, `width` and `tokens_per_batch` of `embed`.
+
+    Returns:
+        Residues and reason of each record that could not be embedded, by name.
 
     Raises:
         FileNotFoundError: when the folder is not there.
-        ValueError: for identifiers that coincide, a pool or width that does not exist.
+        BlockingIOError: when another process writes the same store.
+        ValueError: for no proteins, a pool, width, dtype or format that does not exist, or a store that was
+            begun with other sequences, another model or other choices.
     """
-    check_identifiers(protein.identifier for protein in proteins)
-    widths = model.config.widths
-    facts = {
-        "levels": list(widths),
-        "widths": list(widths.values()),
-        "width": options.get("width") or model.embed_dim,
-        "pool": options.get("pool", "mean"),
-        "rd_torch_version": version("rd_torch"),
-    }
-    with write_embeddings(path, {**facts, **(attributes or {})}) as add:
-        stream = embed_stream(model, (protein.sequence for protein in proteins), **options)
-        for index, array in progress(stream):
-            add(proteins[index].identifier, array.astype(save_dtype))
+    given = options.get("tokens_per_batch")
+    budget, device = plan_batches(model.family(options.get("width")).values(), given)
+    wanted = facts_of(model, name, save_dtype, budget, **options)
+    with Work(Path(path), format_of(path, form), wanted, fixed_budget=given is not None) as work:
+        dtype = getattr(torch, save_dtype)
+        compute = _vectors(model, **options)
+        names = Names(work.format.key)
+
+        def batches(window: Window, failures: dict[int, str]) -> Iterator[list[Row]]:
+            """The rows of a window, batch by batch."""
+            budget = work.facts.tokens_per_batch
+            for batch in run_batches(compute, window.sequences, budget, device, failures=failures):
+                rows = (array.to(dtype) for array in batch.result)
+                yield list(zip(batch.indices, rows, strict=True))
+
+        windows = ahead(cut_windows(proteins, work.facts.tokens_per_batch, names), WINDOWS_AHEAD)
+        failures = work.fill(windows, batches, progress)
+    if names.renamed:
+        warnings.warn(
+            f"records whose identifier another one has, stored as IDENTIFIER#2 and so on: {names.renamed:,}",
+            stacklevel=2,
+        )
+    return failures
+
+
+def facts_of(
+    model: RDModel, name: str, save_dtype: SaveDtype, budget: int, **options: Unpack[EmbedOptions]
+) -> Facts:
+    """What a store of the model's embeddings is of.
+
+    Raises:
+        ValueError: for a pool or width that does not exist.
+    """
+    pool, config = options.get("pool", "mean"), model.config
+    check_choice("pool", pool, ("mean", "none"))
+    width = options.get("width") or model.embed_dim
+    levels = config.levels_for(width)
+    shown = levels if config.method == "rd" else levels[-1:]
+    return Facts(
+        model=name,
+        fingerprint=model.fingerprint(),
+        levels=tuple(shown),
+        widths=tuple(min(width, config.widths[level]) for level in shown),
+        num_layers=cast(ESM2, model.backbones[levels[-1]]).num_layers,
+        pool=pool,
+        backbone_dtype=str(next(model.backbones.parameters()).dtype).removeprefix("torch."),
+        save_dtype=save_dtype,
+        tokens_per_batch=budget,
+    )
 
 
 def embed_stream(
     model: RDModel, sequences: Iterable[str], **options: Unpack[EmbedOptions]
-) -> Iterator[Embedded]:
-    """Embeds normalised sequences as they come; yields `(index, array)` in the order of the batches.
+) -> Iterator[tuple[int, Tensor]]:
+    """Embeds normalised sequences as they come; yields `(index, tensor)` in the order of the batches.
 
     Arguments and errors as for `embed`.
     """
-    pool, width = options.get("pool", "mean"), options.get("width")
-    check_choice("pool", pool, ("mean", "none"))
-    planned = plan_batches(model.family(width).values(), options.get("tokens_per_batch"))
-
-    @torch.inference_mode()
-    def vectors(tokens: Tensor) -> list[np.ndarray]:
-        """One array a sequence."""
-        return _pooled(model.encode(tokens, width=width), is_residue(tokens), pool)
-
-    for batch in run_batches(vectors, sequences, *planned):
+    planned = plan_batches(model.family(options.get("width")).values(), options.get("tokens_per_batch"))
+    for batch in run_batches(_vectors(model, **options), sequences, *planned):
         yield from zip(batch.indices, batch.result, strict=True)
 
 
-def _pooled(embeddings: Tensor, residues: Tensor, pool: Pool) -> list[np.ndarray]:
-    """One array a sequence, over its residues alone."""
+def _vectors(model: RDModel, **options: Unpack[EmbedOptions]) -> Callable[[Tensor], list[Tensor]]:
+    """What embeds a batch of tokens: one tensor a sequence, on the CPU."""
+    pool, width = options.get("pool", "mean"), options.get("width")
+    check_choice("pool", pool, ("mean", "none"))
+    family = model.family(width).values()
+
+    @torch.inference_mode()
+    def vectors(tokens: Tensor) -> list[Tensor]:
+        """One tensor a sequence."""
+        if len(tokens) == 1:
+            require_memory(family, tokens)
+        return _pooled(model.encode(tokens, width=width), is_residue(tokens), pool)
+
+    return vectors
+
+
+def _pooled(embeddings: Tensor, residues: Tensor, pool: Pool) -> list[Tensor]:
+    """One tensor a sequence, over its residues alone."""
     rows, counts = embeddings[residues], residues.sum(1)
     if pool == "none":
-        return np.split(rows.cpu().numpy(), counts.cumsum(0).tolist()[:-1])
+        return list(rows.cpu().split(counts.tolist()))
     # In float64 and row after row: the mean of a prefix is the prefix of the mean, to the bit.
     exact = float64_device(rows.device)
     sums = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64, device=exact)
     sums.index_add_(0, residues.nonzero()[:, 0].to(exact), rows.to(exact, torch.float64))
-    return list((sums / counts[:, None].to(exact)).to(rows.dtype).cpu().numpy())
+    return list((sums / counts[:, None].to(exact)).to(rows.dtype).cpu())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from rd_torch.batching import Batch, plan_batches, run_batches
+from rd_torch.batching import plan_batches, run_batches
 from rd_torch.config import PredictFrom, Regressor
 from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
@@ -18,8 +18,6 @@ from rd_torch.packing import Packing
 from rd_torch.sequences import normalized
 from rd_torch.solve import check_options, solve_stages
 from rd_torch.tokens import is_real, is_residue
-
-Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 class SolveOptions(TypedDict, total=False):
@@ -36,7 +34,7 @@ def fit(
     sequences: Iterable[str],
     *,
     tokens_per_batch: int | None = None,
-    progress: Progress = iter,
+    progress: Callable[[int], object] = lambda residues: None,
     provenance: Mapping[str, Any] | None = None,
     **options: Unpack[SolveOptions],
 ) -> RDModel:
@@ -48,7 +46,7 @@ def fit(
         sequences: amino-acid letters; may be a generator, memory does not grow with their number.
         tokens_per_batch: tokens a batch holds at most, padding counted; by default what half of the
             free memory takes. Halved, with a warning, when memory runs out all the same.
-        progress: wraps the stream of sequences, as `tqdm` does.
+        progress: called with residues that are done.
         provenance: where backbones and sequences come from; saved with the model.
         **options: `added`, `regressor`, `alpha` and `predict_from` of `solve_stages`.
 
@@ -66,7 +64,11 @@ def fit(
     budget, device = plan_batches(family.values(), tokens_per_batch)
     moments = RunningMoments(sum(widths.values()), device)
     batches = run_batches(partial(_residues, family), normalized(sequences), budget, device)
-    count = sum(1 for _ in progress(_update(moments, batches)))
+    count = 0
+    for batch in batches:
+        moments.update(batch.result)
+        progress(len(batch.result))
+        count += len(batch.indices)
     stages = solve_stages(moments, widths, **options)
     facts = {"sequences": count, "residues": moments.count, "solve": {"regressor": "pcr", **options}}
     return RDModel(
@@ -83,10 +85,3 @@ def _residues(family: Mapping[str, ESM2], tokens: Tensor) -> Tensor:
     packing = Packing.of(is_real(tokens))
     residues = packing.pack(is_residue(tokens))
     return torch.cat([backbone(tokens, packing)[residues] for backbone in family.values()], dim=1)
-
-
-def _update(moments: RunningMoments, batches: Iterable[Batch[Tensor]]) -> Iterator[int]:
-    """Adds each batch to the joint moments; yields the index of each sequence."""
-    for batch in batches:
-        moments.update(batch.result)
-        yield from batch.indices

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +132,22 @@ class Pretrained(nn.Module):
             tensors,
             name or Path(folder).resolve().name,
         )
+
+    def fingerprint(self) -> str:
+        """A digest of what embeddings depend on: shapes, choices and every number of backbones and maps.
+
+        Two models with the same fingerprint are the same chain in the same dtype, wherever they come from.
+        """
+        config = self.config
+        heads = [level.attention_heads for level in config.levels]
+        facts = (config.method, config.predict_from, config.special_rows, config.widths, heads)
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            if ".lm_head." in name or ".contact_head." in name:
+                continue
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
 
     def push_to_hub(
         self,

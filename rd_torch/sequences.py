@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import warnings
-from collections import Counter
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import dropwhile, islice
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, cast
 
 import torch
 from torch import Tensor
@@ -35,57 +36,72 @@ class Protein:
     sequence: str
 
 
-def open_text(path: str | Path) -> IO[str]:
-    """Opens a text file that may be gzipped or xz-compressed, told by its first bytes.
+class Fasta:
+    """The records of a FASTA file, read as they are needed.
+
+    Gzipped, xz-compressed or plain is told by its first bytes. Sequences come as they are written;
+    `normalize` makes residues of them.
+
+    Args:
+        path: the file; every iteration reads it from its start.
 
     Raises:
         FileNotFoundError: where there is no such file.
+        ValueError: while iterating, for a file that is not FASTA, has no record, or a record without
+            identifier or sequence.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a FASTA file at {path}, got nothing there")
-    with path.open("rb") as handle:
-        magic = handle.read(6)
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"expected a FASTA file at {path}, got nothing there")
+        self._size = self.path.stat().st_size
+        self._position = 0
+
+    @property
+    def fraction(self) -> float:
+        """Share of the file's bytes that the latest iteration has read."""
+        return min(1.0, self._position / self._size) if self._size else 1.0
+
+    def __iter__(self) -> Iterator[Protein]:
+        from Bio.SeqIO.FastaIO import SimpleFastaParser  # loads only where a file is read
+
+        number = 0
+        try:
+            with self.path.open("rb") as raw, _text(raw) as handle:
+                for number, record in enumerate(SimpleFastaParser(self._checked(handle)), start=1):
+                    self._position = raw.tell()
+                    yield _protein(number, *record)
+        except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"expected a FASTA file, got one that cannot be read behind record {number:,}: "
+                f"{self.path}: {error}"
+            ) from error
+        self._position = self._size
+        if not number:
+            raise ValueError(f"expected at least one FASTA record, got an empty file: {self.path}")
+
+    def _checked(self, handle: IO[str]) -> Iterator[str]:
+        """The lines, from the first that is not blank, which must start a record."""
+        lines = dropwhile(lambda line: not line.strip(), handle)
+        for first in islice(lines, 1):
+            if not first.startswith(">"):
+                raise ValueError(
+                    f"expected a FASTA file, whose first line starts with '>', got {first[:40]!r} "
+                    f"in {self.path}"
+                )
+            yield first
+        yield from lines
+
+
+def _text(raw: IO[bytes]) -> IO[str]:
+    """The text of an open file, unpacked."""
+    magic = raw.read(6)
+    raw.seek(0)
     for mark, opener in _OPENERS:
         if magic.startswith(mark):
-            return opener(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
-
-
-def read_fasta(path: str | Path) -> list[Protein]:
-    """All records of a FASTA file, gzipped or xz-compressed or plain, in file order.
-
-    Sequences come as they are written; `normalize` makes residues of them.
-
-    Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: for a file that is not FASTA, has no record, a record without identifier or
-            without sequence, or an identifier twice.
-    """
-    from Bio.SeqIO.FastaIO import SimpleFastaParser  # loads only where a file is read
-
-    try:
-        with open_text(path) as handle:
-            first = next((line for line in handle if line.strip()), "")
-            if first and not first.startswith(">"):
-                raise ValueError(
-                    f"expected a FASTA file, whose first line starts with '>', got {first[:40]!r} in {path}"
-                )
-            handle.seek(0)
-            records = list(SimpleFastaParser(handle))
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"expected a FASTA file, got one that cannot be read: {path}: {error}") from error
-    if not records:
-        raise ValueError(f"expected at least one FASTA record, got an empty file: {path}")
-    proteins = [_protein(number, *record) for number, record in enumerate(records, start=1)]
-    counts = Counter(protein.identifier for protein in proteins)
-    twice = [identifier for identifier, count in counts.items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"expected every identifier once, got {len(twice)} more often in {path}: "
-            f"{', '.join(twice[:5])}; rename or remove the repeated records"
-        )
-    return proteins
+            return cast(IO[str], opener(raw, "rt", encoding="utf-8"))
+    return io.TextIOWrapper(raw, encoding="utf-8")
 
 
 def _protein(number: int, header: str, sequence: str) -> Protein:
@@ -158,16 +174,23 @@ def normalize(
     return Protein(protein.identifier, sequence)
 
 
-def normalized(sequences: Iterable[str]) -> Iterator[str]:
-    """The sequences with only residues in them, as they come; at the end one warning counts the changes.
+def normalized_proteins(
+    proteins: Iterable[Protein], *, strict: bool = False, max_length: int | None = None
+) -> Iterator[Protein]:
+    """The proteins with only residues in them, as they come; at the end one warning counts the changes.
 
-    Raises:
-        ValueError: for a sequence without residues, by its number.
+    Arguments and errors as for `normalize`.
     """
     corrections = Corrections()
-    for number, sequence in enumerate(sequences, start=1):
-        yield normalize(Protein(f"number {number}", sequence), corrections).sequence
+    for protein in proteins:
+        yield normalize(protein, corrections, strict=strict, max_length=max_length)
     corrections.warn()
+
+
+def normalized(sequences: Iterable[str]) -> Iterator[str]:
+    """The same of sequences without identifiers; errors name them by their number, from 1."""
+    proteins = (Protein(f"number {number}", sequence) for number, sequence in enumerate(sequences, start=1))
+    return (protein.sequence for protein in normalized_proteins(proteins))
 
 
 def tokenize(sequences: Sequence[str]) -> Tensor:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import rd_torch
 from rd_torch.cli import main
-from rd_torch.sequences import read_fasta
+from rd_torch.sequences import Fasta
 
 DEMO = Path(__file__).parents[1] / "benchmarks" / "demo.fasta"
 
@@ -40,7 +40,7 @@ def test_embed_says_its_default_model_and_writes_what_python_gives(tmp_path):
     assert (
         "Model esm2-rd-mini (the shipped family; --model names another), level 1M, width 128" in result.stderr
     )
-    proteins = read_fasta(DEMO)
+    proteins = list(Fasta(DEMO))
     expected = rd_torch.embed(
         rd_torch.RDModel.from_pretrained("esm2-rd-mini"), [protein.sequence for protein in proteins]
     )
@@ -104,6 +104,8 @@ def test_corrections_are_counted_in_one_warning_and_refused_when_strict(tmp_path
         (("--device", "warp"), "expected a device that is there, got 'warp'"),
         (("--device", "cuda:99"), "expected a device that is there, got 'cuda:99'"),
         (("--pool", "max"), "is not one of 'mean', 'none'"),
+        (("--save-dtype", "bfloat16"), "save_dtype to be one of 'float32', 'float16' in .h5, got 'bfloat16'"),
+        (("--format", "parquet", "--pool", "none"), "pool to be one of 'mean' in .parquet, got 'none'"),
     ],
 )
 def test_wrong_options_get_one_clear_line_and_no_file(tmp_path, fasta, arguments, message):
@@ -116,7 +118,9 @@ def test_wrong_options_get_one_clear_line_and_no_file(tmp_path, fasta, arguments
 def test_wrong_files_get_one_clear_line(tmp_path, fasta):
     assert "nothing there" in refused("embed", tmp_path / "gone.fasta", "-o", tmp_path / "out.h5")
     assert "expected a folder" in refused("embed", fasta, "-o", tmp_path / "no" / "out.h5")
-    assert "is a directory" in refused("embed", fasta, "-o", tmp_path)
+    assert "output that ends in .h5, .parquet, .pt" in refused("embed", fasta, "-o", tmp_path / "out.csv")
+    (tmp_path / "folder.h5").mkdir()
+    assert "got something else: take another output" in refused("embed", fasta, "-o", tmp_path / "folder.h5")
     assert "is a file" in refused("fit", fasta, "-o", fasta)
     assert "first line starts with '>'" in refused("embed", __file__, "-o", tmp_path / "out.h5")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import image
 
-from rd_torch.sequences import read_fasta
+from rd_torch.sequences import Fasta
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 def test_demo_prints_every_protein_and_draws_both_levels(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "demo.py", "--output", tmp_path]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    for protein in read_fasta(ROOT / "benchmarks" / "demo.fasta"):
+    for protein in Fasta(ROOT / "benchmarks" / "demo.fasta"):
         assert any(line.startswith(protein.identifier.split("|")[-1]) for line in printed.splitlines())
     assert [line.split()[:2] for line in printed.splitlines()[-6:-2]] == [
         ["28K", "32"],
@@ -28,7 +28,7 @@ def test_demo_prints_every_protein_and_draws_both_levels(tmp_path):
 
 
 def test_demo_proteins_are_swiss_prot_families_of_several_members():
-    identifiers = [protein.identifier for protein in read_fasta(ROOT / "benchmarks" / "demo.fasta")]
+    identifiers = [protein.identifier for protein in Fasta(ROOT / "benchmarks" / "demo.fasta")]
     families = [identifier.split("|")[2].split("_")[0] for identifier in identifiers]
     assert all(identifier.startswith("sp|") for identifier in identifiers)
     assert len(identifiers) == 22

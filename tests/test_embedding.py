@@ -1,11 +1,8 @@
-import h5py
 import numpy as np
 import pytest
 import torch
 
 import rd_torch
-from rd_torch.embedding import embed_to_file
-from rd_torch.sequences import Protein
 
 SEQUENCES = ["MKTAYIAKQR", "M", "GGGSXBUZO" * 30, "MLLAVLYCLLWSFQTSA"]
 
@@ -64,39 +61,3 @@ def test_misuse_is_refused_with_the_cure(mini):
         rd_torch.embed(mini, ["MKT"], pool="max")
     with pytest.raises(ValueError, match="sequence in record number 2, got none"):
         rd_torch.embed(mini, ["MKT", ""])
-
-
-def test_a_file_holds_one_dataset_a_protein(mini, tmp_path):
-    proteins = [Protein(f"id/{i}", sequence) for i, sequence in enumerate(SEQUENCES)]
-    embed_to_file(mini, proteins, tmp_path / "out.h5", pool="none", width=48, save_dtype="float16")
-    with h5py.File(tmp_path / "out.h5") as file:
-        assert sorted(file) == [f"id%2F{i}" for i in range(len(SEQUENCES))]
-        for i, sequence in enumerate(SEQUENCES):
-            assert file[f"id%2F{i}"].shape == (len(sequence), 48)
-            assert file[f"id%2F{i}"].dtype == np.float16
-        assert list(file.attrs["levels"]) == ["28K", "90K", "207K", "1M"]
-        assert list(file.attrs["widths"]) == [32, 48, 64, 128]
-
-
-def test_a_failure_leaves_no_file_and_keeps_the_old_one(mini, tmp_path):
-    path = tmp_path / "out.h5"
-    path.write_bytes(b"old")
-
-    def interrupted(stream):
-        yield next(iter(stream))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        embed_to_file(mini, [Protein(str(i), s) for i, s in enumerate(SEQUENCES)], path, progress=interrupted)
-    assert [p.name for p in tmp_path.iterdir()] == ["out.h5"]
-    assert path.read_bytes() == b"old"
-
-
-def test_identifiers_that_would_coincide_are_refused_before_any_work(mini, tmp_path):
-    proteins = [Protein("a/b", "MK"), Protein("a%2Fb", "MK")]
-    with pytest.raises(ValueError, match="different dataset names, got a/b and a%2Fb"):
-        embed_to_file(mini, proteins, tmp_path / "out.h5")
-    with pytest.raises(IsADirectoryError, match="expected the name of a file to write, got the folder"):
-        embed_to_file(mini, proteins[:1], tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"expected a folder .*missing to write to"):
-        embed_to_file(mini, proteins[:1], tmp_path / "missing" / "out.h5")

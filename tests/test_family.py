@@ -97,9 +97,9 @@ def test_command_embeds_a_thousand_validation_proteins(data, tmp_path):
     from click.testing import CliRunner
 
     from rd_torch.cli import main
-    from rd_torch.sequences import read_fasta
+    from rd_torch.sequences import Fasta
 
-    proteins = read_fasta(data / "natural50_valid.fasta.xz")[:1000]
+    proteins = list(Fasta(data / "natural50_valid.fasta.xz"))[:1000]
     fasta = tmp_path / "thousand.fasta"
     fasta.write_text("".join(f">{p.identifier}\n{p.sequence}\n" for p in proteins))
     result = CliRunner().invoke(main, ["embed", str(fasta), "-o", str(tmp_path / "out.h5")])

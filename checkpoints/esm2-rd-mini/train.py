@@ -25,7 +25,7 @@ from torch.nn import functional
 from rd_torch.config import ALPHABET, Level
 from rd_torch.esm2 import ESM2
 from rd_torch.packing import Packing
-from rd_torch.sequences import normalized, read_fasta, tokenize
+from rd_torch.sequences import Fasta, normalized, tokenize
 from rd_torch.tokens import is_residue
 
 LEVELS = {
@@ -59,7 +59,7 @@ def read_tokens(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_sequences(path: Path) -> list[str]:
     """The normalised sequences of a FASTA."""
-    return list(normalized(protein.sequence for protein in read_fasta(path)))
+    return list(normalized(protein.sequence for protein in Fasta(path)))
 
 
 def draw_windows(

@@ -6,7 +6,8 @@ Everything heavy is imported inside the commands, so that `--help` comes at once
 import click
 
 from rd_torch.cli.checkpoints import convert, download, info, verify
-from rd_torch.cli.embedding import embed, fit
+from rd_torch.cli.embedding import embed
+from rd_torch.cli.fitting import fit
 
 
 @click.group(

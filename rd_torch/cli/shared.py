@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial, wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from rd_torch.config import RDConfig
+    from rd_torch.model import RDModel
 
 Command = Callable[..., None]
 
@@ -44,6 +46,15 @@ device_option = option("--device", help="cpu, cuda, cuda:1, mps, ...  [default: 
 cache_option = option(
     "--cache-dir", metavar="FOLDER", help="Cache of the Hub.  [default: where HF_HOME has it]"
 )
+
+fasta_argument = click.argument("fasta", type=click.Path(path_type=Path))
+budget_option = option(
+    "--tokens-per-batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens a batch holds at most.  [default: what half of the free memory takes]",
+)
+strict_option = option("--strict", is_flag=True, help="Refuse letters that are no residue, don't read X.")
 
 _PUBLISHED = {
     "method": (["rd", "naive"], "Reverse distillation, or the baseline.  [default: rd]"),
@@ -104,6 +115,15 @@ def place(device: str | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"expected a device that is there, got {device!r}: {error}") from error
+
+
+def load(name: str, level: str | None, dtype: str, device: str | None, **published: Any) -> RDModel:
+    """A model on its device."""
+    import torch
+
+    from rd_torch.model import RDModel
+
+    return RDModel.from_pretrained(name, level, getattr(torch, dtype), place(device), **published)
 
 
 def print_levels(config: RDConfig) -> None:

@@ -2,63 +2,143 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import h5py
 import numpy as np
+from torch import Tensor
+
+from rd_torch.store.facts import Facts, Pool
+from rd_torch.store.format import Array, Format, Row, Store, missing, written_whole
+from rd_torch.store.naming import dataset_name, identifier_of
+from rd_torch.store.windows import Window
+
+LEAST_COLUMNS: Final = 16
+"""Features a chunk holds at the least: thinner ones cost more in bookkeeping than they save."""
+
+_CREATE: Final[Mapping[str, Any]] = {"libver": ("v110", "v110"), "track_order": True}
 
 
-def dataset_name(identifier: str) -> str:
-    """The dataset's name of an identifier: HDF5 reads `/` as a path and `.` as a place."""
-    return identifier.replace("/", "%2F") if identifier != "." else "%2E"
+class HDF5(Format):
+    """A file with one dataset a protein: `(width,)`, or `(residues, width)` in chunks of a few columns.
 
-
-def check_identifiers(identifiers: Iterable[str]) -> None:
-    """Raises a ValueError when two identifiers have one dataset name."""
-    taken: dict[str, str] = {}
-    for identifier in identifiers:
-        other = taken.setdefault(dataset_name(identifier), identifier)
-        if other != identifier:
-            raise ValueError(
-                f"expected identifiers of different dataset names, got {other} and {identifier}: rename one"
-            )
-
-
-@contextmanager
-def write_embeddings(
-    path: Path, attributes: Mapping[str, Any]
-) -> Iterator[Callable[[str, np.ndarray], None]]:
-    """Opens an embedding file for writing and hands out `add(identifier, array)`.
-
-    The file comes under its final name when the block ends without an error, and not at all otherwise;
-    a file that was there before stays until then.
-
-    Args:
-        path: the final name.
-        attributes: what is written at the root of the file.
-
-    Raises:
-        FileNotFoundError: when the folder is not there.
-        IsADirectoryError: when the name is a folder's.
+    Columns of a chunk divide the level's widths, so that reading a level reads its part of the file alone.
+    Every window is a file of its own, closed and renamed before the next begins; the finished file is
+    copied together from them under another name, closed, and renamed. So nothing that is finished is ever
+    open for writing. While it is being finished the store takes its space twice.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"expected the name of a file to write, got the folder {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"expected a folder {path.parent} to write to, got nothing there")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with h5py.File(part, "w") as file:
-            file.attrs.update(attributes)
-            yield lambda identifier, array: _add(file, identifier, array)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+
+    name = "h5"
+    dtypes = ("float32", "float16")
+    pools = ("mean", "none")
+
+    @staticmethod
+    def key(name: str) -> str:
+        """Names of datasets."""
+        return dataset_name(name)
+
+    def write(self, folder: Path, window: Window, rows: Iterable[Row], facts: Facts) -> list[Path]:
+        """One file a window."""
+        path = folder / f"{window.number:06d}.h5"
+
+        def fill(part: Path) -> None:
+            with h5py.File(part, "w", **_CREATE) as file:
+                for place, row in rows:
+                    _add(file, dataset_name(window.names[place]), row, columns(facts.widths))
+
+        written_whole(path, fill)
+        return [path]
+
+    def finish(
+        self, folder: Path, names: Iterable[tuple[str, Path]], facts: Facts, checksum: str, path: Path
+    ) -> None:
+        """One file of all windows."""
+        attributes = asdict(facts) | {"width": facts.width, "facts": facts.to_json(), "checksum": checksum}
+        whole = folder.with_name("finished.h5")
+        written_whole(whole, partial(_merge, names, attributes))
+        whole.replace(path)
+
+    def open(self, path: Path) -> Store:
+        """Reads any file of this layout, of other programs too."""
+        return HDF5Store(path)
 
 
-def _add(file: h5py.File, identifier: str, array: np.ndarray) -> None:
-    """Writes one protein."""
-    file.create_dataset(dataset_name(identifier), data=array)
+def columns(widths: Sequence[int]) -> int:
+    """Columns of a chunk: the greatest number that divides all widths, 16 at the least."""
+    return min(max(gcd(*widths), LEAST_COLUMNS), widths[-1])
+
+
+def _add(file: h5py.File, name: str, row: Tensor, chunk: int) -> None:
+    array = row.numpy()
+    chunks = (len(array), chunk) if array.ndim == 2 else None
+    file.create_dataset(name, data=array, chunks=chunks)
+
+
+def _merge(names: Iterable[tuple[str, Path]], attributes: Mapping[str, Any], part: Path) -> None:
+    with h5py.File(part, "w", **_CREATE) as whole:
+        whole.attrs.update(attributes)
+        source: h5py.File | None = None
+        for name, place in names:
+            if source is None or source.filename != str(place):
+                if source is not None:
+                    source.close()
+                source = h5py.File(place)
+            source.copy(dataset_name(name), whole)
+        if source is not None:
+            source.close()
+
+
+class HDF5Store(Store):
+    """An HDF5 file, open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = h5py.File(path)
+        except OSError as error:
+            raise ValueError(f"expected an HDF5 file, got {path}, which cannot be read: {error}") from error
+        attributes = self._file.attrs
+        self.facts = Facts.from_json(attributes["facts"]) if "facts" in attributes else None
+        self.checksum = attributes.get("checksum")
+        self.pool: Pool = "mean"
+        self.width = 0
+        if self.facts is not None:
+            self.pool, self.width = self.facts.pool, self.facts.width
+        else:
+            self._look(path)
+
+    def _look(self, path: Path) -> None:
+        """Takes width and pooling from the first dataset of a file that does not say them."""
+        first = next(iter(self._file.values()), None)
+        if not isinstance(first, h5py.Dataset) or first.ndim not in (1, 2):
+            raise ValueError(f"expected one dataset a protein, of 1 or 2 dimensions, in {path}, got {first}")
+        self.pool, self.width = ("mean", "none")[first.ndim - 1], first.shape[-1]
+
+    @cached_property
+    def identifiers(self) -> list[str]:
+        """Names of the records, in FASTA order."""
+        return list(map(identifier_of, self._file))
+
+    def __contains__(self, identifier: object) -> bool:
+        return isinstance(identifier, str) and dataset_name(identifier) in self._file
+
+    def _rows(self, keys: Sequence[str] | range, width: int) -> list[Array]:
+        if isinstance(keys, range):
+            keys = [self.identifiers[place] for place in keys]
+        return [self._row(identifier, width) for identifier in keys]
+
+    def _row(self, identifier: str, width: int) -> np.ndarray:
+        try:
+            dataset = self._file[dataset_name(identifier)]
+        except KeyError:
+            raise missing(identifier, self.path) from None
+        return dataset[..., :width]
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

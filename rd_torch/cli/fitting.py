@@ -1,0 +1,108 @@
+"""`rd-torch fit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rd_torch.cli.shared import (
+    backbone_option,
+    budget_option,
+    by_level,
+    device_option,
+    fasta_argument,
+    load,
+    option,
+    plainly,
+    print_levels,
+    strict_option,
+)
+
+
+@click.command()
+@fasta_argument
+@option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
+@option("--backbones", metavar="MODEL", help="Checkpoint that has them.  [default: the shipped family]")
+@backbone_option
+@option("--levels", metavar="A,B,...", help="Use only these levels, smallest first.")
+@option("--regressor", type=click.Choice(["pcr", "ols", "ridge"]), default="pcr", help="Kind of prediction.")
+@option("--alpha", type=float, default=1.0, help="Penalty of ridge.")
+@option(
+    "--added", metavar="N,...|all", help="Directions each stage adds.  [default: to the backbone's width]"
+)
+@option("--predict-from", type=click.Choice(["nested", "previous"]), default="nested", help="W's input.")
+@budget_option
+@strict_option
+@device_option
+@plainly
+def fit(
+    fasta: Path,
+    output: Path,
+    backbones: str | None,
+    sources: tuple[str, ...],
+    levels: str | None,
+    added: str | None,
+    strict: bool,
+    device: str | None,
+    **options: Any,
+) -> None:
+    """Fit a reverse-distilled chain on the proteins of a FASTA file, in one pass.
+
+    \b
+      rd-torch fit proteins.fasta -o my-chain
+      rd-torch fit proteins.fasta -o ridge --regressor ridge --alpha 10
+      rd-torch fit proteins.fasta -o small --backbone 8M=facebook/esm2_t6_8M_UR50D \\
+          --backbone 35M=facebook/esm2_t12_35M_UR50D
+    """
+    from rd_torch.cli.progress import Progress
+    from rd_torch.config import check_choice
+    from rd_torch.fitting import fit as fit_chain
+    from rd_torch.sequences import Fasta, normalized_proteins
+
+    counts = _added(added)
+    file = Fasta(fasta)
+    family, origin = _family(backbones, sources, device)
+    wanted = levels.split(",") if levels else list(family)
+    for level in wanted:
+        check_choice("level", level, tuple(family))
+    with Progress(file) as progress:
+        proteins = progress.counted(normalized_proteins(file, strict=strict))
+        chain = fit_chain(
+            {level: family[level] for level in wanted},
+            (protein.sequence for protein in proteins),
+            progress=progress,
+            provenance={"backbones": origin, "fasta": fasta.name},
+            added=counts,
+            **options,
+        )
+    chain.save_pretrained(output)
+    print_levels(chain.config)
+    click.echo(f"Written to {output}", err=True)
+
+
+def _family(
+    checkpoint: str | None, sources: tuple[str, ...], device: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Backbones by level, from a checkpoint or from one source each, and what is known of their origin."""
+    from rd_torch.weights import DEFAULT_MODEL
+
+    if not sources:
+        model = load(checkpoint or DEFAULT_MODEL, None, "float32", device)
+        return dict(model.backbones.items()), dict(model.config.provenance)
+    if checkpoint:
+        raise ValueError("expected --backbones or --backbone, got both")
+    named = by_level(sources)
+    models = {level: load(source, None, "float32", device) for level, source in named.items()}
+    return {level: next(iter(model.backbones.values())) for level, model in models.items()}, named
+
+
+def _added(text: str | None) -> Any:
+    """The numbers of `--added`."""
+    if text is None or text == "all":
+        return text
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"expected --added as numbers like 16,16 or 'all', got {text!r}") from error

@@ -1,0 +1,78 @@
+"""What a store is of: the facts that stand in it, and that a run which goes on must share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from typing import Any, Literal, TypeAlias
+
+Pool: TypeAlias = Literal["mean", "none"]
+SaveDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+
+_FREE = ("model", "tokens_per_batch", "rd_torch_version")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was embedded with what.
+
+    Attributes:
+        model: what the user called it.
+        fingerprint: of its config and tensors.
+        levels: those that the store's width reaches, smallest first.
+        widths: features up to the end of each level; the last one is the store's width.
+        num_layers: of the largest backbone that ran.
+        pool: `"mean"`, a vector a protein, or `"none"`, a vector a residue.
+        backbone_dtype: what the backbones ran in.
+        save_dtype: what the store holds.
+        tokens_per_batch: the budget that batches and windows were cut by.
+        rd_torch_version: of the program that wrote the store.
+    """
+
+    model: str
+    fingerprint: str
+    levels: tuple[str, ...]
+    widths: tuple[int, ...]
+    num_layers: int
+    pool: Pool
+    backbone_dtype: str
+    save_dtype: SaveDtype
+    tokens_per_batch: int
+    rd_torch_version: str = version("rd_torch")
+
+    @property
+    def width(self) -> int:
+        """Features of a vector."""
+        return self.widths[-1]
+
+    @property
+    def added(self) -> dict[str, int]:
+        """Features that each level adds, by level."""
+        starts = (0, *self.widths)
+        return {name: end - start for name, start, end in zip(self.levels, starts, self.widths, strict=False)}
+
+    def to_json(self) -> str:
+        """The facts as text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Facts:
+        """The facts from their text; what a later version has written beside them is left out."""
+        known = {field.name for field in fields(cls)}
+        values: dict[str, Any] = {name: value for name, value in json.loads(text).items() if name in known}
+        values |= {name: tuple(values[name]) for name in ("levels", "widths")}
+        return cls(**values)
+
+    def require_same(self, other: Facts, place: str) -> None:
+        """Raises a ValueError that names the first fact in which `other`, the store's, differs.
+
+        The model's name, the budget and the program's version may differ.
+        """
+        for field in fields(self):
+            wanted, found = getattr(self, field.name), getattr(other, field.name)
+            if field.name not in _FREE and wanted != found:
+                raise ValueError(
+                    f"expected {field.name} {found} (model {other.model}), with which {place} was begun, got "
+                    f"{wanted} (model {self.model}): take what it was begun with, or another output"
+                )

@@ -1,0 +1,150 @@
+"""Parquet: pooled embeddings in a folder of files, a column for what each level adds."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Sequence
+from functools import cached_property, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from rd_torch.store.facts import Facts
+from rd_torch.store.format import Array, Format, Row, Store, missing, written_whole
+from rd_torch.store.windows import Window
+
+ROWS_PER_GROUP: Final = 512
+"""Records that are read together when one of them is asked for."""
+
+
+class Parquet(Format):
+    """A folder of parquet files and nothing else, one file a window, in FASTA order.
+
+    Columns: `identifier`, `length` in residues, and by the name of each level the features that it adds, a
+    list of fixed size. So the first columns are the embedding of a shorter chain in any engine. Each file's
+    metadata has the facts under `rd_torch` and the checksum up to its end.
+    """
+
+    name = "parquet"
+    dtypes = ("float32", "float16")
+    pools = ("mean",)
+
+    @staticmethod
+    def key(name: str) -> str:
+        """Identifiers as they are."""
+        return name
+
+    def write(self, folder: Path, window: Window, rows: Iterable[Row], facts: Facts) -> list[Path]:
+        """One file a window."""
+        path = folder / f"part-{window.number:06d}.parquet"
+        written_whole(path, partial(pq.write_table, table(window, rows, facts), **_WRITING))
+        return [path]
+
+    def finish(
+        self, folder: Path, names: Iterable[tuple[str, Path]], facts: Facts, checksum: str, path: Path
+    ) -> None:
+        """The folder of the windows, renamed."""
+        folder.replace(path)
+
+    def open(self, path: Path) -> Store:
+        """Reads a folder that this class wrote."""
+        return ParquetStore(path)
+
+
+_WRITING: Final = {
+    "row_group_size": ROWS_PER_GROUP,
+    "compression": "none",  # floats do not get smaller
+    "use_dictionary": False,
+    "write_statistics": ["identifier", "length"],
+}
+
+
+def table(window: Window, rows: Iterable[Row], facts: Facts) -> pa.Table:
+    """The table of a window, in FASTA order."""
+    ordered = sorted(rows, key=lambda row: row[0])
+    places = [place for place, _ in ordered]
+    vectors = torch.stack([row for _, row in ordered]).numpy() if ordered else np.zeros((0, facts.width))
+    vectors = vectors.astype(facts.save_dtype, copy=False)
+    columns: dict[str, pa.Array] = {
+        "identifier": pa.array([window.names[place] for place in places], pa.string()),
+        "length": pa.array([len(window.sequences[place]) for place in places], pa.int32()),
+    }
+    for level, end in zip(facts.levels, facts.widths, strict=True):
+        block = vectors[:, end - facts.added[level] : end]
+        columns[level] = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), block.shape[1])
+    metadata = {"rd_torch": facts.to_json(), "checksum": window.checksum}
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+class ParquetStore(Store):
+    """A folder of parquet files, opened one after the other."""
+
+    pool = "mean"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._paths = sorted(path.glob("part-*.parquet"))
+        if not self._paths:
+            raise ValueError(f"expected a folder of part-*.parquet files, got none in {path}")
+        self._files = [pq.ParquetFile(each) for each in self._paths]
+        metadata = self._files[-1].schema_arrow.metadata or {}
+        if b"rd_torch" not in metadata:
+            raise ValueError(f"expected parquet files of rd_torch, got others in {path}")
+        self.facts: Facts = Facts.from_json(metadata[b"rd_torch"].decode())
+        self.checksum = metadata[b"checksum"].decode()
+        self.width = self.facts.width
+        # The first record of each row group, with its file and its number there.
+        self._groups = [
+            (file, group) for file in self._files for group in range(file.metadata.num_row_groups)
+        ]
+        sizes = [file.metadata.row_group(group).num_rows for file, group in self._groups]
+        self._starts = list(accumulate(sizes, initial=0))
+
+    @cached_property
+    def identifiers(self) -> list[str]:
+        """Names of the records, in FASTA order."""
+        return [name for file in self._files for name in file.read(["identifier"])[0].to_pylist()]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {identifier: place for place, identifier in enumerate(self.identifiers)}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __contains__(self, identifier: object) -> bool:
+        return identifier in self._places
+
+    def _rows(self, keys: Sequence[str] | range, width: int) -> list[Array]:
+        found: dict[int, np.ndarray] = {}
+        rows: list[Array] = []
+        for key in keys:
+            if isinstance(key, str) and key not in self._places:
+                raise missing(key, self.path)
+            place = self._places[key] if isinstance(key, str) else key
+            group = bisect.bisect_right(self._starts, place) - 1
+            if group not in found:
+                found[group] = self._group(group, width)
+            rows.append(found[group][place - self._starts[group]])
+        return rows
+
+    def _group(self, number: int, width: int) -> np.ndarray:
+        """The first features of a row group's records; columns beyond them are not read."""
+        file, group = self._groups[number]
+        starts = [0, *self.facts.widths]
+        levels = [level for level, start in zip(self.facts.levels, starts, strict=False) if start < width]
+        read = file.read_row_group(group, columns=levels)
+        blocks = [
+            column.combine_chunks().flatten().to_numpy().reshape(len(read), -1) for column in read.columns
+        ]
+        return np.concatenate(blocks, axis=1)[:, :width]
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files:
+            file.close()

@@ -1,0 +1,294 @@
+"""A store that is being written: which windows are done, and the folder where they lie until all are."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Final, NamedTuple, Self, TypeAlias
+
+from filelock import FileLock, Timeout
+
+from rd_torch.batching import ahead
+from rd_torch.store.facts import Facts
+from rd_torch.store.format import Format, Row, Store, sync, written_whole
+from rd_torch.store.windows import Window
+
+Failure: TypeAlias = tuple[int, str]
+"""Residues of a record that could not be embedded, and the reason."""
+
+Compute: TypeAlias = Callable[[Window, dict[int, str]], Iterable[list[Row]]]
+Progress: TypeAlias = Callable[[int, bool], object]
+
+BATCHES_AHEAD: Final = 2
+"""Batches that are computed while one is written."""
+
+
+class _Part(NamedTuple):
+    """A window, where its failures are gathered (nowhere where it is done), and some of its rows."""
+
+    window: Window
+    failures: dict[int, str] | None
+    rows: list[Row] = []  # noqa: RUF012  # never changed
+
+
+@dataclass(frozen=True)
+class Done:
+    """What is known of a window that is written.
+
+    Attributes:
+        names: of its records, in FASTA order.
+        residues: of all of them.
+        checksum: the window's.
+        files: their sizes in bytes, by name.
+        failures: residues and reason, by name, of records that could not be embedded.
+    """
+
+    names: list[str]
+    residues: int
+    checksum: str
+    files: dict[str, int]
+    failures: dict[str, Failure]
+
+
+class Work:
+    """The folder `<output>.part`, which becomes the store when its last window is done.
+
+    A window's files come under their names when they are whole, then `windows/<number>.json` says that the
+    window is done, with the sizes of its files. So a kill at any moment loses the window under work and no
+    other, and files that a crash of the machine left short are noticed and written again.
+
+    Args:
+        path: the store.
+        form: its format.
+        facts: what it is of.
+        fixed_budget: whether `tokens_per_batch` must be the recorded one; else the recorded one counts.
+
+    Raises:
+        FileNotFoundError: when the store's folder is not there.
+        BlockingIOError: when another process writes the store.
+        ValueError: for a dtype or pooling that the format does not take, when something else is there, or a
+            store of other facts.
+    """
+
+    def __init__(self, path: Path, form: Format, facts: Facts, *, fixed_budget: bool = False) -> None:
+        require_fitting(form, facts)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"expected a folder {path.parent} to write to, got nothing there")
+        self.path = path
+        self.format = form
+        self.folder = path.with_name(f"{path.name}.part")
+        self._checksum: str | None = None
+        begun = self._begun()
+        if begun is not None:
+            facts.require_same(begun, str(path))
+            if fixed_budget and facts.tokens_per_batch != begun.tokens_per_batch:
+                raise ValueError(
+                    f"expected tokens_per_batch {begun.tokens_per_batch}, with which {path} was begun, got "
+                    f"{facts.tokens_per_batch}: leave it out, or take another output"
+                )
+            facts = begun
+        self.facts = facts
+        self._lock = FileLock(self.folder / "lock")
+        if not self.is_finished:
+            self._take()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the store is there already; nothing is written then."""
+        return self._checksum is not None
+
+    def _begun(self) -> Facts | None:
+        """The facts of the finished or unfinished store, if there is one."""
+        if self.path.exists():
+            with _opened(self.format, self.path) as store:
+                self._checksum = store.checksum
+                return store.facts
+        said = self.folder / "facts.json"
+        return Facts.from_json(said.read_text()) if said.is_file() else None
+
+    def _take(self) -> None:
+        """Makes the folder and takes its lock, which ends with the process."""
+        for name in ("data", "windows"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(
+                f"expected to write {self.path} alone, got another process that does: wait for it"
+            ) from None
+        written_whole(self.folder / "facts.json", lambda part: part.write_text(self.facts.to_json()))
+
+    def done(self, window: Window) -> Done | None:
+        """What is known of the window, if it is done.
+
+        Raises:
+            ValueError: when it was done with other records.
+        """
+        said = self._said(window.number)
+        if not said.is_file():
+            return None
+        done = Done(**json.loads(said.read_text()))
+        if done.checksum != window.checksum:
+            raise ValueError(
+                f"expected the sequences with which {self.path} was begun, got others in the "
+                f"{len(window.names):,} records from {window.names[0]} on: take those, or another output"
+            )
+        files = [(self.folder / "data" / name, size) for name, size in done.files.items()]
+        whole = all(path.is_file() and path.stat().st_size == size for path, size in files)
+        return done if whole else None
+
+    def fill(self, windows: Iterable[Window], compute: Compute, progress: Progress) -> dict[str, Failure]:
+        """Computes and writes what is not done, and finishes the store.
+
+        Computing goes on in a thread of its own while windows are written.
+
+        Args:
+            windows: all of them, in order.
+            compute: embeds a window, batch by batch; takes what cannot be embedded, by place with the
+                reason, into the dictionary.
+            progress: called with residues that are done, and whether they were so before.
+
+        Returns:
+            Residues and reason of each record that could not be embedded.
+
+        Raises:
+            ValueError: for no windows, or others than the store was begun with.
+        """
+        last: Window | None = None
+        stream = ahead(self._computed(windows, compute), BATCHES_AHEAD)
+        for _, parts in groupby(stream, key=lambda part: part.window.number):
+            last, failures, _ = next(parts)
+            if failures is None:
+                progress(last.residues, True)
+            else:
+                self.write(last, _reported(parts, progress), failures)  # noqa: B031  # the rest of it
+        if last is None:
+            raise ValueError("expected at least one protein to embed, got none")
+        return self._finish(last.number + 1, last.checksum)
+
+    def _computed(self, windows: Iterable[Window], compute: Compute) -> Iterator[_Part]:
+        """Every window: first itself, then its batches; only itself where it is done."""
+        for window in windows:
+            if self.is_finished or self.done(window):
+                yield _Part(window, None)
+                continue
+            failures: dict[int, str] = {}
+            yield _Part(window, failures)
+            for rows in compute(window, failures):
+                yield _Part(window, failures, rows)
+
+    def write(self, window: Window, rows: Iterable[Row], failures: Mapping[int, str]) -> None:
+        """Writes a window; `failures` are looked at when all rows have come."""
+        paths = self.format.write(self.folder / "data", window, rows, self.facts)
+        done = Done(
+            names=window.names,
+            residues=window.residues,
+            checksum=window.checksum,
+            files={path.name: path.stat().st_size for path in paths},
+            failures={
+                window.names[place]: (len(window.sequences[place]), reason)
+                for place, reason in failures.items()
+            },
+        )
+        said = json.dumps(asdict(done))
+        written_whole(self._said(window.number), lambda part: part.write_text(said))
+
+    def _finish(self, windows: int, checksum: str) -> dict[str, Failure]:
+        """Makes the store of its windows; lists and returns what could not be embedded."""
+        if self.is_finished:
+            if checksum != self._checksum:
+                raise ValueError(
+                    f"expected the sequences of which {self.path} is, got others: take another output"
+                )
+            self._leave()
+            return {}
+        if self._said(windows).is_file():
+            raise ValueError(
+                f"expected the sequences with which {self.path} was begun, got fewer: take those, or "
+                "another output"
+            )
+        failures = {name: why for done in self._all(windows) for name, why in done.failures.items()}
+        self._list(failures)
+        self.format.finish(self.folder / "data", self._names(windows), self.facts, checksum, self.path)
+        sync(self.path.parent)
+        self._leave()
+        return failures
+
+    def _said(self, number: int) -> Path:
+        return self.folder / "windows" / f"{number:06d}.json"
+
+    def _all(self, windows: int) -> Iterator[Done]:
+        return (Done(**json.loads(self._said(number).read_text())) for number in range(windows))
+
+    def _names(self, windows: int) -> Iterator[tuple[str, Path]]:
+        """Each embedded record in FASTA order, with the first file of its window."""
+        for done in self._all(windows):
+            first = self.folder / "data" / next(iter(done.files), "")
+            yield from ((name, first) for name in done.names if name not in done.failures)
+
+    def _list(self, failures: Mapping[str, Failure]) -> None:
+        """Writes `<output>.failed.tsv`, or nothing where nothing failed."""
+        path = self.failed
+        path.unlink(missing_ok=True)
+        if failures:
+            with path.open("w", newline="", encoding="utf-8") as handle:
+                lines = csv.writer(handle, delimiter="\t", lineterminator="\n")
+                lines.writerow(("identifier", "residues", "reason"))
+                lines.writerows((name, *why) for name, why in failures.items())
+
+    @property
+    def failed(self) -> Path:
+        """Where records that could not be embedded are listed."""
+        return self.path.with_name(f"{self.path.name}.failed.tsv")
+
+    def _leave(self) -> None:
+        """Removes the folder of the work."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Gives the lock back; what is done stays for the next time."""
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _reported(parts: Iterable[_Part], progress: Progress) -> Iterator[Row]:
+    """The rows of a window; says how many residues have come."""
+    for part in parts:
+        yield from part.rows
+        progress(sum(len(part.window.sequences[place]) for place, _ in part.rows), False)
+
+
+def _opened(form: Format, path: Path) -> Store:
+    """The finished store at a path; raises a ValueError for anything else."""
+    wanted = f"expected nothing or an embedding of rd_torch's at {path}"
+    try:
+        store = form.open(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{wanted}, got something else: take another output ({error})") from error
+    if store.facts is None:
+        store.close()
+        raise ValueError(f"{wanted}, got another program's: take another output")
+    return store
+
+
+def require_fitting(form: Format, facts: Facts) -> None:
+    """Raises a ValueError for a dtype or pooling that the format does not take."""
+    for what, got, taken in (
+        ("save_dtype", facts.save_dtype, form.dtypes),
+        ("pool", facts.pool, form.pools),
+    ):
+        if got not in taken:
+            raise ValueError(
+                f"expected {what} to be one of {', '.join(map(repr, taken))} in .{form.name}, got {got!r}"
+            )
