@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final, TypedDict, Unpack, cast
 
@@ -129,8 +130,9 @@ def embed_to_store(
                 rows = (array.to(dtype) for array in batch.result)
                 yield list(zip(batch.indices, rows, strict=True))
 
-        windows = ahead(cut_windows(proteins, work.facts.tokens_per_batch, names), WINDOWS_AHEAD)
-        failures = work.fill(windows, batches, progress)
+        cut = cut_windows(proteins, work.facts.tokens_per_batch, names)
+        with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
+            failures = work.fill(windows, batches, progress)
     if names.renamed:
         warnings.warn(
             f"records whose identifier another one has, stored as IDENTIFIER#2 and so on: {names.renamed:,}",
@@ -186,8 +188,7 @@ def _vectors(model: RDModel, **options: Unpack[EmbedOptions]) -> Callable[[Tenso
     @torch.inference_mode()
     def vectors(tokens: Tensor) -> list[Tensor]:
         """One tensor a sequence."""
-        if len(tokens) == 1:
-            require_memory(family, tokens)
+        require_memory(family, tokens)
         return _pooled(model.encode(tokens, width=width), is_residue(tokens), pool)
 
     return vectors

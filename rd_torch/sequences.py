@@ -21,7 +21,7 @@ from rd_torch.config import ALPHABET, RESIDUE_LETTERS
 SPECIAL_TOKENS: Final = 2
 """`<cls>` in front of a sequence and `<eos>` behind it."""
 
-WINDOW_BATCHES: Final = 64
+WINDOW_BATCHES: Final = 16
 """Batches' worth of sequences that are sorted by length at a time."""
 
 _OPENERS: Final = ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\x00", lzma.open))
@@ -109,6 +109,7 @@ def _protein(number: int, header: str, sequence: str) -> Protein:
     words = header.split()
     if not words:
         raise ValueError(f"expected an identifier behind '>', got none in record {number}")
+    sequence = "".join(sequence.split())
     if not sequence.strip("*"):
         raise ValueError(f"expected a sequence in record {number} ({words[0]}), got none")
     return Protein(words[0], sequence)
@@ -210,7 +211,7 @@ def cut_batches(sequences: Iterable[str], tokens_per_batch: int) -> Iterator[lis
     """Batches of `(index, sequence)`, longest first within a window, so that neighbours are alike.
 
     A batch holds at most `tokens_per_batch` tokens, padding counted, and at least one sequence.
-    Memory holds one window of about 64 batches.
+    Memory holds one window of about 16 batches.
 
     Raises:
         ValueError: for a budget below 1.

@@ -6,10 +6,10 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Final, NamedTuple, Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 from filelock import FileLock, Timeout
 
@@ -26,14 +26,6 @@ Progress: TypeAlias = Callable[[int, bool], object]
 
 BATCHES_AHEAD: Final = 2
 """Batches that are computed while one is written."""
-
-
-class _Part(NamedTuple):
-    """A window, where its failures are gathered (nowhere where it is done), and some of its rows."""
-
-    window: Window
-    failures: dict[int, str] | None
-    rows: list[Row] = []  # noqa: RUF012  # never changed
 
 
 @dataclass(frozen=True)
@@ -145,7 +137,8 @@ class Work:
     def fill(self, windows: Iterable[Window], compute: Compute, progress: Progress) -> dict[str, Failure]:
         """Computes and writes what is not done, and finishes the store.
 
-        Computing goes on in a thread of its own while windows are written.
+        Batches are computed in a thread of its own while those before them are written, and a window only
+        when the one before it is done: so no more than one window is ever lost.
 
         Args:
             windows: all of them, in order.
@@ -160,27 +153,16 @@ class Work:
             ValueError: for no windows, or others than the store was begun with.
         """
         last: Window | None = None
-        stream = ahead(self._computed(windows, compute), BATCHES_AHEAD)
-        for _, parts in groupby(stream, key=lambda part: part.window.number):
-            last, failures, _ = next(parts)
-            if failures is None:
+        for last in windows:
+            if self.is_finished or self.done(last):
                 progress(last.residues, True)
-            else:
-                self.write(last, _reported(parts, progress), failures)  # noqa: B031  # the rest of it
+                continue
+            failures: dict[int, str] = {}
+            with closing(ahead(compute(last, failures), BATCHES_AHEAD)) as batches:
+                self.write(last, _reported(last, batches, progress), failures)
         if last is None:
             raise ValueError("expected at least one protein to embed, got none")
         return self._finish(last.number + 1, last.checksum)
-
-    def _computed(self, windows: Iterable[Window], compute: Compute) -> Iterator[_Part]:
-        """Every window: first itself, then its batches; only itself where it is done."""
-        for window in windows:
-            if self.is_finished or self.done(window):
-                yield _Part(window, None)
-                continue
-            failures: dict[int, str] = {}
-            yield _Part(window, failures)
-            for rows in compute(window, failures):
-                yield _Part(window, failures, rows)
 
     def write(self, window: Window, rows: Iterable[Row], failures: Mapping[int, str]) -> None:
         """Writes a window; `failures` are looked at when all rows have come."""
@@ -262,11 +244,11 @@ class Work:
         self.close()
 
 
-def _reported(parts: Iterable[_Part], progress: Progress) -> Iterator[Row]:
+def _reported(window: Window, batches: Iterable[list[Row]], progress: Progress) -> Iterator[Row]:
     """The rows of a window; says how many residues have come."""
-    for part in parts:
-        yield from part.rows
-        progress(sum(len(part.window.sequences[place]) for place, _ in part.rows), False)
+    for rows in batches:
+        yield from rows
+        progress(sum(len(window.sequences[place]) for place, _ in rows), False)
 
 
 def _opened(form: Format, path: Path) -> Store:
