@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rd_torch.output import RDOutput
     from rd_torch.predictor import Predictor
     from rd_torch.pretrained import TransformersEncoder
+    from rd_torch.sequences import Fasta
     from rd_torch.solve import solve_stages
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
@@ -35,6 +36,7 @@ _HOMES = {
     "ESM2": "esm2",
     "ESM2_LEVELS": "config",
     "Explained": "config",
+    "Fasta": "sequences",
     "Level": "config",
     "MatryoshkaHead": "heads",
     "Predictor": "predictor",
@@ -61,6 +63,7 @@ __all__ = [
     "ESM2_LEVELS",
     "ConcatPCA",
     "Explained",
+    "Fasta",
     "Level",
     "MatryoshkaHead",
     "Predictor",

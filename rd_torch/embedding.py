@@ -17,7 +17,7 @@ from rd_torch.config import check_choice
 from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.moments import float64_device
-from rd_torch.sequences import Protein, normalized
+from rd_torch.sequences import normalized, normalized_proteins
 from rd_torch.store import Facts, Names, Pool, Row, SaveDtype, Window, Work, cut_windows, format_of
 from rd_torch.store.work import Failure, Progress
 from rd_torch.tokens import is_residue
@@ -78,7 +78,7 @@ def embed(
 
 def embed_to_store(
     model: RDModel,
-    proteins: Iterable[Protein],
+    proteins: Iterable[tuple[str, str]],
     path: str | Path,
     *,
     form: str | None = None,
@@ -98,7 +98,8 @@ def embed_to_store(
 
     Args:
         model: the chain.
-        proteins: normalised records; may be a generator, memory does not grow with their number.
+        proteins: identifiers and sequences, as `rd_torch.Fasta` reads them; may be a generator, memory does
+            not grow with their number. Letters that are no residue are read as X, as in `embed`.
         path: the store; its suffix tells the format.
         form: `"h5"`, `"parquet"` or `"pt"`, in place of the suffix.
         save_dtype: what the store holds; bfloat16 in `"pt"` alone.
@@ -130,7 +131,7 @@ def embed_to_store(
                 rows = (array.to(dtype) for array in batch.result)
                 yield list(zip(batch.indices, rows, strict=True))
 
-        cut = cut_windows(proteins, work.facts.tokens_per_batch, names)
+        cut = cut_windows(normalized_proteins(proteins), work.facts.tokens_per_batch, names)
         with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
             failures = work.fill(windows, batches, progress)
     if names.renamed:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile, islice
 from pathlib import Path
-from typing import IO, Final, cast
+from typing import IO, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ _OPENERS: Final = ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\x00", lzma.open))
 _RESIDUES: Final = frozenset(RESIDUE_LETTERS)
 
 
-@dataclass(frozen=True)
-class Protein:
+class Protein(NamedTuple):
     """A sequence and its identifier, the first word of its FASTA header."""
 
     identifier: str
@@ -176,14 +175,15 @@ def normalize(
 
 
 def normalized_proteins(
-    proteins: Iterable[Protein], *, strict: bool = False, max_length: int | None = None
+    proteins: Iterable[tuple[str, str]], *, strict: bool = False, max_length: int | None = None
 ) -> Iterator[Protein]:
-    """The proteins with only residues in them, as they come; at the end one warning counts the changes.
+    """Identifiers and sequences with only residues in them, as they come; one warning counts the changes.
 
     Arguments and errors as for `normalize`.
     """
     corrections = Corrections()
-    for protein in proteins:
+    for identifier, sequence in proteins:
+        protein = Protein(identifier, sequence)
         yield normalize(protein, corrections, strict=strict, max_length=max_length)
     corrections.warn()
 

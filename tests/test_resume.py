@@ -383,6 +383,7 @@ def test_what_takes_too_much_memory_is_listed_and_the_rest_goes_on(mini, tmp_pat
     assert header.split("\t") == ["identifier", "residues", "reason"]
     assert line.split("\t")[:2] == ["long", "300"]
     assert "expected memory for one sequence of 300 residues" in line
+    assert embed(mini, path, proteins) == failures, "they are said again when nothing is left to do"
 
 
 def test_a_window_of_nothing_but_failures_is_no_obstacle(mini, tmp_path, monkeypatch):

@@ -188,7 +188,7 @@ class Work:
                     f"expected the sequences of which {self.path} is, got others: take another output"
                 )
             self._leave()
-            return {}
+            return self._listed()
         if self._said(windows).is_file():
             raise ValueError(
                 f"expected the sequences with which {self.path} was begun, got fewer: take those, or "
@@ -222,6 +222,15 @@ class Work:
                 lines = csv.writer(handle, delimiter="\t", lineterminator="\n")
                 lines.writerow(("identifier", "residues", "reason"))
                 lines.writerows((name, *why) for name, why in failures.items())
+
+    def _listed(self) -> dict[str, Failure]:
+        """What the file beside the store lists."""
+        if not self.failed.is_file():
+            return {}
+        with self.failed.open(newline="", encoding="utf-8") as handle:
+            lines = csv.reader(handle, delimiter="\t")
+            next(lines)
+            return {name: (int(residues), reason) for name, residues, reason in lines}
 
     @property
     def failed(self) -> Path:
