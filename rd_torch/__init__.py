@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rd_torch.heads import MatryoshkaHead, ResidueHead, SequenceHead, align_labels
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
+    from rd_torch.nesting import Nesting
     from rd_torch.output import RDOutput
     from rd_torch.predictor import Predictor
     from rd_torch.pretrained import TransformersEncoder
@@ -37,6 +38,7 @@ _HOMES = {
     "Explained": "config",
     "Level": "config",
     "MatryoshkaHead": "heads",
+    "Nesting": "nesting",
     "Predictor": "predictor",
     "RDConfig": "config",
     "RDModel": "model",
@@ -63,6 +65,7 @@ __all__ = [
     "Explained",
     "Level",
     "MatryoshkaHead",
+    "Nesting",
     "Predictor",
     "RDConfig",
     "RDModel",

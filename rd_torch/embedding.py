@@ -150,14 +150,13 @@ def facts_of(
     pool, config = options.get("pool", "mean"), model.config
     check_choice("pool", pool, ("mean", "none"))
     width = options.get("width") or model.embed_dim
-    levels = config.levels_for(width)
-    shown = levels if config.method == "rd" else levels[-1:]
+    prefixes = config.prefixes(width)
     return Facts(
         model=name,
         fingerprint=model.fingerprint(),
-        levels=tuple(shown),
-        widths=tuple(min(width, config.widths[level]) for level in shown),
-        num_layers=cast(ESM2, model.backbones[levels[-1]]).num_layers,
+        levels=tuple(prefixes),
+        widths=tuple(prefixes.values()),
+        num_layers=cast(ESM2, model.backbones[list(prefixes)[-1]]).num_layers,
         pool=pool,
         backbone_dtype=str(next(model.backbones.parameters()).dtype).removeprefix("torch."),
         save_dtype=save_dtype,
