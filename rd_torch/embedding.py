@@ -122,15 +122,15 @@ def embed_to_store(
         compute = _vectors(model, **options)
         names = Names(work.format.key)
 
-        def batches(window: Window, failures: dict[int, str]) -> Iterator[list[Row]]:
+        def batches(window: Window[str], failures: dict[int, str]) -> Iterator[list[Row]]:
             """The rows of a window, batch by batch."""
             budget = work.facts.tokens_per_batch
-            for batch in run_batches(compute, window.sequences, budget, device, failures=failures):
+            for batch in run_batches(compute, window.contents, budget, device, failures=failures):
                 rows = (array.to(dtype) for array in batch.result)
                 yield list(zip(batch.indices, rows, strict=True))
 
         windows = ahead(cut_windows(proteins, work.facts.tokens_per_batch, names), WINDOWS_AHEAD)
-        failures = work.fill(windows, batches, progress)
+        failures = work.fill(windows, batches, lambda done, before: progress(sum(filter(None, done)), before))
     if names.renamed:
         warnings.warn(
             f"records whose identifier another one has, stored as IDENTIFIER#2 and so on: {names.renamed:,}",
