@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rd_torch import pretrained
+    from rd_torch.combining import combine_stores
     from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig, Reference
     from rd_torch.embedding import embed, embed_to_store
     from rd_torch.esm2 import ESM2
@@ -50,6 +51,7 @@ _HOMES = {
     "Stage": "stage",
     "TransformersEncoder": "pretrained",
     "align_labels": "heads",
+    "combine_stores": "combining",
     "embed": "embedding",
     "embed_to_store": "embedding",
     "fit": "fitting",
@@ -77,6 +79,7 @@ __all__ = [
     "Stage",
     "TransformersEncoder",
     "align_labels",
+    "combine_stores",
     "embed",
     "embed_to_store",
     "fit",

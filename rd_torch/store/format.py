@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,12 +29,14 @@ class Store(ABC):
     Iterating gives the identifiers in FASTA order.
 
     Attributes:
+        path: where it lies.
         facts: what was embedded with what; None in files of other programs.
         checksum: of the identifiers and sequences of all records, likewise.
         width: features of a vector.
         pool: `"mean"`, a vector a protein, or `"none"`, a vector a residue.
     """
 
+    path: Path
     facts: Facts | None
     checksum: str | None
     width: int
@@ -108,6 +111,14 @@ class Store(ABC):
         if as_torch:
             return torch.stack(rows) if rows else torch.zeros(0, width)  # type: ignore[arg-type]
         return np.stack(rows) if rows else np.zeros((0, width), np.float32)
+
+    def tensors(self, identifiers: Sequence[str]) -> list[Tensor]:
+        """The embeddings of several records, whole and as they are stored, each a tensor of its own.
+
+        Raises:
+            KeyError: for an identifier that is not there.
+        """
+        return [_tensor(row) for row in self._rows(identifiers, sys.maxsize)]
 
     def lengths(self, key: slice = slice(None)) -> list[Length]:
         """Residues of the records of a slice; None of pooled ones, where the store does not say them."""
