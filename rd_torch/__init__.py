@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rd_torch.moments import RunningMoments
     from rd_torch.nesting import Nesting
     from rd_torch.output import RDOutput
+    from rd_torch.plotting import plot_store
     from rd_torch.predictor import Predictor
     from rd_torch.pretrained import TransformersEncoder
     from rd_torch.solve import solve_stages
@@ -56,6 +57,7 @@ _HOMES = {
     "embed_to_store": "embedding",
     "fit": "fitting",
     "open_store": "store",
+    "plot_store": "plotting",
     "pretrained": "pretrained",
     "solve_stages": "solve",
 }
@@ -84,6 +86,7 @@ __all__ = [
     "embed_to_store",
     "fit",
     "open_store",
+    "plot_store",
     "pretrained",
     "solve_stages",
 ]

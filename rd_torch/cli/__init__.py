@@ -9,6 +9,7 @@ from rd_torch.cli.checkpoints import convert, download, info, verify
 from rd_torch.cli.combining import combine
 from rd_torch.cli.embedding import embed
 from rd_torch.cli.fitting import fit
+from rd_torch.cli.plotting import plot
 
 
 @click.group(
@@ -24,5 +25,5 @@ def main() -> None:
     """
 
 
-for command in (embed, combine, fit, info, download, convert, verify):
+for command in (embed, combine, plot, fit, info, download, convert, verify):
     main.add_command(command)

@@ -30,7 +30,7 @@ def plainly(command: Command) -> Command:
             warnings.showwarning = _show
             try:
                 command(**arguments)
-            except (ValueError, OSError, MemoryError) as error:
+            except (ValueError, OSError, MemoryError, ImportError) as error:
                 raise click.ClickException(str(error)) from error
 
     return run
