@@ -33,12 +33,12 @@ def nesting():
     return Nesting.from_pretrained("esm2-rd-mini")
 
 
-def raw_files(model, folder, suffix="h5", pool="mean", proteins=PROTEINS):
+def raw_files(model, folder, suffix="h5", pool="mean", proteins=PROTEINS, **options):
     """A file of each backbone's own embeddings, as its users hold them."""
     folder.mkdir(exist_ok=True)
     paths = {level: folder / f"{level}.{suffix}" for level in model.backbones}
     for level, path in paths.items():
-        embed_to_store(RDModel({level: model.backbones[level]}, []), proteins, path, pool=pool)
+        embed_to_store(RDModel({level: model.backbones[level]}, []), proteins, path, pool=pool, **options)
     return paths
 
 
@@ -121,7 +121,10 @@ def test_files_of_other_programs_are_read(mini, nesting, raw, tmp_path):
 
 def test_records_keep_the_first_files_order_and_parquet_its_lengths(mini, nesting, tmp_path):
     paths = raw_files(mini, tmp_path / "raw", "parquet")
-    paths["90K"] = raw_files(mini, tmp_path / "back", "parquet", proteins=PROTEINS[::-1])["90K"]
+    paths["90K"] = raw_files(mini, tmp_path / "back", "parquet", proteins=PROTEINS[::-1], tokens_per_batch=1)[
+        "90K"
+    ]
+    assert len(list(paths["90K"].iterdir())) > 1
     combine_stores(nesting, paths, tmp_path / "out.parquet")
     assert_near(read(tmp_path / "out.parquet"), rd_torch.embed(mini, SEQUENCES))
     with open_store(tmp_path / "out.parquet") as store:
@@ -182,7 +185,8 @@ def test_the_baseline_is_one_level(tmp_path):
 
 @pytest.mark.usefixtures("small_windows")
 def test_memory_holds_windows_not_files(nesting, raw_residues, tmp_path, monkeypatch):
-    """A batch has the rows it may have, and those of its last record."""
+    """A batch has the rows it may have, and those of its last record, also in a window of many batches."""
+    monkeypatch.setattr(combining, "BATCHES_PER_WINDOW", 100)
     rows = []
     combine = Nesting.combine
     monkeypatch.setattr(

@@ -137,7 +137,7 @@ def test_norms_and_shares_stand_by_feature_with_the_levels_named(mini, stores):
 
 
 WIDE = {"8M": 320, "35M": 480, "150M": 640, "650M": 1280, "3B": 2560, "15B": 5120}
-CROWDED = {f"level{number}": end for number, end in enumerate((100, 102, 110, 124, 160, 200))}
+CROWDED = {f"level{number}": end for number, end in enumerate((100, 104, 108, 112, 113, 200))}
 
 
 @pytest.mark.parametrize("levels", [WIDE, CROWDED, {"1": 1}, {"a": 1, "b": 2}], ids=len)
