@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rd_torch import pretrained
+    from rd_torch.combining import combine_stores
     from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig, Reference
     from rd_torch.embedding import embed, embed_to_store
     from rd_torch.esm2 import ESM2
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from rd_torch.heads import MatryoshkaHead, ResidueHead, SequenceHead, align_labels
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
+    from rd_torch.nesting import Nesting
     from rd_torch.output import RDOutput
+    from rd_torch.plotting import plot_store
     from rd_torch.predictor import Predictor
     from rd_torch.pretrained import TransformersEncoder
     from rd_torch.sequences import Fasta
@@ -39,6 +42,7 @@ _HOMES = {
     "Fasta": "sequences",
     "Level": "config",
     "MatryoshkaHead": "heads",
+    "Nesting": "nesting",
     "Predictor": "predictor",
     "RDConfig": "config",
     "RDModel": "model",
@@ -50,10 +54,12 @@ _HOMES = {
     "Stage": "stage",
     "TransformersEncoder": "pretrained",
     "align_labels": "heads",
+    "combine_stores": "combining",
     "embed": "embedding",
     "embed_to_store": "embedding",
     "fit": "fitting",
     "open_store": "store",
+    "plot_store": "plotting",
     "pretrained": "pretrained",
     "solve_stages": "solve",
 }
@@ -66,6 +72,7 @@ __all__ = [
     "Fasta",
     "Level",
     "MatryoshkaHead",
+    "Nesting",
     "Predictor",
     "RDConfig",
     "RDModel",
@@ -77,10 +84,12 @@ __all__ = [
     "Stage",
     "TransformersEncoder",
     "align_labels",
+    "combine_stores",
     "embed",
     "embed_to_store",
     "fit",
     "open_store",
+    "plot_store",
     "pretrained",
     "solve_stages",
 ]

@@ -124,16 +124,18 @@ def embed_to_store(
         compute = _vectors(model, **options)
         names = Names(work.format.key)
 
-        def batches(window: Window, failures: dict[int, str]) -> Iterator[list[Row]]:
+        def batches(window: Window[str], failures: dict[int, str]) -> Iterator[list[Row]]:
             """The rows of a window, batch by batch."""
             budget = work.facts.tokens_per_batch
-            for batch in run_batches(compute, window.sequences, budget, device, failures=failures):
+            for batch in run_batches(compute, window.contents, budget, device, failures=failures):
                 rows = (array.to(dtype) for array in batch.result)
                 yield list(zip(batch.indices, rows, strict=True))
 
         cut = cut_windows(normalized_proteins(proteins), work.facts.tokens_per_batch, names)
         with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
-            failures = work.fill(windows, batches, progress)
+            failures = work.fill(
+                windows, batches, lambda done, before: progress(sum(filter(None, done)), before)
+            )
     if names.renamed:
         warnings.warn(
             f"records whose identifier another one has, stored as IDENTIFIER#2 and so on: {names.renamed:,}",
@@ -153,14 +155,13 @@ def facts_of(
     pool, config = options.get("pool", "mean"), model.config
     check_choice("pool", pool, ("mean", "none"))
     width = options.get("width") or model.embed_dim
-    levels = config.levels_for(width)
-    shown = levels if config.method == "rd" else levels[-1:]
+    prefixes = config.prefixes(width)
     return Facts(
         model=name,
         fingerprint=model.fingerprint(),
-        levels=tuple(shown),
-        widths=tuple(min(width, config.widths[level]) for level in shown),
-        num_layers=cast(ESM2, model.backbones[levels[-1]]).num_layers,
+        levels=tuple(prefixes),
+        widths=tuple(prefixes.values()),
+        num_layers=cast(ESM2, model.backbones[list(prefixes)[-1]]).num_layers,
         pool=pool,
         backbone_dtype=str(next(model.backbones.parameters()).dtype).removeprefix("torch."),
         save_dtype=save_dtype,

@@ -41,7 +41,7 @@ class FairESM(Format):
         """File names, in any case: some file systems do not tell them apart."""
         return file_name(name).casefold()
 
-    def write(self, folder: Path, window: Window, rows: Iterable[Row], facts: Facts) -> list[Path]:
+    def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
         """One file a record."""
         paths = []
         for place, row in rows:

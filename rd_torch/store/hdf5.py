@@ -44,7 +44,7 @@ class HDF5(Format):
         """Names of datasets."""
         return dataset_name(name)
 
-    def write(self, folder: Path, window: Window, rows: Iterable[Row], facts: Facts) -> list[Path]:
+    def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
         """One file a window."""
         path = folder / f"{window.number:06d}.h5"
 

@@ -9,20 +9,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 from filelock import FileLock, Timeout
 
 from rd_torch.batching import ahead
 from rd_torch.store.facts import Facts
-from rd_torch.store.format import Format, Row, Store, sync, written_whole
-from rd_torch.store.windows import Window
+from rd_torch.store.format import Format, Row, Store, require_fitting, require_folder, sync, written_whole
+from rd_torch.store.windows import Content, Length, Window
 
 Failure: TypeAlias = tuple[int, str]
 """Residues of a record that could not be embedded, and the reason."""
 
-Compute: TypeAlias = Callable[[Window, dict[int, str]], Iterable[list[Row]]]
+Compute: TypeAlias = Callable[[Window[Content], dict[int, str]], Iterable[list[Row]]]
+
+Report: TypeAlias = Callable[[list[Length], bool], object]
+"""Called with the lengths of records that are done, and whether they were so before."""
+
 Progress: TypeAlias = Callable[[int, bool], object]
+"""Called with how much is done, and whether it was so before."""
 
 BATCHES_AHEAD: Final = 2
 """Batches that are computed while one is written."""
@@ -69,8 +74,7 @@ class Work:
 
     def __init__(self, path: Path, form: Format, facts: Facts, *, fixed_budget: bool = False) -> None:
         require_fitting(form, facts)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"expected a folder {path.parent} to write to, got nothing there")
+        require_folder(path)
         self.path = path
         self.format = form
         self.folder = path.with_name(f"{path.name}.part")
@@ -115,7 +119,7 @@ class Work:
             ) from None
         written_whole(self.folder / "facts.json", lambda part: part.write_text(self.facts.to_json()))
 
-    def done(self, window: Window) -> Done | None:
+    def done(self, window: Window[Any]) -> Done | None:
         """What is known of the window, if it is done.
 
         Raises:
@@ -127,14 +131,16 @@ class Work:
         done = Done(**json.loads(said.read_text()))
         if done.checksum != window.checksum:
             raise ValueError(
-                f"expected the sequences with which {self.path} was begun, got others in the "
+                f"expected the {window.kind} with which {self.path} was begun, got others in the "
                 f"{len(window.names):,} records from {window.names[0]} on: take those, or another output"
             )
         files = [(self.folder / "data" / name, size) for name, size in done.files.items()]
         whole = all(path.is_file() and path.stat().st_size == size for path, size in files)
         return done if whole else None
 
-    def fill(self, windows: Iterable[Window], compute: Compute, progress: Progress) -> dict[str, Failure]:
+    def fill(
+        self, windows: Iterable[Window[Content]], compute: Compute[Content], report: Report
+    ) -> dict[str, Failure]:
         """Computes and writes what is not done, and finishes the store.
 
         Batches are computed in a thread of its own while those before them are written, and a window only
@@ -144,7 +150,7 @@ class Work:
             windows: all of them, in order.
             compute: embeds a window, batch by batch; takes what cannot be embedded, by place with the
                 reason, into the dictionary.
-            progress: called with residues that are done, and whether they were so before.
+            report: called with the lengths of records that are done, and whether they were so before.
 
         Returns:
             Residues and reason of each record that could not be embedded.
@@ -152,19 +158,20 @@ class Work:
         Raises:
             ValueError: for no windows, or others than the store was begun with.
         """
-        last: Window | None = None
-        for last in windows:
-            if self.is_finished or self.done(last):
-                progress(last.residues, True)
+        last: Window[Any] | None = None
+        for window in windows:
+            last = window
+            if self.is_finished or self.done(window):
+                report(window.lengths, True)
                 continue
             failures: dict[int, str] = {}
-            with closing(ahead(compute(last, failures), BATCHES_AHEAD)) as batches:
-                self.write(last, _reported(last, batches, progress), failures)
+            with closing(ahead(compute(window, failures), BATCHES_AHEAD)) as batches:
+                self.write(window, _reported(window, batches, report), failures)
         if last is None:
             raise ValueError("expected at least one protein to embed, got none")
-        return self._finish(last.number + 1, last.checksum)
+        return self._finish(last)
 
-    def write(self, window: Window, rows: Iterable[Row], failures: Mapping[int, str]) -> None:
+    def write(self, window: Window[Any], rows: Iterable[Row], failures: Mapping[int, str]) -> None:
         """Writes a window; `failures` are looked at when all rows have come."""
         paths = self.format.write(self.folder / "data", window, rows, self.facts)
         done = Done(
@@ -173,30 +180,31 @@ class Work:
             checksum=window.checksum,
             files={path.name: path.stat().st_size for path in paths},
             failures={
-                window.names[place]: (len(window.sequences[place]), reason)
+                window.names[place]: (window.lengths[place] or 0, reason)
                 for place, reason in failures.items()
             },
         )
         said = json.dumps(asdict(done))
         written_whole(self._said(window.number), lambda part: part.write_text(said))
 
-    def _finish(self, windows: int, checksum: str) -> dict[str, Failure]:
+    def _finish(self, last: Window[Any]) -> dict[str, Failure]:
         """Makes the store of its windows; lists and returns what could not be embedded."""
+        windows = last.number + 1
         if self.is_finished:
-            if checksum != self._checksum:
+            if last.checksum != self._checksum:
                 raise ValueError(
-                    f"expected the sequences of which {self.path} is, got others: take another output"
+                    f"expected the {last.kind} of which {self.path} is, got others: take another output"
                 )
             self._leave()
             return self._listed()
         if self._said(windows).is_file():
             raise ValueError(
-                f"expected the sequences with which {self.path} was begun, got fewer: take those, or "
+                f"expected the {last.kind} with which {self.path} was begun, got fewer: take those, or "
                 "another output"
             )
         failures = {name: why for done in self._all(windows) for name, why in done.failures.items()}
         self._list(failures)
-        self.format.finish(self.folder / "data", self._names(windows), self.facts, checksum, self.path)
+        self.format.finish(self.folder / "data", self._names(windows), self.facts, last.checksum, self.path)
         sync(self.path.parent)
         self._leave()
         return failures
@@ -253,11 +261,11 @@ class Work:
         self.close()
 
 
-def _reported(window: Window, batches: Iterable[list[Row]], progress: Progress) -> Iterator[Row]:
-    """The rows of a window; says how many residues have come."""
+def _reported(window: Window[Any], batches: Iterable[list[Row]], report: Report) -> Iterator[Row]:
+    """The rows of a window; says which have come."""
     for rows in batches:
         yield from rows
-        progress(sum(len(window.sequences[place]) for place, _ in rows), False)
+        report([window.lengths[place] for place, _ in rows], False)
 
 
 def _opened(form: Format, path: Path) -> Store:
@@ -271,15 +279,3 @@ def _opened(form: Format, path: Path) -> Store:
         store.close()
         raise ValueError(f"{wanted}, got another program's: take another output")
     return store
-
-
-def require_fitting(form: Format, facts: Facts) -> None:
-    """Raises a ValueError for a dtype or pooling that the format does not take."""
-    for what, got, taken in (
-        ("save_dtype", facts.save_dtype, form.dtypes),
-        ("pool", facts.pool, form.pools),
-    ):
-        if got not in taken:
-            raise ValueError(
-                f"expected {what} to be one of {', '.join(map(repr, taken))} in .{form.name}, got {got!r}"
-            )
