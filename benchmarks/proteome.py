@@ -66,7 +66,7 @@ def bare(model: rd_torch.RDModel, proteins: Sequence[Protein]) -> float:
     batches = [
         tokenize([sequence for _, sequence in batch])
         for window in cut_windows(proteins, TOKENS_PER_BATCH, Names(str))
-        for batch in cut_batches(window.sequences, TOKENS_PER_BATCH)
+        for batch in cut_batches(window.contents, TOKENS_PER_BATCH)
     ]
     start = time.perf_counter()
     with torch.inference_mode():

@@ -24,7 +24,7 @@ from rd_torch.store.work import Work
 BUDGET = 20
 PROTEINS = [Protein(f"P{i}", random_sequence(5 + 7 * i % 31, i)) for i in range(120)]
 BATCHES_OF_A_WINDOW = max(
-    sum(1 for _ in cut_batches(window.sequences, BUDGET))
+    sum(1 for _ in cut_batches(window.contents, BUDGET))
     for window in cut_windows(PROTEINS, BUDGET, Names(str))
 )
 SUFFIXES = ["h5", "parquet", "pt"]
