@@ -422,6 +422,7 @@ class Study:
             1,
             len(levels),
             figsize=(3.2 * len(levels) + 0.6, 3.4),
+            sharex=True,
             sharey=True,
             squeeze=False,
             layout="constrained",
