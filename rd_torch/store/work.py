@@ -202,7 +202,11 @@ class Work:
                 f"expected the {last.kind} with which {self.path} was begun, got fewer: take those, or "
                 "another output"
             )
-        failures = {name: why for done in self._all(windows) for name, why in done.failures.items()}
+        failures = {
+            name: (residues, reason)
+            for done in self._all(windows)
+            for name, (residues, reason) in done.failures.items()
+        }
         self._list(failures)
         self.format.finish(self.folder / "data", self._names(windows), self.facts, last.checksum, self.path)
         sync(self.path.parent)
