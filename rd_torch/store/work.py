@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Final, NamedTuple, Self, TypeAlias
@@ -15,11 +13,9 @@ from filelock import FileLock, Timeout
 
 from rd_torch.batching import ahead
 from rd_torch.store.facts import Facts
+from rd_torch.store.folder import Failure, Folder
 from rd_torch.store.format import Format, Row, Store, sync, written_whole
 from rd_torch.store.windows import Window
-
-Failure: TypeAlias = tuple[int, str]
-"""Residues of a record that could not be embedded, and the reason."""
 
 Compute: TypeAlias = Callable[[Window, dict[int, str]], Iterable[list[Row]]]
 Progress: TypeAlias = Callable[[int, bool], object]
@@ -36,31 +32,8 @@ class _Part(NamedTuple):
     rows: list[Row] = []  # noqa: RUF012  # never changed
 
 
-@dataclass(frozen=True)
-class Done:
-    """What is known of a window that is written.
-
-    Attributes:
-        names: of its records, in FASTA order.
-        residues: of all of them.
-        checksum: the window's.
-        files: their sizes in bytes, by name.
-        failures: residues and reason, by name, of records that could not be embedded.
-    """
-
-    names: list[str]
-    residues: int
-    checksum: str
-    files: dict[str, int]
-    failures: dict[str, Failure]
-
-
-class Work:
-    """The folder `<output>.part`, which becomes the store when its last window is done.
-
-    A window's files come under their names when they are whole, then `windows/<number>.json` says that the
-    window is done, with the sizes of its files. So a kill at any moment loses the window under work and no
-    other, and files that a crash of the machine left short are noticed and written again.
+class Work(Folder):
+    """The folder `<output>.part` under a lock, which becomes the store when its last window is done.
 
     Args:
         path: the store.
@@ -79,9 +52,7 @@ class Work:
         require_fitting(form, facts)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"expected a folder {path.parent} to write to, got nothing there")
-        self.path = path
-        self.format = form
-        self.folder = path.with_name(f"{path.name}.part")
+        super().__init__(path, form, facts)
         self._checksum: str | None = None
         begun = self._begun()
         if begun is not None:
@@ -91,8 +62,7 @@ class Work:
                     f"expected tokens_per_batch {begun.tokens_per_batch}, with which {path} was begun, got "
                     f"{facts.tokens_per_batch}: leave it out, or take another output"
                 )
-            facts = begun
-        self.facts = facts
+            self.facts = begun
         self._lock = FileLock(self.folder / "lock")
         if not self.is_finished:
             self._take()
@@ -123,25 +93,6 @@ class Work:
             ) from None
         written_whole(self.folder / "facts.json", lambda part: part.write_text(self.facts.to_json()))
 
-    def done(self, window: Window) -> Done | None:
-        """What is known of the window, if it is done.
-
-        Raises:
-            ValueError: when it was done with other records.
-        """
-        said = self._said(window.number)
-        if not said.is_file():
-            return None
-        done = Done(**json.loads(said.read_text()))
-        if done.checksum != window.checksum:
-            raise ValueError(
-                f"expected the sequences with which {self.path} was begun, got others in the "
-                f"{len(window.names):,} records from {window.names[0]} on: take those, or another output"
-            )
-        files = [(self.folder / "data" / name, size) for name, size in done.files.items()]
-        whole = all(path.is_file() and path.stat().st_size == size for path, size in files)
-        return done if whole else None
-
     def fill(self, windows: Iterable[Window], compute: Compute, progress: Progress) -> dict[str, Failure]:
         """Computes and writes what is not done, and finishes the store.
 
@@ -169,7 +120,7 @@ class Work:
                 self.write(last, _reported(parts, progress), failures)  # noqa: B031  # the rest of it
         if last is None:
             raise ValueError("expected at least one protein to embed, got none")
-        return self._finish(last.number + 1, last.checksum)
+        return self.finish(last.number + 1, last.checksum)
 
     def _computed(self, windows: Iterable[Window], compute: Compute) -> Iterator[_Part]:
         """Every window: first itself, then its batches; only itself where it is done."""
@@ -182,24 +133,16 @@ class Work:
             for rows in compute(window, failures):
                 yield _Part(window, failures, rows)
 
-    def write(self, window: Window, rows: Iterable[Row], failures: Mapping[int, str]) -> None:
-        """Writes a window; `failures` are looked at when all rows have come."""
-        paths = self.format.write(self.folder / "data", window, rows, self.facts)
-        done = Done(
-            names=window.names,
-            residues=window.residues,
-            checksum=window.checksum,
-            files={path.name: path.stat().st_size for path in paths},
-            failures={
-                window.names[place]: (len(window.sequences[place]), reason)
-                for place, reason in failures.items()
-            },
-        )
-        said = json.dumps(asdict(done))
-        written_whole(self._said(window.number), lambda part: part.write_text(said))
+    def finish(self, windows: int, checksum: str) -> dict[str, Failure]:
+        """Makes the store of its windows; lists and returns what could not be embedded.
 
-    def _finish(self, windows: int, checksum: str) -> dict[str, Failure]:
-        """Makes the store of its windows; lists and returns what could not be embedded."""
+        Args:
+            windows: how many there are, all of them done.
+            checksum: of the last one.
+
+        Raises:
+            ValueError: for another number of windows, or another checksum, than the store was begun with.
+        """
         if self.is_finished:
             if checksum != self._checksum:
                 raise ValueError(
@@ -207,29 +150,17 @@ class Work:
                 )
             self._leave()
             return {}
-        if self._said(windows).is_file():
+        if self.said(windows).is_file():
             raise ValueError(
                 f"expected the sequences with which {self.path} was begun, got fewer: take those, or "
                 "another output"
             )
-        failures = {name: why for done in self._all(windows) for name, why in done.failures.items()}
+        failures = {name: why for done in self.all(windows) for name, why in done.failures.items()}
         self._list(failures)
-        self.format.finish(self.folder / "data", self._names(windows), self.facts, checksum, self.path)
+        self.format.finish(self.folder / "data", self.names(windows), self.facts, checksum, self.path)
         sync(self.path.parent)
         self._leave()
         return failures
-
-    def _said(self, number: int) -> Path:
-        return self.folder / "windows" / f"{number:06d}.json"
-
-    def _all(self, windows: int) -> Iterator[Done]:
-        return (Done(**json.loads(self._said(number).read_text())) for number in range(windows))
-
-    def _names(self, windows: int) -> Iterator[tuple[str, Path]]:
-        """Each embedded record in FASTA order, with the first file of its window."""
-        for done in self._all(windows):
-            first = self.folder / "data" / next(iter(done.files), "")
-            yield from ((name, first) for name in done.names if name not in done.failures)
 
     def _list(self, failures: Mapping[str, Failure]) -> None:
         """Writes `<output>.failed.tsv`, or nothing where nothing failed."""
