@@ -27,6 +27,7 @@ class Progress:
     def __init__(self, file: Fasta) -> None:
         self._file = file
         self._read = self._done = self._before = 0
+        self._reached = 0.0
         self._start = self._said = time.monotonic()
         self._terminal = sys.stderr.isatty()
         self._bar: Any = tqdm(unit="residue", unit_scale=True, disable=not self._terminal)
@@ -37,10 +38,15 @@ class Progress:
             self._read += len(protein.sequence)
             yield protein
 
+    def reach(self, residues: int, fraction: float) -> None:
+        """Where another process reads: so many residues, from this share of the file."""
+        self._read, self._reached = residues, fraction
+
     def __call__(self, residues: int, before: bool = False) -> None:
         self._done += residues
         self._before += residues * before
-        total = round(self._read / self._file.fraction) if self._file.fraction else None
+        fraction = self._reached or self._file.fraction
+        total = round(self._read / fraction) if fraction else None
         if self._terminal:
             self._bar.total, self._bar.initial = total, self._before
             self._bar.update(residues)
