@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rd_torch import pretrained
+    from rd_torch import cluster, pretrained
     from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig, Reference
     from rd_torch.embedding import embed, embed_to_store
     from rd_torch.esm2 import ESM2
@@ -48,6 +48,7 @@ _HOMES = {
     "Stage": "stage",
     "TransformersEncoder": "pretrained",
     "align_labels": "heads",
+    "cluster": "cluster",
     "embed": "embedding",
     "embed_to_store": "embedding",
     "fit": "fitting",
@@ -74,6 +75,7 @@ __all__ = [
     "Stage",
     "TransformersEncoder",
     "align_labels",
+    "cluster",
     "embed",
     "embed_to_store",
     "fit",

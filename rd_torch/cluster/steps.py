@@ -149,7 +149,7 @@ def _outlive(folder: Folder, window: Window, most_deaths: int) -> None:
         raise ChildProcessError(
             f"expected workers that live, got {most_deaths + 1} that died of the {len(window.names):,} "
             f"records from {window.names[0]} on: run the same command again, it goes on where it was; if "
-            "their memory is short, with a smaller --tokens-per-batch, or a --max-length"
+            "their memory is short, with fewer --workers to a machine"
         )
 
 
