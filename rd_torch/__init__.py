@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rd_torch import cluster, pretrained
+    from rd_torch.combining import combine_stores
     from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig, Reference
     from rd_torch.embedding import embed, embed_to_store
     from rd_torch.esm2 import ESM2
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
     from rd_torch.heads import MatryoshkaHead, ResidueHead, SequenceHead, align_labels
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
+    from rd_torch.nesting import Nesting
     from rd_torch.output import RDOutput
+    from rd_torch.plotting import plot_store
     from rd_torch.predictor import Predictor
     from rd_torch.pretrained import TransformersEncoder
+    from rd_torch.sequences import Fasta
     from rd_torch.solve import solve_stages
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
@@ -35,8 +39,10 @@ _HOMES = {
     "ESM2": "esm2",
     "ESM2_LEVELS": "config",
     "Explained": "config",
+    "Fasta": "sequences",
     "Level": "config",
     "MatryoshkaHead": "heads",
+    "Nesting": "nesting",
     "Predictor": "predictor",
     "RDConfig": "config",
     "RDModel": "model",
@@ -49,10 +55,12 @@ _HOMES = {
     "TransformersEncoder": "pretrained",
     "align_labels": "heads",
     "cluster": "cluster",
+    "combine_stores": "combining",
     "embed": "embedding",
     "embed_to_store": "embedding",
     "fit": "fitting",
     "open_store": "store",
+    "plot_store": "plotting",
     "pretrained": "pretrained",
     "solve_stages": "solve",
 }
@@ -62,8 +70,10 @@ __all__ = [
     "ESM2_LEVELS",
     "ConcatPCA",
     "Explained",
+    "Fasta",
     "Level",
     "MatryoshkaHead",
+    "Nesting",
     "Predictor",
     "RDConfig",
     "RDModel",
@@ -76,10 +86,12 @@ __all__ = [
     "TransformersEncoder",
     "align_labels",
     "cluster",
+    "combine_stores",
     "embed",
     "embed_to_store",
     "fit",
     "open_store",
+    "plot_store",
     "pretrained",
     "solve_stages",
 ]

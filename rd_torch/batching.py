@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Final, Generic, NamedTuple, TypeVar
 
 import psutil
@@ -84,11 +84,11 @@ def plan_batches(family: Iterable[ESM2], tokens_per_batch: int | None) -> tuple[
     return tokens_per_batch, weight.device
 
 
-def ahead(items: Iterable[Result], most: int) -> Iterator[Result]:
+def ahead(items: Iterable[Result], most: int) -> Generator[Result, None, None]:
     """The same items, made in a thread of their own that is up to `most` of them ahead.
 
-    What the thread raises is raised here, behind the items made before it. When nobody wants more, it ends
-    after the item under work.
+    What the thread raises is raised here, behind the items made before it. Closed before its end, it waits
+    for the item under work.
     """
     made: queue.Queue[Result | BaseException | None] = queue.Queue(most)
     wanted = threading.Event()

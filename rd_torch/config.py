@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, pairwise
 from numbers import Integral
@@ -194,6 +194,31 @@ class RDConfig:
         names = list(self.widths)
         narrower = [name for name, size in self.widths.items() if width is None or size < width]
         return names[: len(narrower) + 1]
+
+    def first_levels(self, given: Collection[str], width: int | None = None) -> list[str]:
+        """Those of the given levels that `width` features need, smallest first; all for None.
+
+        Raises:
+            ValueError: for levels that are not the family's first, too few of them, or a width that does
+                not exist.
+        """
+        names = list(self.widths)
+        needed = names[: len(given)] if width is None else self.levels_for(width)
+        if not needed or not set(needed) <= set(given) <= set(names):
+            some = "" if width is None else f", at least {', '.join(needed)} for {width} features"
+            raise ValueError(
+                f"expected the first levels of {', '.join(names)}{some}, got {', '.join(given) or 'none'}"
+            )
+        return needed
+
+    def prefixes(self, width: int) -> dict[str, int]:
+        """Where each level's embedding ends within the first `width` features, by level.
+
+        The baseline's levels are no prefixes: of those the last stands alone.
+        """
+        levels = self.levels_for(width)
+        shown = levels if self.method == "rd" else levels[-1:]
+        return {level: min(width, self.widths[level]) for level in shown}
 
     def until(self, level: str) -> RDConfig:
         """The config of the chain that ends at `level`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final, TypedDict, Unpack, cast
 
@@ -16,10 +17,10 @@ from rd_torch.config import check_choice
 from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.moments import float64_device
-from rd_torch.sequences import Protein, normalized
+from rd_torch.sequences import normalized, normalized_proteins
 from rd_torch.store import Facts, Names, Pool, Row, SaveDtype, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
-from rd_torch.store.work import Compute, Progress
+from rd_torch.store.work import Compute, Progress, in_residues
 from rd_torch.tokens import is_residue
 
 WINDOWS_AHEAD: Final = 1
@@ -78,7 +79,7 @@ def embed(
 
 def embed_to_store(
     model: RDModel,
-    proteins: Iterable[Protein],
+    proteins: Iterable[tuple[str, str]],
     path: str | Path,
     *,
     form: str | None = None,
@@ -98,7 +99,8 @@ def embed_to_store(
 
     Args:
         model: the chain.
-        proteins: normalised records; may be a generator, memory does not grow with their number.
+        proteins: identifiers and sequences, as `rd_torch.Fasta` reads them; may be a generator, memory does
+            not grow with their number. Letters that are no residue are read as X, as in `embed`.
         path: the store; its suffix tells the format.
         form: `"h5"`, `"parquet"` or `"pt"`, in place of the suffix.
         save_dtype: what the store holds; bfloat16 in `"pt"` alone.
@@ -120,22 +122,23 @@ def embed_to_store(
     wanted = facts_of(model, name, save_dtype, budget, **options)
     with Work(Path(path), format_of(path, form), wanted, fixed_budget=given is not None) as work:
         names = Names(work.format.key)
-        windows = ahead(cut_windows(proteins, work.facts.tokens_per_batch, names), WINDOWS_AHEAD)
-        failures = work.fill(windows, embed_windows(model, work.facts), progress)
+        cut = cut_windows(normalized_proteins(proteins), work.facts.tokens_per_batch, names)
+        with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
+            failures = work.fill(windows, embed_windows(model, work.facts), in_residues(progress))
     warn_renamed(names.renamed)
     return failures
 
 
-def embed_windows(model: RDModel, facts: Facts) -> Compute:
+def embed_windows(model: RDModel, facts: Facts) -> Compute[str]:
     """What embeds a window of records for a store of these facts, batch by batch."""
     compute = _vectors(model, pool=facts.pool, width=facts.width)
     device = next(model.backbones.parameters()).device
     dtype = getattr(torch, facts.save_dtype)
 
-    def batches(window: Window, failures: dict[int, str]) -> Iterator[list[Row]]:
+    def batches(window: Window[str], failures: dict[int, str]) -> Iterator[list[Row]]:
         """The rows of a window, batch by batch."""
         budget = facts.tokens_per_batch
-        for batch in run_batches(compute, window.sequences, budget, device, failures=failures):
+        for batch in run_batches(compute, window.contents, budget, device, failures=failures):
             rows = (array.to(dtype) for array in batch.result)
             yield list(zip(batch.indices, rows, strict=True))
 
@@ -161,30 +164,18 @@ def facts_of(
     """
     pool = options.get("pool", "mean")
     check_choice("pool", pool, ("mean", "none"))
-    widths = shown_widths(model, options.get("width"))
+    prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
     return Facts(
         model=name,
         fingerprint=model.fingerprint(),
-        levels=tuple(widths),
-        widths=tuple(widths.values()),
-        num_layers=cast(ESM2, model.backbones[list(widths)[-1]]).num_layers,
+        levels=tuple(prefixes),
+        widths=tuple(prefixes.values()),
+        num_layers=cast(ESM2, model.backbones[list(prefixes)[-1]]).num_layers,
         pool=pool,
         backbone_dtype=str(next(model.backbones.parameters()).dtype).removeprefix("torch."),
         save_dtype=save_dtype,
         tokens_per_batch=budget,
     )
-
-
-def shown_widths(model: RDModel, width: int | None) -> dict[str, int]:
-    """Features up to the end of each level that a width reaches, smallest first; a baseline's last alone.
-
-    Raises:
-        ValueError: for a width that does not exist.
-    """
-    config, width = model.config, width or model.embed_dim
-    levels = config.levels_for(width)
-    shown = levels if config.method == "rd" else levels[-1:]
-    return {level: min(width, config.widths[level]) for level in shown}
 
 
 def embed_stream(
@@ -208,8 +199,7 @@ def _vectors(model: RDModel, **options: Unpack[EmbedOptions]) -> Callable[[Tenso
     @torch.inference_mode()
     def vectors(tokens: Tensor) -> list[Tensor]:
         """One tensor a sequence."""
-        if len(tokens) == 1:
-            require_memory(family, tokens)
+        require_memory(family, tokens)
         return _pooled(model.encode(tokens, width=width), is_residue(tokens), pool)
 
     return vectors

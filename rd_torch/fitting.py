@@ -61,7 +61,7 @@ def fit(
     family = shared_family(backbones, **options)
     budget, device = plan_batches(family.values(), tokens_per_batch)
     moments = RunningMoments(sum(backbone.embed_dim for backbone in family.values()), device)
-    count = gather(family, moments, normalized(sequences), budget, progress)
+    count = add_moments(family, moments, normalized(sequences), budget, progress)
     return solved(family, moments, count, provenance, **options)
 
 
@@ -77,7 +77,7 @@ def shared_family(backbones: Mapping[str, nn.Module], **options: Unpack[SolveOpt
     return family
 
 
-def gather(
+def add_moments(
     family: Mapping[str, ESM2],
     moments: RunningMoments,
     sequences: Iterable[str],

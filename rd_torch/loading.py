@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from torch import nn
 
 from rd_torch.config import RDConfig, Storage, check_choice
 from rd_torch.esm2 import ESM2
-from rd_torch.stage import STAGES
+from rd_torch.nesting import fingerprint, stages_of
 from rd_torch.weights import (
     Hub,
     PublishedOptions,
@@ -86,10 +84,7 @@ class Pretrained(nn.Module):
             )
         model = cls(
             family,
-            [
-                STAGES[config.method](**checkpoint.maps[each.name], explained=explained)
-                for each, explained in zip(config.levels[1:], config.explained, strict=True)
-            ],
+            list(stages_of(checkpoint).values()),
             predict_from=config.predict_from,
             special_rows=config.special_rows,
             provenance=config.provenance,
@@ -138,16 +133,12 @@ class Pretrained(nn.Module):
 
         Two models with the same fingerprint are the same chain in the same dtype, wherever they come from.
         """
-        config = self.config
-        heads = [level.attention_heads for level in config.levels]
-        facts = (config.method, config.predict_from, config.special_rows, config.widths, heads)
-        digest = hashlib.sha256(json.dumps(facts).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            if ".lm_head." in name or ".contact_head." in name:
-                continue
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:32]
+        counted = {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if ".lm_head." not in name and ".contact_head." not in name
+        }
+        return fingerprint(self.config, counted)
 
     def push_to_hub(
         self,

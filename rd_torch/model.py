@@ -15,10 +15,11 @@ from rd_torch.engine import Engine
 from rd_torch.esm2 import ESM2
 from rd_torch.layer import AttentionSink
 from rd_torch.loading import Pretrained
+from rd_torch.nesting import Nesting
 from rd_torch.output import RDOutput
 from rd_torch.packing import Packing
 from rd_torch.precision import at_least_float32
-from rd_torch.stage import ConcatPCA, Maps
+from rd_torch.stage import ConcatPCA, Maps, nest
 from rd_torch.tokens import check_tokens, is_real, is_residue, token_ids
 from rd_torch.training import Trainable
 
@@ -186,15 +187,7 @@ class RDModel(Pretrained, Trainable):
         Raises:
             ValueError: for levels that are not the family's first, or other widths.
         """
-        names = list(self.config.widths)
-        run = names[: len(embeddings)]
-        if not run or set(run) != set(embeddings):
-            raise ValueError(f"expected the first levels of {', '.join(names)}, got {', '.join(embeddings)}")
-        for level in self.config.levels[: len(run)]:
-            got = embeddings[level.name].shape[-1]
-            if got != level.width:
-                raise ValueError(f"expected width {level.width} at level {level.name}, got {got}")
-        return self._nest({name: embeddings[name] for name in run})[run[-1]]
+        return Nesting(self.config, self.stages).combine(embeddings)
 
     def predict_contacts(self, tokens: Tensor) -> Tensor:
         """Contact probabilities of the largest backbone, `(batch, residues, residues)`."""
@@ -269,15 +262,8 @@ class RDModel(Pretrained, Trainable):
         return packing, {name: each(tokens, packing, sinks[name]) for name, each in family.items()}
 
     def _nest(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Runs the stages over raw embeddings, smallest first; what comes out at each level."""
-        (name, previous), *rest = raw.items()
-        nested = previous.to(at_least_float32(previous.dtype))
-        levels = {name: nested}
-        for name, larger in rest:
-            source = previous if self.config.predict_from == "previous" else None
-            levels[name] = nested = self.stages[name](nested, larger, source)
-            previous = larger
-        return levels
+        """What comes out at each level, of raw embeddings, smallest first."""
+        return nest(raw, self.stages, self.config.predict_from)
 
     def _with_special_rows(self, nested: Tensor, ids: Tensor, packing: Packing, larger: Tensor) -> Tensor:
         """The padded nested embeddings, with special rows replaced where the checkpoint wants that."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile, islice
 from pathlib import Path
-from typing import IO, Final, cast
+from typing import IO, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,15 +21,14 @@ from rd_torch.config import ALPHABET, RESIDUE_LETTERS
 SPECIAL_TOKENS: Final = 2
 """`<cls>` in front of a sequence and `<eos>` behind it."""
 
-WINDOW_BATCHES: Final = 64
+WINDOW_BATCHES: Final = 16
 """Batches' worth of sequences that are sorted by length at a time."""
 
 _OPENERS: Final = ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\x00", lzma.open))
 _RESIDUES: Final = frozenset(RESIDUE_LETTERS)
 
 
-@dataclass(frozen=True)
-class Protein:
+class Protein(NamedTuple):
     """A sequence and its identifier, the first word of its FASTA header."""
 
     identifier: str
@@ -109,6 +108,7 @@ def _protein(number: int, header: str, sequence: str) -> Protein:
     words = header.split()
     if not words:
         raise ValueError(f"expected an identifier behind '>', got none in record {number}")
+    sequence = "".join(sequence.split())
     if not sequence.strip("*"):
         raise ValueError(f"expected a sequence in record {number} ({words[0]}), got none")
     return Protein(words[0], sequence)
@@ -175,14 +175,15 @@ def normalize(
 
 
 def normalized_proteins(
-    proteins: Iterable[Protein], *, strict: bool = False, max_length: int | None = None
+    proteins: Iterable[tuple[str, str]], *, strict: bool = False, max_length: int | None = None
 ) -> Iterator[Protein]:
-    """The proteins with only residues in them, as they come; at the end one warning counts the changes.
+    """Identifiers and sequences with only residues in them, as they come; one warning counts the changes.
 
     Arguments and errors as for `normalize`.
     """
     corrections = Corrections()
-    for protein in proteins:
+    for identifier, sequence in proteins:
+        protein = Protein(identifier, sequence)
         yield normalize(protein, corrections, strict=strict, max_length=max_length)
     corrections.warn()
 
@@ -210,7 +211,7 @@ def cut_batches(sequences: Iterable[str], tokens_per_batch: int) -> Iterator[lis
     """Batches of `(index, sequence)`, longest first within a window, so that neighbours are alike.
 
     A batch holds at most `tokens_per_batch` tokens, padding counted, and at least one sequence.
-    Memory holds one window of about 64 batches.
+    Memory holds one window of about 16 batches.
 
     Raises:
         ValueError: for a budget below 1.

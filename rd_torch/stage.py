@@ -15,8 +15,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from rd_torch.config import Explained, Method
-from rd_torch.precision import apply_outside_half
+from rd_torch.config import Explained, Method, PredictFrom
+from rd_torch.precision import apply_outside_half, at_least_float32
 
 
 class Maps(nn.Module):
@@ -185,3 +185,24 @@ class ConcatPCA(Maps):
 
 STAGES: Final[Mapping[Method, type[Stage] | type[ConcatPCA]]] = {"rd": Stage, "naive": ConcatPCA}
 """The class of a chain's stages by its method."""
+
+
+def nest(raw: Mapping[str, Tensor], stages: nn.ModuleDict, predict_from: PredictFrom) -> dict[str, Tensor]:
+    """Runs a chain's stages over raw embeddings.
+
+    Args:
+        raw: `(..., width)` by level, smallest first.
+        stages: by the level that they lead to.
+        predict_from: what W acts on.
+
+    Returns:
+        `(..., nested width)`: what comes out at each level.
+    """
+    (name, previous), *rest = raw.items()
+    nested = previous.to(at_least_float32(previous.dtype))
+    levels = {name: nested}
+    for name, larger in rest:
+        source = previous if predict_from == "previous" else None
+        levels[name] = nested = stages[name](nested, larger, source)
+        previous = larger
+    return levels

@@ -273,7 +273,7 @@ def test_records_are_read_as_locally(fasta):
     with pytest.raises(ValueError, match="got 'J' at position 3 of record odd"):
         list(Records(fasta, strict=True).windows(BUDGET, Names(str)))
     (*_, (window, known)) = Records(fasta, max_length=9).windows(BUDGET, Names(str))
-    assert max(map(len, window.sequences)) == 9
+    assert max(map(len, window.contents)) == 9
     cut = sum(len(sequence) > 9 for sequence in SEQUENCES)
     assert known == {"read": 0, "fraction": 1, "corrections": [0, 1, cut]} | {"read": known["read"]}
     proteins = normalized_proteins(Fasta(fasta))

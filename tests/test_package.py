@@ -82,7 +82,8 @@ def test_the_wheel_embeds_in_an_empty_environment(wheel, tmp_path):
 def test_lower_bounds_are_what_the_oldest_environment_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].values()
-    bounds = [bound.replace(">=", "==") for bound in sum(extras, start=project["project"]["dependencies"])]
+    bounds = [*project["project"]["dependencies"], *(bound for extra in extras for bound in extra)]
+    bounds = [bound.replace(">=", "==") for bound in bounds]
     assert set(bounds) < set(project["dependency-groups"]["oldest"])
     names = {re.split(r"[\[=>]", bound)[0] for bound in bounds}
     imports = {

@@ -119,3 +119,84 @@ def test_batches_of_a_stream_come_before_its_end():
 def test_a_budget_of_nothing_is_refused():
     with pytest.raises(ValueError, match="tokens_per_batch of at least 1, got 0"):
         list(cut_batches(["M"], 0))
+
+
+def test_a_stream_of_records_begins_before_the_file_is_read(tmp_path):
+    record = ">protein{} of many\n" + "MKTAYIAKQRQISFVK\n" * 20
+    path = written(tmp_path, gzip.compress("".join(record.format(i) for i in range(20_000)).encode(), 1))
+    file = Fasta(path)
+    records = iter(file)
+    assert next(records).identifier == "protein0"
+    assert file.fraction < 0.2
+    assert sum(1 for _ in records) == 19_999
+    assert file.fraction == 1
+
+
+# Whatever a file holds: an error that says so, or exactly these records.
+HEADERS = st.text(st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=30)
+LINES = st.lists(st.text("ACDEFGHIKLMNPQRSTVWYacdxX*-. \t", max_size=20), max_size=4)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(HEADERS, LINES), max_size=6),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    st.sampled_from([bytes, gzip.compress, lzma.compress]),
+)
+def test_every_text_of_records_is_read_exactly_or_refused(tmp_path_factory, records, ending, pack):
+    text = "".join(
+        f">{header}{ending}" + "".join(f"{line}{ending}" for line in lines) for header, lines in records
+    )
+    path = written(tmp_path_factory.mktemp("fuzz"), pack(text.encode()))
+    expected = [
+        (header.split()[:1], "".join("".join(line.split()) for line in lines)) for header, lines in records
+    ]
+    if expected and all(words and sequence.strip("*") for words, sequence in expected):
+        assert list(Fasta(path)) == [Protein(words[0], sequence) for words, sequence in expected]
+    else:
+        with pytest.raises(ValueError, match="expected"):
+            list(Fasta(path))
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(
+    st.binary(max_size=300),
+    st.sampled_from([b"", b">", b">a\nMK\n", b"\x1f\x8b\x08", b"\xfd7zXZ\x00", b"\xef\xbb\xbf>a\nM"]),
+)
+def test_any_bytes_are_read_or_refused(tmp_path_factory, content, start):
+    path = written(tmp_path_factory.mktemp("fuzz"), start + content)
+    try:
+        records = list(Fasta(path))
+    except ValueError as error:
+        assert str(error).startswith("expected")  # noqa: PT017  # either is right
+    else:
+        assert records
+        assert all(record.identifier and record.sequence for record in records)
+
+
+NASTY = {
+    "a NUL in a sequence": (b">a\nMK\x00T\n", ["MK\x00T"]),
+    "a header of a megabyte": (b">" + b"a" * 2**20 + b"\nMK\n", ["MK"]),
+    "a line of a megabyte": (b">a\n" + b"M" * 2**20 + b"\n", ["M" * 2**20]),
+    "no line ending": (b">a\nMK", ["MK"]),
+    "'>' within a header": (b">a >b\nMK\n", ["MK"]),
+    "'>' within a line": (b">a\nMK>T\n", ["MK>T"]),
+    "blank lines in front": (b"\n \n>a\nMK\n", ["MK"]),
+    "several gzip members": (gzip.compress(b">a\nMK\n") + gzip.compress(b">b\nT\n"), ["MK", "T"]),
+    "a comment of old FASTA": (b";comment\n>a\nMK\n", None),
+    "Latin-1": (b">a caf\xe9\nMK\n", None),
+    "UTF-16": (">a\nMK\n".encode("utf-16"), None),
+    "a folder of gzip and noise": (gzip.compress(b">a\nMK\n") + b"noise", None),
+    "broken in the middle": (gzip.compress(b">a\nMK\n" * 1000)[:40] + b"\x00" * 40, None),
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_nasty_files_are_read_exactly_or_refused(tmp_path, name):
+    content, expected = NASTY[name]
+    path = written(tmp_path, content)
+    if expected is None:
+        with pytest.raises(ValueError, match="expected a FASTA file"):
+            list(Fasta(path))
+    else:
+        assert [record.sequence for record in Fasta(path)] == expected

@@ -6,8 +6,10 @@ Everything heavy is imported inside the commands, so that `--help` comes at once
 import click
 
 from rd_torch.cli.checkpoints import convert, download, info, verify
+from rd_torch.cli.combining import combine
 from rd_torch.cli.embedding import embed
 from rd_torch.cli.fitting import fit
+from rd_torch.cli.plotting import plot
 
 
 @click.group(
@@ -23,5 +25,5 @@ def main() -> None:
     """
 
 
-for command in (embed, fit, info, download, convert, verify):
+for command in (embed, combine, plot, fit, info, download, convert, verify):
     main.add_command(command)

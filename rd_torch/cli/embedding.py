@@ -13,13 +13,20 @@ from rd_torch.cli.shared import (
     cluster_options,
     device_option,
     fasta_argument,
+    format_option,
     given,
     joined,
     load,
+    model_option,
+    named,
     on_all_machines,
     option,
+    output_option,
     plainly,
     published_options,
+    require_one,
+    save_dtype_option,
+    stop_option,
     strict_option,
 )
 
@@ -33,16 +40,11 @@ INCOMPLETE = 3
 
 @click.command()
 @fasta_argument
-@option("-o", "--output", required=True, type=click.Path(path_type=Path), help=".h5, .parquet or .pt.")
-@option(
-    "--format",
-    "form",
-    type=click.Choice(["h5", "parquet", "pt"]),
-    help="Format.  [default: by the output's name]",
-)
-@option("--model", metavar="MODEL", help="Folder, file or Hub id.  [default: the shipped family]")
+@output_option
+@format_option
+@model_option
 @option("--width", type=int, metavar="K", help="Keep K features; backbones that they don't need don't run.")
-@option("--level", metavar="NAME", help="Stop at this level, instead of --width.")
+@stop_option
 @option(
     "--pool", type=click.Choice(["mean", "none"]), default="mean", help="A vector a protein or a residue."
 )
@@ -50,12 +52,7 @@ INCOMPLETE = 3
 @option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", help="Backbones'."
 )
-@option(
-    "--save-dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float32",
-    help="File's; bfloat16 in .pt alone.",
-)
+@save_dtype_option
 @option("--max-length", type=click.IntRange(min=1), metavar="N", help="Cut longer sequences to N residues.")
 @strict_option
 @device_option
@@ -96,12 +93,11 @@ def embed(
     from rd_torch.cli.progress import Progress
     from rd_torch.sequences import Fasta
     from rd_torch.store import format_of
+    from rd_torch.store.format import require_folder
     from rd_torch.weights import DEFAULT_MODEL, read_checkpoint
 
-    if width is not None and level is not None:
-        raise ValueError("expected --width or --level, got both")
-    if not output.parent.is_dir():
-        raise ValueError(f"expected a folder {output.parent} to write to, got nothing there")
+    require_one(width, level)
+    require_folder(output)
     format_of(output, options["form"])
     file = Fasta(fasta)
     name, published = model or DEFAULT_MODEL, given(options)
@@ -114,8 +110,7 @@ def embed(
     workers = joined(options, device)
     chain = load(name, level, dtype, "cpu" if workers else device, **published)
     width, level = width or chain.embed_dim, list(chain.backbones)[-1]
-    chosen = name if model else f"{name} (the shipped family; --model names another)"
-    click.echo(f"Model {chosen}, level {level}, width {width}", err=True)
+    click.echo(f"Model {named(model)}, level {level}, width {width}", err=True)
     with Progress(file) as progress:
         options |= {"name": name, "width": width, "progress": progress}
         reading = {"strict": strict, "max_length": max_length}

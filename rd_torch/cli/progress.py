@@ -14,50 +14,46 @@ if TYPE_CHECKING:
     from rd_torch.sequences import Fasta, Protein
 
 SECONDS_BETWEEN_LINES = 60
-LINE = "{n_fmt} of about {total_fmt} residues, {rate_fmt}, {remaining} left"
+LINE = "{n_fmt} of about {total_fmt} {unit}s, {rate_fmt}, {remaining} left"
 
 
-class Progress:
-    """Shows residues, their rate and the remaining time while a FASTA file is worked through.
+class Bar:
+    """Shows how much is done, at what rate, and the remaining time.
 
-    How many residues there will be is reckoned from those in the part of the file that is read.
-    Called with residues that are done, and whether they were so before this run.
+    Called with how much is done, and whether it was so before this run.
+
+    Args:
+        unit: what is counted.
+        total: how much there is; None where that is not known.
     """
 
-    def __init__(self, file: Fasta) -> None:
-        self._file = file
-        self._read = self._done = self._before = 0
-        self._reached = 0.0
-        self._start = self._said = time.monotonic()
+    def __init__(self, unit: str, total: int | None = None) -> None:
+        self._unit, self._total = unit, total
+        self._done = self._before = 0
+        self._said = time.monotonic()
+        self._start = self._said
         self._terminal = sys.stderr.isatty()
-        self._bar: Any = tqdm(unit="residue", unit_scale=True, disable=not self._terminal)
+        self._bar: Any = tqdm(unit=unit, unit_scale=True, disable=not self._terminal)
 
-    def counted(self, proteins: Iterable[Protein]) -> Iterator[Protein]:
-        """The same proteins; counts what is read of them."""
-        for protein in proteins:
-            self._read += len(protein.sequence)
-            yield protein
+    @property
+    def total(self) -> int | None:
+        """How much there is."""
+        return self._total
 
-    def reach(self, residues: int, fraction: float) -> None:
-        """Where another process reads: so many residues, from this share of the file."""
-        self._read, self._reached = residues, fraction
-
-    def __call__(self, residues: int, before: bool = False) -> None:
-        self._done += residues
-        self._before += residues * before
-        fraction = self._reached or self._file.fraction
-        total = round(self._read / fraction) if fraction else None
+    def __call__(self, done: int, before: bool = False) -> None:
+        self._done += done
+        self._before += done * before
         if self._terminal:
-            self._bar.total, self._bar.initial = total, self._before
-            self._bar.update(residues)
+            self._bar.total, self._bar.initial = self.total, self._before
+            self._bar.update(done)
         elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             line = tqdm.format_meter(
                 self._done,
-                total or self._done,
+                self.total or self._done,
                 self._said - self._start,
                 initial=self._before,
-                unit="residue",
+                unit=self._unit,
                 unit_scale=True,
                 bar_format=LINE,
             )
@@ -68,3 +64,30 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+
+class Progress(Bar):
+    """Shows residues while a FASTA file is worked through.
+
+    How many residues there will be is reckoned from those in the part of the file that is read.
+    """
+
+    def __init__(self, file: Fasta) -> None:
+        super().__init__("residue")
+        self._file, self._read, self._reached = file, 0, 0.0
+
+    @property
+    def total(self) -> int | None:
+        """About how many residues there are."""
+        fraction = self._reached or self._file.fraction
+        return round(self._read / fraction) if fraction else None
+
+    def counted(self, proteins: Iterable[Protein]) -> Iterator[Protein]:
+        """The same proteins; counts what is read of them."""
+        for protein in proteins:
+            self._read += len(protein.sequence)
+            yield protein
+
+    def reach(self, residues: int, fraction: float) -> None:
+        """Where another process reads: so many residues, from this share of the file."""
+        self._read, self._reached = residues, fraction

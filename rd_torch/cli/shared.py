@@ -31,7 +31,7 @@ def plainly(command: Command) -> Command:
             warnings.showwarning = _show
             try:
                 command(**arguments)
-            except (ValueError, OSError, MemoryError, ModuleNotFoundError) as error:
+            except (ValueError, OSError, MemoryError, ImportError) as error:
                 raise click.ClickException(str(error)) from error
 
     return run
@@ -47,6 +47,33 @@ device_option = option("--device", help="cpu, cuda, cuda:1, mps, ...  [default: 
 cache_option = option(
     "--cache-dir", metavar="FOLDER", help="Cache of the Hub.  [default: where HF_HOME has it]"
 )
+
+output_option = option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help=".h5, .parquet or .pt."
+)
+format_option = option(
+    "--format",
+    "form",
+    type=click.Choice(["h5", "parquet", "pt"]),
+    help="Format.  [default: by the output's name]",
+)
+save_dtype_option = option(
+    "--save-dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    help="File's; bfloat16 in .pt alone.",
+)
+model_option = option(
+    "--model", metavar="MODEL", help="Folder, file or Hub id.  [default: the shipped family]"
+)
+stop_option = option("--level", metavar="NAME", help="Stop at this level, instead of --width.")
+
+
+def require_one(width: int | None, level: str | None) -> None:
+    """Raises a ValueError where both were chosen."""
+    if width is not None and level is not None:
+        raise ValueError("expected --width or --level, got both")
+
 
 fasta_argument = click.argument("fasta", type=click.Path(path_type=Path))
 budget_option = option(
@@ -158,15 +185,27 @@ backbone_option = option(
 )
 
 
-def by_level(sources: tuple[str, ...]) -> dict[str, str]:
-    """The sources of `--backbone` by level.
+def by_level(sources: tuple[str, ...], form: str = "--backbone as LEVEL=SOURCE") -> dict[str, str]:
+    """What was given by level, as `--backbone` is.
+
+    Args:
+        sources: as they were typed.
+        form: what they are called in messages.
 
     Raises:
-        ValueError: for one without a level.
+        ValueError: for one without a level, or two of one level.
     """
-    if not all("=" in source for source in sources):
-        raise ValueError(f"expected --backbone as LEVEL=SOURCE, got {', '.join(sources)}")
-    return dict(source.split("=", 1) for source in sources)
+    named = dict(source.partition("=")[::2] for source in sources)
+    if not all(named.values()) or len(named) < len(sources):
+        raise ValueError(f"expected {form}, each level once, got {', '.join(sources)}")
+    return named
+
+
+def named(model: str | None) -> str:
+    """A model as it is shown, the default one with a hint."""
+    from rd_torch.weights import DEFAULT_MODEL
+
+    return model or f"{DEFAULT_MODEL} (the shipped family; --model names another)"
 
 
 def place(device: str | None) -> torch.device:

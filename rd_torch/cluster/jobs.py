@@ -33,6 +33,7 @@ from rd_torch.moments import RunningMoments
 from rd_torch.sequences import Corrections
 from rd_torch.store import Format, Names, SaveDtype, Work, format_of
 from rd_torch.store.folder import Failure, Folder
+from rd_torch.store.work import in_residues
 
 FORMATS: Final = ("parquet", "pt")
 """Those whose windows need no further work when the last is done."""
@@ -125,7 +126,7 @@ def embed_to_store(
         folder = Folder(work.path, form, work.facts)
         if work.is_finished:
             windows = records.windows(work.facts.tokens_per_batch, Names(form.key))
-            return work.fill((window for window, _ in windows), lambda *_: (), progress)
+            return work.fill((window for window, _ in windows), lambda *_: (), in_residues(progress))
         forget_deaths(folder)
         limits = Limits(given is None, MOST_DEATHS)
         begin = partial(window_embedder, load, workers.device, folder, limits)
@@ -162,7 +163,7 @@ def fit(
     sums = _Sums(load("cpu"), options)
     workers = workers.placed()
     read = partial(tables, records, tokens_per_batch or MOST_TOKENS[workers.device], None)
-    begin = partial(gatherer, load, workers.device, "sequences", tokens_per_batch)
+    begin = partial(gatherer, load, workers.device, "contents", tokens_per_batch)
     _follow(run(stream(read), begin, workers), progress, sums.add)
     return sums.solved(provenance)
 

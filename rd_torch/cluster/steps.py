@@ -15,8 +15,8 @@ from torch import nn
 
 from rd_torch.batching import find_budget, plan_batches
 from rd_torch.cluster.workers import Step
-from rd_torch.embedding import EmbedOptions, embed, embed_windows, shown_widths
-from rd_torch.fitting import gather, shared_family
+from rd_torch.embedding import EmbedOptions, embed, embed_windows
+from rd_torch.fitting import add_moments, shared_family
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.sequences import Corrections, Fasta, normalize, normalized
@@ -31,7 +31,7 @@ Load: TypeAlias = Callable[[str], RDModel]
 LoadFamily: TypeAlias = Callable[[str], Mapping[str, nn.Module]]
 """Called by every worker with its device."""
 
-_BULK = ("names", "sequences")
+_BULK = ("names", "contents", "lengths")
 """Columns of a window that no driver needs."""
 
 
@@ -49,7 +49,7 @@ class Records:
     strict: bool = False
     max_length: int | None = None
 
-    def windows(self, tokens_per_batch: int, names: Names) -> Iterator[tuple[Window, dict[str, Any]]]:
+    def windows(self, tokens_per_batch: int, names: Names) -> Iterator[tuple[Window[str], dict[str, Any]]]:
         """The windows of a local run, each with what is known when its last record has been read."""
         file, corrections, read = Fasta(self.path), Corrections(), 0
         proteins = (
@@ -77,8 +77,7 @@ def tables(records: Records, tokens_per_batch: int, folder: Folder | None) -> It
             "residues": window.residues,
             "before": before,
             "renamed": names.renamed if folder else 0,
-            "names": [] if before else window.names,
-            "sequences": [] if before else window.sequences,
+            **{name: [] if before else getattr(window, name) for name in _BULK},
         }
         yield pa.table({name: [value] for name, value in {**row, **known}.items()})
 
@@ -123,7 +122,7 @@ def window_embedder(load: Load, device: str, folder: Folder, limits: Limits) -> 
     def step(table: pa.Table) -> pa.Table:
         """The row of the window, when its files are there."""
         row = table.to_pylist()[0]
-        window = Window(row["number"], row["names"], row["sequences"], row["checksum"])
+        window = Window(row["number"], row["names"], row["contents"], row["lengths"], row["checksum"])
         if not row["before"] and folder.done(window) is None:
             _outlive(folder, window, limits.most_deaths)
             failures: dict[int, str] = {}
@@ -140,7 +139,7 @@ def forget_deaths(folder: Folder) -> None:
     (folder.folder / "tries").mkdir()
 
 
-def _outlive(folder: Folder, window: Window, most_deaths: int) -> None:
+def _outlive(folder: Folder, window: Window[str], most_deaths: int) -> None:
     """Counts who tries a window; raises a ChildProcessError when too many have died of it."""
     path = folder.folder / "tries" / f"{window.number:06d}"
     with path.open("ab") as handle:
@@ -156,12 +155,12 @@ def _outlive(folder: Folder, window: Window, most_deaths: int) -> None:
 def column_embedder(load: Load, device: str, column: str, options: EmbedOptions) -> Step:
     """What adds the columns of embeddings to a table."""
     model = load(device)
-    widths = shown_widths(model, options.get("width"))
+    prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
 
     def step(table: pa.Table) -> pa.Table:
         """The table with a column for what each level adds."""
         vectors = np.asarray(embed(model, _sequences(table, column), **options))
-        for level, added in level_columns(vectors, list(widths), list(widths.values())).items():
+        for level, added in level_columns(vectors, list(prefixes), list(prefixes.values())).items():
             if level in table.column_names:
                 raise ValueError(f"expected no column {level!r} yet, got one: rename it")
             table = table.append_column(level, added)
@@ -179,7 +178,7 @@ def gatherer(load: LoadFamily, device: str, column: str, tokens_per_batch: int |
         """The columns of a window but for its records, and the moments."""
         moments = RunningMoments(sum(backbone.embed_dim for backbone in family.values()), place)
         sequences = normalized(_sequences(table, column))
-        row: dict[str, Any] = {"sequences": gather(family, moments, sequences, budget)}
+        row: dict[str, Any] = {"sequences": add_moments(family, moments, sequences, budget)}
         count, mean, scatter = moments.parts
         if "number" in table.column_names:
             row |= table.drop_columns(_BULK).to_pylist()[0]

@@ -11,7 +11,7 @@ from rd_torch.store.format import Format, Row, Store
 from rd_torch.store.hdf5 import HDF5
 from rd_torch.store.naming import Names
 from rd_torch.store.parquet import Parquet
-from rd_torch.store.windows import Window, cut_windows
+from rd_torch.store.windows import Record, Window, cut_windows, gather
 from rd_torch.store.work import Work
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Format",
     "Names",
     "Pool",
+    "Record",
     "Row",
     "SaveDtype",
     "Store",
@@ -27,6 +28,7 @@ __all__ = [
     "Work",
     "cut_windows",
     "format_of",
+    "gather",
     "open_store",
 ]
 

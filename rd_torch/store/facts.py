@@ -19,14 +19,14 @@ class Facts:
 
     Attributes:
         model: what the user called it.
-        fingerprint: of its config and tensors.
+        fingerprint: of its config and tensors; of the maps alone where no backbone ran.
         levels: those that the store's width reaches, smallest first.
         widths: features up to the end of each level; the last one is the store's width.
         num_layers: of the largest backbone that ran.
         pool: `"mean"`, a vector a protein, or `"none"`, a vector a residue.
-        backbone_dtype: what the backbones ran in.
+        backbone_dtype: what the backbones ran in; of raw embeddings that others made, what these are in.
         save_dtype: what the store holds.
-        tokens_per_batch: the budget that batches and windows were cut by.
+        tokens_per_batch: the budget that batches and windows were cut by; in vectors where no backbone ran.
         rd_torch_version: of the program that wrote the store.
     """
 

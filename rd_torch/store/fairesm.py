@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -40,14 +41,16 @@ class FairESM(Format):
         """File names, in any case: some file systems do not tell them apart."""
         return file_name(name).casefold()
 
-    def write(self, folder: Path, window: Window, rows: Iterable[Row], facts: Facts) -> list[Path]:
+    def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
         """One file a record."""
         paths = []
         for place, row in rows:
             name = window.names[place]
             path = folder / f"{file_name(name)}.pt"
             kept = {"label": name, _KEYS[facts.pool]: {facts.num_layers: row.clone()}}
-            written_whole(path, partial(torch.save, kept), durable=False)
+            buffer = io.BytesIO()  # torch would hide what the disk says
+            torch.save(kept, buffer)
+            written_whole(path, partial(Path.write_bytes, data=buffer.getbuffer()), durable=False)
             paths.append(path)
         return paths
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from rd_torch.store.facts import Facts
 from rd_torch.store.format import Format, Row, sync, written_whole
@@ -70,7 +70,7 @@ class Folder:
             )
         return cls(path, form, Facts.from_json(said.read_text()))
 
-    def done(self, window: Window) -> Done | None:
+    def done(self, window: Window[Any]) -> Done | None:
         """What is known of the window, if it is done.
 
         Raises:
@@ -82,7 +82,7 @@ class Folder:
         done = Done(**json.loads(said.read_text()))
         if done.checksum != window.checksum:
             raise ValueError(
-                f"expected the sequences with which {self.path} was begun, got others in the "
+                f"expected the {window.kind} with which {self.path} was begun, got others in the "
                 f"{len(window.names):,} records from {window.names[0]} on: take those, or another output"
             )
         files = [(self.folder / "data" / name, size) for name, size in done.files.items()]
@@ -90,7 +90,7 @@ class Folder:
         return done if whole else None
 
     def write(
-        self, window: Window, rows: Iterable[Row], failures: Mapping[int, str], *, apart: bool = False
+        self, window: Window[Any], rows: Iterable[Row], failures: Mapping[int, str], *, apart: bool = False
     ) -> None:
         """Writes a window.
 
@@ -108,7 +108,7 @@ class Folder:
                 checksum=window.checksum,
                 files={path.name: path.stat().st_size for path in paths},
                 failures={
-                    window.names[where]: (len(window.sequences[where]), reason)
+                    window.names[where]: (window.lengths[where] or 0, reason)
                     for where, reason in failures.items()
                 },
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rd_torch.store.facts import Facts, Pool
-from rd_torch.store.windows import Window
+from rd_torch.store.windows import Length, Window
 
 Row: TypeAlias = tuple[int, Tensor]
 """The place of a record in its window, and its `(width,)` or `(residues, width)` embedding as it is saved."""
@@ -28,12 +29,14 @@ class Store(ABC):
     Iterating gives the identifiers in FASTA order.
 
     Attributes:
+        path: where it lies.
         facts: what was embedded with what; None in files of other programs.
         checksum: of the identifiers and sequences of all records, likewise.
         width: features of a vector.
         pool: `"mean"`, a vector a protein, or `"none"`, a vector a residue.
     """
 
+    path: Path
     facts: Facts | None
     checksum: str | None
     width: int
@@ -109,6 +112,19 @@ class Store(ABC):
             return torch.stack(rows) if rows else torch.zeros(0, width)  # type: ignore[arg-type]
         return np.stack(rows) if rows else np.zeros((0, width), np.float32)
 
+    def tensors(self, identifiers: Sequence[str]) -> list[Tensor]:
+        """The embeddings of several records, whole and as they are stored, each a tensor of its own.
+
+        Raises:
+            KeyError: for an identifier that is not there.
+        """
+        return [_tensor(row) for row in self._rows(identifiers, sys.maxsize)]
+
+    def lengths(self, key: slice = slice(None)) -> list[Length]:
+        """Residues of the records of a slice; None of pooled ones, where the store does not say them."""
+        chosen = range(len(self))[key]
+        return [None if self.pool == "mean" else len(row) for row in self._rows(chosen, 1)]
+
     def __enter__(self) -> Self:
         return self
 
@@ -140,7 +156,7 @@ class Format(ABC):
         """What must differ between the names of two records."""
 
     @abstractmethod
-    def write(self, folder: Path, window: Window, rows: Iterable[Row], facts: Facts) -> list[Path]:
+    def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
         """Writes a window to files of its own in `folder`, each whole or not at all; returns them.
 
         Records that do not come are left out; rows come in any order.
@@ -163,6 +179,24 @@ class Format(ABC):
     @abstractmethod
     def open(self, path: Path) -> Store:
         """Opens a finished store."""
+
+
+def require_fitting(form: Format, facts: Facts) -> None:
+    """Raises a ValueError for a dtype or pooling that the format does not take."""
+    for what, got, taken in (
+        ("save_dtype", facts.save_dtype, form.dtypes),
+        ("pool", facts.pool, form.pools),
+    ):
+        if got not in taken:
+            raise ValueError(
+                f"expected {what} to be one of {', '.join(map(repr, taken))} in .{form.name}, got {got!r}"
+            )
+
+
+def require_folder(path: Path) -> None:
+    """Raises a FileNotFoundError where the folder of a file that will be written is not there."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"expected a folder {path.parent} to write to, got nothing there")
 
 
 def written_whole(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, partial
 from math import gcd
@@ -42,12 +44,12 @@ class HDF5(Format):
         """Names of datasets."""
         return dataset_name(name)
 
-    def write(self, folder: Path, window: Window, rows: Iterable[Row], facts: Facts) -> list[Path]:
+    def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
         """One file a window."""
         path = folder / f"{window.number:06d}.h5"
 
         def fill(part: Path) -> None:
-            with h5py.File(part, "w", **_CREATE) as file:
+            with _created(part) as file:
                 for place, row in rows:
                     _add(file, dataset_name(window.names[place]), row, columns(facts.widths))
 
@@ -68,6 +70,46 @@ class HDF5(Format):
         return HDF5Store(path)
 
 
+class _Disk(io.FileIO):
+    """A file that keeps the first error of writing to it, and from then on only pretends to write.
+
+    HDF5 cannot close a file when writing fails; it complains until the process ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Writes all of it."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left and self.error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Sets the size."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[h5py.File]:
+    """A new HDF5 file; what the disk says is raised when the file is closed."""
+    with _Disk(path) as disk:
+        with h5py.File(disk, "w", **_CREATE) as file:
+            yield file
+        if disk.error is not None:
+            raise disk.error
+
+
 def columns(widths: Sequence[int]) -> int:
     """Columns of a chunk: the greatest number that divides all widths, 16 at the least."""
     return min(max(gcd(*widths), LEAST_COLUMNS), widths[-1])
@@ -80,7 +122,7 @@ def _add(file: h5py.File, name: str, row: Tensor, chunk: int) -> None:
 
 
 def _merge(names: Iterable[tuple[str, Path]], attributes: Mapping[str, Any], part: Path) -> None:
-    with h5py.File(part, "w", **_CREATE) as whole:
+    with _created(part) as whole:
         whole.attrs.update(attributes)
         source: h5py.File | None = None
         for name, place in names:

@@ -16,20 +16,23 @@ _LONGEST_FILE: Final = 200
 
 
 def dataset_name(identifier: str) -> str:
-    """The HDF5 name of an identifier: `/`, `%` and control characters as `%2F` and so on, `.` as `%2E`."""
+    """The HDF5 name of an identifier: `/`, `%` and control characters as `%2F` and so on.
+
+    A lone `.` is `%2E`, an empty identifier `%`.
+    """
     name = re.sub(r"[/%\x00-\x1f\x7f]", _escaped, identifier)
-    return "%2E" if name == "." else _shortened(name, _LONGEST_DATASET)
+    return "%2E" if name == "." else _shortened(name or "%", _LONGEST_DATASET)
 
 
 def file_name(identifier: str) -> str:
     """The file name of an identifier, without suffix: a leading `.` and backslashes are escaped too."""
     name = re.sub(r"^\.|[/\\%\x00-\x1f\x7f]", _escaped, identifier)
-    return _shortened(name, _LONGEST_FILE)
+    return _shortened(name or "%", _LONGEST_FILE)
 
 
 def identifier_of(name: str) -> str:
     """The identifier that was named so, unless it was shortened."""
-    return re.sub(r"%([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), name)
+    return "" if name == "%" else re.sub(r"%([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), name)
 
 
 def _escaped(match: re.Match[str]) -> str:

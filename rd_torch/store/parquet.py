@@ -5,9 +5,9 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import torch
 
 from rd_torch.store.facts import Facts
 from rd_torch.store.format import Array, Format, Row, Store, missing, written_whole
-from rd_torch.store.windows import Window
+from rd_torch.store.windows import Length, Window
 
 ROWS_PER_GROUP: Final = 512
 """Records that are read together when one of them is asked for."""
@@ -25,9 +25,10 @@ ROWS_PER_GROUP: Final = 512
 class Parquet(Format):
     """A folder of parquet files and nothing else, one file a window, in FASTA order.
 
-    Columns: `identifier`, `length` in residues, and by the name of each level the features that it adds, a
-    list of fixed size. So the first columns are the embedding of a shorter chain in any engine. Each file's
-    metadata has the facts under `rd_torch` and the checksum up to its end.
+    Columns: `identifier`, `length` in residues (null where nobody counted them), and by the name of each
+    level the features that it adds, a list of fixed size. So the first columns are the embedding of a
+    shorter chain in any engine. Each file's metadata has the facts under `rd_torch` and the checksum up to
+    its end.
     """
 
     name = "parquet"
@@ -39,7 +40,7 @@ class Parquet(Format):
         """Identifiers as they are."""
         return name
 
-    def write(self, folder: Path, window: Window, rows: Iterable[Row], facts: Facts) -> list[Path]:
+    def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
         """One file a window."""
         path = folder / f"part-{window.number:06d}.parquet"
         written_whole(path, partial(pq.write_table, table(window, rows, facts), **_WRITING))
@@ -64,7 +65,7 @@ _WRITING: Final = {
 }
 
 
-def table(window: Window, rows: Iterable[Row], facts: Facts) -> pa.Table:
+def table(window: Window[Any], rows: Iterable[Row], facts: Facts) -> pa.Table:
     """The table of a window, in FASTA order."""
     ordered = sorted(rows, key=lambda row: row[0])
     places = [place for place, _ in ordered]
@@ -72,7 +73,7 @@ def table(window: Window, rows: Iterable[Row], facts: Facts) -> pa.Table:
     vectors = vectors.astype(facts.save_dtype, copy=False)
     columns: dict[str, pa.Array] = {
         "identifier": pa.array([window.names[place] for place in places], pa.string()),
-        "length": pa.array([len(window.sequences[place]) for place in places], pa.int32()),
+        "length": pa.array([window.lengths[place] for place in places], pa.int32()),
     }
     columns |= level_columns(vectors, facts.levels, facts.widths)
     metadata = {"rd_torch": facts.to_json(), "checksum": window.checksum}
@@ -117,6 +118,10 @@ class ParquetStore(Store):
         """Names of the records, in FASTA order."""
         return [name for file in self._files for name in file.read(["identifier"])[0].to_pylist()]
 
+    def lengths(self, key: slice = slice(None)) -> list[Length]:
+        """Residues of the records of a slice, as the files say them."""
+        return [length for file in self._files for length in file.read(["length"])[0].to_pylist()][key]
+
     @cached_property
     def _places(self) -> dict[str, int]:
         return {identifier: place for place, identifier in enumerate(self.identifiers)}
@@ -128,17 +133,17 @@ class ParquetStore(Store):
         return identifier in self._places
 
     def _rows(self, keys: Sequence[str] | range, width: int) -> list[Array]:
-        found: dict[int, np.ndarray] = {}
-        rows: list[Array] = []
         for key in keys:
             if isinstance(key, str) and key not in self._places:
                 raise missing(key, self.path)
-            place = self._places[key] if isinstance(key, str) else key
-            group = bisect.bisect_right(self._starts, place) - 1
-            if group not in found:
-                found[group] = self._group(group, width)
-            rows.append(found[group][place - self._starts[group]])
-        return rows
+        places = [self._places[key] if isinstance(key, str) else key for key in keys]
+        groups = [bisect.bisect_right(self._starts, place) - 1 for place in places]
+        rows: dict[int, Array] = {}
+        # One group after the other, and copies of its rows: no more than a group is held beside them.
+        for group, chosen in groupby(sorted(range(len(places)), key=groups.__getitem__), groups.__getitem__):
+            block = self._group(group, width)
+            rows |= {number: block[places[number] - self._starts[group]].copy() for number in chosen}
+        return [rows[number] for number in range(len(places))]
 
     def _group(self, number: int, width: int) -> np.ndarray:
         """The first features of a row group's records; columns beyond them are not read."""

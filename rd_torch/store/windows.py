@@ -1,38 +1,66 @@
-"""Windows: a stretch of records in FASTA order that is embedded, written and found again as one."""
+"""Windows: a stretch of records in order that is computed, written and found again as one."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from rd_torch.sequences import SPECIAL_TOKENS, WINDOW_BATCHES, Protein
 from rd_torch.store.naming import Names
 
+Content = TypeVar("Content")
+
+Length: TypeAlias = int | None
+"""Residues of a record; None where nobody counted them."""
+
+
+class Record(NamedTuple, Generic[Content]):
+    """A record on its way into a store.
+
+    Attributes:
+        identifier: its name, which another may have too.
+        content: what its embedding is computed from.
+        length: its residues.
+        size: what it counts when windows are cut.
+        digested: what the checksum is taken of.
+    """
+
+    identifier: str
+    content: Content
+    length: Length
+    size: int
+    digested: Iterable[bytes | memoryview]
+
 
 @dataclass(frozen=True)
-class Window:
+class Window(Generic[Content]):
     """A stretch of records.
 
     Attributes:
         number: from 0.
-        names: their names in the store, in FASTA order.
-        sequences: letters, residues only.
-        checksum: of the identifiers and sequences of all records up to the end of this window.
+        names: their names in the store, in order.
+        contents: what their embeddings are computed from: letters, residues only, or raw embeddings.
+        lengths: their residues.
+        checksum: of the identifiers and contents of all records up to the end of this window.
+        kind: what the contents are called.
     """
 
     number: int
     names: list[str]
-    sequences: list[str]
+    contents: list[Content]
+    lengths: list[Length]
     checksum: str
+    kind: str = "sequences"
 
     @property
     def residues(self) -> int:
-        """Residues of all its records."""
-        return sum(map(len, self.sequences))
+        """Residues of all its records, as far as they are counted."""
+        return sum(length or 0 for length in self.lengths)
 
 
-def cut_windows(proteins: Iterable[Protein], tokens_per_batch: int, names: Names) -> Iterator[Window]:
+def cut_windows(proteins: Iterable[Protein], tokens_per_batch: int, names: Names) -> Iterator[Window[str]]:
     """The records in windows of about 16 batches, as they come; the same records give the same windows.
 
     Args:
@@ -45,17 +73,47 @@ def cut_windows(proteins: Iterable[Protein], tokens_per_batch: int, names: Names
     """
     if tokens_per_batch < 1:
         raise ValueError(f"expected tokens_per_batch of at least 1, got {tokens_per_batch}")
+    return gather(map(_record_of, proteins), WINDOW_BATCHES * tokens_per_batch, names)
+
+
+def _record_of(protein: Protein) -> Record[str]:
+    """A protein on its way; as many tokens as it has count."""
+    name, letters = protein.identifier, protein.sequence
+    return Record(
+        name, letters, len(letters), len(letters) + SPECIAL_TOKENS, [f"{name}\n{letters}\n".encode()]
+    )
+
+
+def gather(
+    records: Iterable[Record[Content]], size: int, names: Names, kind: str = "sequences"
+) -> Iterator[Window[Content]]:
+    """Records in windows that end with the first record that makes them `size` large or larger.
+
+    Args:
+        records: as they come.
+        size: in the unit of the records' own.
+        names: gives records that share an identifier names of their own.
+        kind: what the contents are called.
+    """
     checksum = hashlib.blake2b(digest_size=16)
-    number, tokens = 0, 0
-    taken: list[str] = []
-    sequences: list[str] = []
-    for protein in proteins:
-        checksum.update(f"{protein.identifier}\n{protein.sequence}\n".encode())
-        taken.append(names.unique(protein.identifier))
-        sequences.append(protein.sequence)
-        tokens += len(protein.sequence) + SPECIAL_TOKENS
-        if tokens >= WINDOW_BATCHES * tokens_per_batch:
-            yield Window(number, taken, sequences, checksum.hexdigest())
-            number, tokens, taken, sequences = number + 1, 0, [], []
-    if taken:
-        yield Window(number, taken, sequences, checksum.hexdigest())
+    number, full, taken = 0, 0, _Taken[Content]([], [], [])
+    for record in records:
+        for part in record.digested:
+            checksum.update(part)
+        taken.names.append(names.unique(record.identifier))
+        taken.contents.append(record.content)
+        taken.lengths.append(record.length)
+        full += record.size
+        if full >= size:
+            yield Window(number, *taken, checksum.hexdigest(), kind)
+            number, full, taken = number + 1, 0, _Taken([], [], [])
+    if taken.names:
+        yield Window(number, *taken, checksum.hexdigest(), kind)
+
+
+class _Taken(NamedTuple, Generic[Content]):
+    """Records that wait for their window to be full."""
+
+    names: list[str]
+    contents: list[Content]
+    lengths: list[Length]

@@ -5,31 +5,28 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import groupby
+from contextlib import closing
 from pathlib import Path
-from typing import Final, NamedTuple, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 from filelock import FileLock, Timeout
 
 from rd_torch.batching import ahead
 from rd_torch.store.facts import Facts
 from rd_torch.store.folder import Failure, Folder
-from rd_torch.store.format import Format, Row, Store, sync, written_whole
-from rd_torch.store.windows import Window
+from rd_torch.store.format import Format, Row, Store, require_fitting, require_folder, sync, written_whole
+from rd_torch.store.windows import Content, Length, Window
 
-Compute: TypeAlias = Callable[[Window, dict[int, str]], Iterable[list[Row]]]
+Compute: TypeAlias = Callable[[Window[Content], dict[int, str]], Iterable[list[Row]]]
+
+Report: TypeAlias = Callable[[list[Length], bool], object]
+"""Called with the lengths of records that are done, and whether they were so before."""
+
 Progress: TypeAlias = Callable[[int, bool], object]
+"""Called with how much is done, and whether it was so before."""
 
 BATCHES_AHEAD: Final = 2
 """Batches that are computed while one is written."""
-
-
-class _Part(NamedTuple):
-    """A window, where its failures are gathered (nowhere where it is done), and some of its rows."""
-
-    window: Window
-    failures: dict[int, str] | None
-    rows: list[Row] = []  # noqa: RUF012  # never changed
 
 
 class Work(Folder):
@@ -50,8 +47,7 @@ class Work(Folder):
 
     def __init__(self, path: Path, form: Format, facts: Facts, *, fixed_budget: bool = False) -> None:
         require_fitting(form, facts)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"expected a folder {path.parent} to write to, got nothing there")
+        require_folder(path)
         super().__init__(path, form, facts)
         self._checksum: str | None = None
         begun = self._begun()
@@ -93,16 +89,19 @@ class Work(Folder):
             ) from None
         written_whole(self.folder / "facts.json", lambda part: part.write_text(self.facts.to_json()))
 
-    def fill(self, windows: Iterable[Window], compute: Compute, progress: Progress) -> dict[str, Failure]:
+    def fill(
+        self, windows: Iterable[Window[Content]], compute: Compute[Content], report: Report
+    ) -> dict[str, Failure]:
         """Computes and writes what is not done, and finishes the store.
 
-        Computing goes on in a thread of its own while windows are written.
+        Batches are computed in a thread of its own while those before them are written, and a window only
+        when the one before it is done: so no more than one window is ever lost.
 
         Args:
             windows: all of them, in order.
             compute: embeds a window, batch by batch; takes what cannot be embedded, by place with the
                 reason, into the dictionary.
-            progress: called with residues that are done, and whether they were so before.
+            report: called with the lengths of records that are done, and whether they were so before.
 
         Returns:
             Residues and reason of each record that could not be embedded.
@@ -110,35 +109,26 @@ class Work(Folder):
         Raises:
             ValueError: for no windows, or others than the store was begun with.
         """
-        last: Window | None = None
-        stream = ahead(self._computed(windows, compute), BATCHES_AHEAD)
-        for _, parts in groupby(stream, key=lambda part: part.window.number):
-            last, failures, _ = next(parts)
-            if failures is None:
-                progress(last.residues, True)
-            else:
-                self.write(last, _reported(parts, progress), failures)  # noqa: B031  # the rest of it
-        if last is None:
-            raise ValueError("expected at least one protein to embed, got none")
-        return self.finish(last.number + 1, last.checksum)
-
-    def _computed(self, windows: Iterable[Window], compute: Compute) -> Iterator[_Part]:
-        """Every window: first itself, then its batches; only itself where it is done."""
+        last: Window[Any] | None = None
         for window in windows:
+            last = window
             if self.is_finished or self.done(window):
-                yield _Part(window, None)
+                report(window.lengths, True)
                 continue
             failures: dict[int, str] = {}
-            yield _Part(window, failures)
-            for rows in compute(window, failures):
-                yield _Part(window, failures, rows)
+            with closing(ahead(compute(window, failures), BATCHES_AHEAD)) as batches:
+                self.write(window, _reported(window, batches, report), failures)
+        if last is None:
+            raise ValueError("expected at least one protein to embed, got none")
+        return self.finish(last.number + 1, last.checksum, last.kind)
 
-    def finish(self, windows: int, checksum: str) -> dict[str, Failure]:
+    def finish(self, windows: int, checksum: str, kind: str = "sequences") -> dict[str, Failure]:
         """Makes the store of its windows; lists and returns what could not be embedded.
 
         Args:
             windows: how many there are, all of them done.
             checksum: of the last one.
+            kind: what their contents are called.
 
         Raises:
             ValueError: for another number of windows, or another checksum, than the store was begun with.
@@ -146,13 +136,13 @@ class Work(Folder):
         if self.is_finished:
             if checksum != self._checksum:
                 raise ValueError(
-                    f"expected the sequences of which {self.path} is, got others: take another output"
+                    f"expected the {kind} of which {self.path} is, got others: take another output"
                 )
             self._leave()
-            return {}
+            return self._listed()
         if self.said(windows).is_file():
             raise ValueError(
-                f"expected the sequences with which {self.path} was begun, got fewer: take those, or "
+                f"expected the {kind} with which {self.path} was begun, got fewer: take those, or "
                 "another output"
             )
         failures = {name: why for done in self.all(windows) for name, why in done.failures.items()}
@@ -171,6 +161,15 @@ class Work(Folder):
                 lines = csv.writer(handle, delimiter="\t", lineterminator="\n")
                 lines.writerow(("identifier", "residues", "reason"))
                 lines.writerows((name, *why) for name, why in failures.items())
+
+    def _listed(self) -> dict[str, Failure]:
+        """What the file beside the store lists."""
+        if not self.failed.is_file():
+            return {}
+        with self.failed.open(newline="", encoding="utf-8") as handle:
+            lines = csv.reader(handle, delimiter="\t")
+            next(lines)
+            return {name: (int(residues), reason) for name, residues, reason in lines}
 
     @property
     def failed(self) -> Path:
@@ -193,11 +192,16 @@ class Work(Folder):
         self.close()
 
 
-def _reported(parts: Iterable[_Part], progress: Progress) -> Iterator[Row]:
-    """The rows of a window; says how many residues have come."""
-    for part in parts:
-        yield from part.rows
-        progress(sum(len(part.window.sequences[place]) for place, _ in part.rows), False)
+def in_residues(progress: Progress) -> Report:
+    """What counts the residues of records that are done."""
+    return lambda lengths, before: progress(sum(filter(None, lengths)), before)
+
+
+def _reported(window: Window[Any], batches: Iterable[list[Row]], report: Report) -> Iterator[Row]:
+    """The rows of a window; says which have come."""
+    for rows in batches:
+        yield from rows
+        report([window.lengths[place] for place, _ in rows], False)
 
 
 def _opened(form: Format, path: Path) -> Store:
@@ -211,15 +215,3 @@ def _opened(form: Format, path: Path) -> Store:
         store.close()
         raise ValueError(f"{wanted}, got another program's: take another output")
     return store
-
-
-def require_fitting(form: Format, facts: Facts) -> None:
-    """Raises a ValueError for a dtype or pooling that the format does not take."""
-    for what, got, taken in (
-        ("save_dtype", facts.save_dtype, form.dtypes),
-        ("pool", facts.pool, form.pools),
-    ):
-        if got not in taken:
-            raise ValueError(
-                f"expected {what} to be one of {', '.join(map(repr, taken))} in .{form.name}, got {got!r}"
-            )

@@ -1,0 +1,246 @@
+"""A look at a store: its proteins in two dimensions, narrow and wide, and what each feature holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from rd_torch.sampling import Sample, principal_components, sample_of
+from rd_torch.store import Store, open_store
+from rd_torch.store.format import require_folder, written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES: Final = (".png", ".pdf", ".svg")
+
+# Okabe and Ito's colours, which differ to colour-blind eyes too; yellow is too pale for points.
+COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+INK, FAINT, GRID = "#222222", "#666666", "#E4E4E4"
+TINY, SMALL, MEDIUM, LARGE = 6.5, 8.5, 10, 13
+
+UPRIGHT, FLAT = 0.011, 0.0072
+"""Shares of the picture's width that a line of text, and a letter, take at the least."""
+
+
+def plot_store(path: str | Path, output: str | Path, *, width: int | None = None) -> None:
+    """Draws a store: maps of its proteins by principal components, norms and variance by feature.
+
+    Above, the first two principal components of the first `width` features and of all. Below, the root
+    mean square of each feature, and its share of the total variance, with the levels' boundaries. Of more
+    than 5,000 records an evenly spread sample is drawn; residues are averaged by protein.
+
+    Args:
+        path: a file or folder that `open_store` reads.
+        output: the picture, `.png`, `.pdf` or `.svg`; replaced if it is there.
+        width: features of the narrow map; by default the first level's.
+
+    Raises:
+        FileNotFoundError: where there is no store, or no folder for the picture.
+        ValueError: for fewer than two records, a width that is not there, or another suffix.
+        ImportError: without matplotlib.
+    """
+    output = Path(output)
+    if output.suffix not in SUFFIXES:
+        raise ValueError(f"expected a picture that ends in {', '.join(SUFFIXES)}, got {str(output)!r}")
+    require_folder(output)
+    require_matplotlib()
+    with open_store(path) as store:
+        _require_width(store, width)
+        sample = sample_of(store)
+    figure = draw(sample, width)
+    write = partial(figure.savefig, format=output.suffix[1:], dpi=160)
+    written_whole(output, write, durable=False)
+
+
+def require_matplotlib() -> None:
+    """Raises an ImportError that says how to install matplotlib where it is missing."""
+    try:
+        import matplotlib  # noqa: F401  # whether it is there
+    except ImportError as error:
+        raise ImportError("expected matplotlib, got none: pip install rd_torch[plot]") from error
+
+
+def _require_width(store: Store, width: int | None) -> None:
+    """Raises a ValueError that lists the levels unless the width is None or a number of features."""
+    if width is not None and not 1 <= width <= store.width:
+        levels = zip(store.facts.levels, store.facts.widths, strict=True) if store.facts else ()
+        listed = ", ".join(f"{level} {end}" for level, end in levels)
+        raise ValueError(
+            f"expected a width from 1 to {store.width}{f' (levels: {listed})' if listed else ''}, got {width}"
+        )
+
+
+def draw(sample: Sample, width: int | None = None) -> Figure:
+    """The picture of a sample; `width` is the narrow map's, by default the first level's."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    narrow = width or min(sample.levels.values(), default=sample.width)
+    widths = sorted({narrow, sample.width})
+    layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
+    figure = Figure(figsize=(10, 10.5), layout=layout, facecolor="white")
+    figure.suptitle(sample.title, fontsize=LARGE, color=INK, fontweight="bold")
+    figure.supxlabel(sample.caption, fontsize=SMALL, color=FAINT)
+    columns = [1] * len(widths) + [0.0125 * len(widths)] * sample.has_lengths
+    grid = figure.add_gridspec(3, len(columns), height_ratios=(5, 2.3, 2.3), width_ratios=columns)
+    _draw_maps([figure.add_subplot(grid[0, column]) for column in range(len(columns))], sample, widths)
+    _draw_norms(figure.add_subplot(grid[1, :]), sample)
+    _draw_shares(figure.add_subplot(grid[2, :]), sample)
+    return figure
+
+
+def _draw_maps(axes: Sequence[Axes], sample: Sample, widths: Sequence[int]) -> None:
+    """A map of each width side by side, of one orientation, coloured by length where it is known.
+
+    What the colours mean stands in the axes that are left.
+    """
+    from matplotlib.colors import LogNorm
+
+    style: dict[str, Any] = {"color": COLOURS[0]}
+    if sample.has_lengths:
+        style = {"c": sample.lengths, "cmap": "viridis", "norm": LogNorm()}
+    names = {end: level for level, end in sample.levels.items()}
+    before: np.ndarray | None = None
+    for ax, width in zip(axes, widths, strict=False):
+        points, shares = principal_components(sample.vectors[:, :width])
+        if before is not None:  # as the map before lies, not mirrored
+            points *= np.where((points * before).sum(0) < 0, -1, 1)
+        before = points
+        size = float(np.clip(8_000 / len(points), 5, 34))
+        drawn = ax.scatter(
+            points[:, 0], points[:, 1], s=size, alpha=0.85, linewidths=0.3, edgecolors="white", **style
+        )
+        ax.set_aspect("equal", adjustable="datalim")
+        ax.margins(0.08)
+        which = f"{'all' if width == sample.width else 'the first'} {width:,} features"
+        title = f"{names[width]}: {which}" if width in names else which.capitalize()
+        labels = [
+            f"{nth} principal component, {share:.0%} of variance"
+            for nth, share in zip(("first", "second"), shares, strict=True)
+        ]
+        _dress(ax, title, *labels)
+        ax.grid(color=GRID, linewidth=0.6)
+    if sample.has_lengths:
+        _draw_scale(axes[-1], drawn)
+
+
+def _draw_scale(ax: Axes, drawn: Any) -> None:
+    """What the maps' colours mean."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    figure = ax.get_figure()
+    assert figure is not None, "axes are part of a figure"
+    bar = figure.colorbar(drawn, cax=ax)
+    bar.set_label("residues", fontsize=SMALL, color=FAINT)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.minorticks_off()
+    ax.tick_params(labelsize=SMALL, colors=FAINT, length=3)
+    ax.spines[:].set_visible(False)
+
+
+def _draw_norms(ax: Axes, sample: Sample) -> None:
+    """The root mean square of each feature."""
+    norms = np.sqrt(np.square(sample.vectors).mean(0))
+    _draw_features(ax, sample, norms)
+    _dress(ax, "Norm of each feature", "", "root mean square", above=20)
+
+
+def _draw_shares(ax: Axes, sample: Sample) -> None:
+    """Each feature's share of the total variance, and their sum so far."""
+    from matplotlib.ticker import PercentFormatter
+
+    variances = sample.vectors.var(0)
+    shares = variances / max(variances.sum(), np.finfo(float).tiny)
+    _draw_features(ax, sample, shares, "%", 100)
+    _dress(ax, "Explained variance of each feature", "feature", "share of total variance", above=20)
+    total = ax.twinx()
+    places = np.arange(sample.width + 1) + 0.5
+    total.plot(places, np.concatenate([[0], shares.cumsum()]), color=INK, linewidth=1.6)
+    total.set_ylim(0, 1.04)
+    total.yaxis.set_major_formatter(PercentFormatter(1))
+    _dress(total, "", "", "cumulative share (line)")
+    total.spines["right"].set_visible(True)
+    total.spines["left"].set_visible(False)
+
+
+def _draw_features(ax: Axes, sample: Sample, values: np.ndarray, unit: str = "", factor: int = 1) -> None:
+    """A point a feature in its level's colour; boundaries and names of the levels above."""
+    ends = sample.levels or {"": sample.width}
+    starts = [0, *ends.values()]
+    size = float(np.clip(3_000 / sample.width, 2, 16))
+    for start, end, colour in zip(starts, ends.values(), cycle(COLOURS), strict=False):
+        ax.scatter(np.arange(start, end) + 1, values[start:end], s=size, color=colour, linewidths=0)
+        ax.axvspan(start + 0.5, end + 0.5, color=colour, alpha=0.07, linewidth=0)
+        if start:
+            ax.axvline(start + 0.5, color=FAINT, linewidth=0.8)
+    _name_levels(ax, ends, starts, sample.width)
+    ax.set_xlim(0.5, sample.width + 0.5)
+    ax.set_xticks(_apart([1, *ends.values()], 0.0095 * sample.width))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    _scale_by_powers(ax, values[values > 0], unit, factor)
+
+
+def _name_levels(ax: Axes, ends: Mapping[str, int], starts: Sequence[int], width: int) -> None:
+    """Levels' names above their features: smaller where they do not fit, upright where they still don't."""
+    rooms = [(end - start) / width for start, end in zip(starts, ends.values(), strict=False)]
+    fit = all(room > FLAT * len(level) * SMALL / TINY for level, room in zip(ends, rooms, strict=True))
+    for level, start, room in zip(ends, starts, rooms, strict=False):
+        if room > UPRIGHT:
+            ax.text(
+                start / width + room / 2,
+                1.03,
+                level,
+                transform=ax.transAxes,
+                ha="center",
+                rotation=0 if room > FLAT * len(level) else 90,
+                color=INK,
+                fontsize=SMALL if fit else TINY,
+            )
+
+
+def _scale_by_powers(ax: Axes, values: np.ndarray, unit: str, factor: int) -> None:
+    """A logarithmic scale with a few plain numbers, where there is anything above zero."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    if not len(values):
+        return
+    ax.set_yscale("log")
+    many = values.max() > 500 * values.min()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1,) if many else (1, 2, 5), numticks=7))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(factor * value) + unit))
+    ax.minorticks_off()
+
+
+def _plain(number: float) -> str:
+    """A number without an exponent."""
+    return np.format_float_positional(number, precision=3, unique=False, fractional=False, trim="-")
+
+
+def _apart(places: Sequence[int], digit: float) -> list[int]:
+    """Those of rising places whose numbers do not meet, of digits so wide; the last one always."""
+    kept: list[int] = []
+    for place in reversed(places):
+        if not kept or kept[-1] - place >= digit * len(f"{kept[-1]:,}"):
+            kept.append(place)
+    return kept[::-1]
+
+
+def _dress(ax: Axes, title: str, below: str, beside: str, *, above: float = 6) -> None:
+    """Title, labels and lines in one style."""
+    ax.set_title(title, fontsize=MEDIUM, color=INK, loc="left", pad=above)
+    ax.set_xlabel(below, fontsize=SMALL, color=FAINT)
+    ax.set_ylabel(beside, fontsize=SMALL, color=FAINT)
+    ax.tick_params(labelsize=SMALL, colors=FAINT, length=3, which="both")
+    for side, spine in ax.spines.items():
+        spine.set_color(FAINT)
+        spine.set_linewidth(0.8)
+        spine.set_visible(side in {"left", "bottom"})
+    ax.set_axisbelow(True)
