@@ -36,6 +36,13 @@ class Done:
     files: dict[str, int]
     failures: dict[str, Failure]
 
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What is known, from its text."""
+        known = json.loads(text)
+        known["failures"] = {name: (residues, why) for name, (residues, why) in known["failures"].items()}
+        return cls(**known)
+
 
 class Folder:
     """The folder `<output>.part`, in which windows are written in any order, by any process.
@@ -79,7 +86,7 @@ class Folder:
         said = self.said(window.number)
         if not said.is_file():
             return None
-        done = Done(**json.loads(said.read_text()))
+        done = Done.from_json(said.read_text())
         if done.checksum != window.checksum:
             raise ValueError(
                 f"expected the {window.kind} with which {self.path} was begun, got others in the "
@@ -136,7 +143,7 @@ class Folder:
 
     def all(self, windows: int) -> Iterator[Done]:
         """What is known of the first windows, all of them done."""
-        return (Done(**json.loads(self.said(number).read_text())) for number in range(windows))
+        return (Done.from_json(self.said(number).read_text()) for number in range(windows))
 
     def names(self, windows: int) -> Iterator[tuple[str, Path]]:
         """Each embedded record of them in FASTA order, with the first file of its window."""
