@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rd_torch import pretrained
+    from rd_torch import cluster, pretrained
     from rd_torch.combining import combine_stores
     from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig, Reference
     from rd_torch.embedding import embed, embed_to_store
@@ -54,6 +54,7 @@ _HOMES = {
     "Stage": "stage",
     "TransformersEncoder": "pretrained",
     "align_labels": "heads",
+    "cluster": "cluster",
     "combine_stores": "combining",
     "embed": "embedding",
     "embed_to_store": "embedding",
@@ -84,6 +85,7 @@ __all__ = [
     "Stage",
     "TransformersEncoder",
     "align_labels",
+    "cluster",
     "combine_stores",
     "embed",
     "embed_to_store",

@@ -19,7 +19,8 @@ from rd_torch.model import RDModel
 from rd_torch.moments import float64_device
 from rd_torch.sequences import normalized, normalized_proteins
 from rd_torch.store import Facts, Names, Pool, Row, SaveDtype, Window, Work, cut_windows, format_of
-from rd_torch.store.work import Failure, Progress
+from rd_torch.store.folder import Failure
+from rd_torch.store.work import Compute, Progress, in_residues
 from rd_torch.tokens import is_residue
 
 WINDOWS_AHEAD: Final = 1
@@ -117,31 +118,40 @@ def embed_to_store(
             begun with other sequences, another model or other choices.
     """
     given = options.get("tokens_per_batch")
-    budget, device = plan_batches(model.family(options.get("width")).values(), given)
+    budget, _ = plan_batches(model.family(options.get("width")).values(), given)
     wanted = facts_of(model, name, save_dtype, budget, **options)
     with Work(Path(path), format_of(path, form), wanted, fixed_budget=given is not None) as work:
-        dtype = getattr(torch, save_dtype)
-        compute = _vectors(model, **options)
         names = Names(work.format.key)
-
-        def batches(window: Window[str], failures: dict[int, str]) -> Iterator[list[Row]]:
-            """The rows of a window, batch by batch."""
-            budget = work.facts.tokens_per_batch
-            for batch in run_batches(compute, window.contents, budget, device, failures=failures):
-                rows = (array.to(dtype) for array in batch.result)
-                yield list(zip(batch.indices, rows, strict=True))
-
         cut = cut_windows(normalized_proteins(proteins), work.facts.tokens_per_batch, names)
         with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
-            failures = work.fill(
-                windows, batches, lambda done, before: progress(sum(filter(None, done)), before)
-            )
-    if names.renamed:
-        warnings.warn(
-            f"records whose identifier another one has, stored as IDENTIFIER#2 and so on: {names.renamed:,}",
-            stacklevel=2,
-        )
+            failures = work.fill(windows, embed_windows(model, work.facts), in_residues(progress))
+    warn_renamed(names.renamed)
     return failures
+
+
+def embed_windows(model: RDModel, facts: Facts) -> Compute[str]:
+    """What embeds a window of records for a store of these facts, batch by batch."""
+    compute = _vectors(model, pool=facts.pool, width=facts.width)
+    device = next(model.backbones.parameters()).device
+    dtype = getattr(torch, facts.save_dtype)
+
+    def batches(window: Window[str], failures: dict[int, str]) -> Iterator[list[Row]]:
+        """The rows of a window, batch by batch."""
+        budget = facts.tokens_per_batch
+        for batch in run_batches(compute, window.contents, budget, device, failures=failures):
+            rows = (array.to(dtype) for array in batch.result)
+            yield list(zip(batch.indices, rows, strict=True))
+
+    return batches
+
+
+def warn_renamed(records: int) -> None:
+    """Issues one warning that counts records which share an identifier, none where there are none."""
+    if records:
+        warnings.warn(
+            f"records whose identifier another one has, stored as IDENTIFIER#2 and so on: {records:,}",
+            stacklevel=3,
+        )
 
 
 def facts_of(
@@ -152,10 +162,9 @@ def facts_of(
     Raises:
         ValueError: for a pool or width that does not exist.
     """
-    pool, config = options.get("pool", "mean"), model.config
+    pool = options.get("pool", "mean")
     check_choice("pool", pool, ("mean", "none"))
-    width = options.get("width") or model.embed_dim
-    prefixes = config.prefixes(width)
+    prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
     return Facts(
         model=name,
         fingerprint=model.fingerprint(),

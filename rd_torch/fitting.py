@@ -58,17 +58,51 @@ def fit(
             finite.
         TypeError: for a backbone of another kind.
     """
-    family = {name: ESM2.sharing(module) for name, module in backbones.items()}
-    widths = {name: backbone.embed_dim for name, backbone in family.items()}
-    check_options(list(widths.values()), **options)
+    family = shared_family(backbones, **options)
     budget, device = plan_batches(family.values(), tokens_per_batch)
-    moments = RunningMoments(sum(widths.values()), device)
-    batches = run_batches(partial(_residues, family), normalized(sequences), budget, device)
+    moments = RunningMoments(sum(backbone.embed_dim for backbone in family.values()), device)
+    count = add_moments(family, moments, normalized(sequences), budget, progress)
+    return solved(family, moments, count, provenance, **options)
+
+
+def shared_family(backbones: Mapping[str, nn.Module], **options: Unpack[SolveOptions]) -> dict[str, ESM2]:
+    """The backbones as ours, tensors shared; options are checked against their widths.
+
+    Raises:
+        ValueError: for options that cannot be.
+        TypeError: for a backbone of another kind.
+    """
+    family = {name: ESM2.sharing(module) for name, module in backbones.items()}
+    check_options([backbone.embed_dim for backbone in family.values()], **options)
+    return family
+
+
+def add_moments(
+    family: Mapping[str, ESM2],
+    moments: RunningMoments,
+    sequences: Iterable[str],
+    tokens_per_batch: int,
+    progress: Callable[[int], object] = lambda residues: None,
+) -> int:
+    """Adds the residues of normalised sequences to the family's joint moments; returns how many came."""
+    device = next(iter(family.values())).embed_tokens.weight.device
     count = 0
-    for batch in batches:
+    for batch in run_batches(partial(_residues, family), sequences, tokens_per_batch, device):
         moments.update(batch.result)
         progress(len(batch.result))
         count += len(batch.indices)
+    return count
+
+
+def solved(
+    family: Mapping[str, ESM2],
+    moments: RunningMoments,
+    count: int,
+    provenance: Mapping[str, Any] | None = None,
+    **options: Unpack[SolveOptions],
+) -> RDModel:
+    """The model of a family and its joint moments, of `count` sequences, in `eval` mode."""
+    widths = {name: backbone.embed_dim for name, backbone in family.items()}
     stages = solve_stages(moments, widths, **options)
     facts = {"sequences": count, "residues": moments.count, "solve": {"regressor": "pcr", **options}}
     return RDModel(

@@ -46,6 +46,18 @@ class RunningMoments:
         """`(width,)` mean of all rows so far; zeros before the first."""
         return self._mean.clone()
 
+    @property
+    def parts(self) -> tuple[int, Tensor, Tensor]:
+        """Rows so far, their `(width,)` mean, and their `(width, width)` centred products."""
+        return self.count, self._mean, self._scatter
+
+    @classmethod
+    def of(cls, count: int, mean: Tensor, scatter: Tensor) -> RunningMoments:
+        """Moments of the `parts` of others."""
+        moments = cls(len(mean), mean.device)
+        moments.count, moments._mean, moments._scatter = count, mean, scatter
+        return moments
+
     def covariance(self) -> Tensor:
         """`(width, width)` unbiased covariance of all rows so far.
 

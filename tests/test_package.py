@@ -85,7 +85,7 @@ def test_lower_bounds_are_what_the_oldest_environment_installs():
     bounds = [*project["project"]["dependencies"], *(bound for extra in extras for bound in extra)]
     bounds = [bound.replace(">=", "==") for bound in bounds]
     assert set(bounds) < set(project["dependency-groups"]["oldest"])
-    names = {re.split("[=>]", bound)[0] for bound in bounds}
+    names = {re.split(r"[\[=>]", bound)[0] for bound in bounds}
     imports = {
         name.split(".")[0]
         for path in (ROOT / "rd_torch").rglob("*.py")

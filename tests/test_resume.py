@@ -19,6 +19,7 @@ from rd_torch.embedding import embed_to_store
 from rd_torch.sequences import Fasta, Protein, cut_batches
 from rd_torch.store import FORMATS, Names, cut_windows, open_store
 from rd_torch.store import format as formats
+from rd_torch.store.folder import Folder
 from rd_torch.store.work import Work
 
 BUDGET = 20
@@ -74,7 +75,7 @@ class Kill(BaseException):
 
 def interrupt(model, path, windows, **options):
     """Embeds until so many windows are written."""
-    write = Work.write
+    write = Folder.write
     left = [windows]
 
     def counting(work, *arguments):
@@ -83,12 +84,12 @@ def interrupt(model, path, windows, **options):
         left[0] -= 1
         write(work, *arguments)
 
-    Work.write = counting
+    Folder.write = counting
     try:
         with pytest.raises(Kill):
             embed(model, path, **options)
     finally:
-        Work.write = write
+        Folder.write = write
 
 
 KILLING = """
@@ -308,7 +309,7 @@ def test_a_write_that_fails_is_an_error_and_the_next_run_goes_on(mini, tmp_path,
         whole(path, write, **options)
 
     with monkeypatch.context() as patched:
-        for module in ("work", "hdf5", "parquet", "fairesm"):
+        for module in ("work", "folder", "hdf5", "parquet", "fairesm"):
             patched.setattr(sys.modules[f"rd_torch.store.{module}"], "written_whole", failing)
         with pytest.raises(OSError, match="No space left on device"):
             embed(mini, tmp_path / f"out.{suffix}")

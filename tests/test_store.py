@@ -157,7 +157,7 @@ def test_pt_files_are_what_code_for_fair_esms_extract_reads(mini, tmp_path, pool
 def test_files_of_other_programs_are_read(tmp_path):
     rows = np.random.default_rng(0).standard_normal((2, 7, 5)).astype(np.float32)
     with h5py.File(tmp_path / "uniprot.h5", "w") as file:
-        for name, row in zip(("P1", "P2"), rows, strict=True):
+        for name, row in zip(("P1", "a%20b"), rows, strict=True):
             file[name] = row
     (tmp_path / "extracted").mkdir()
     for name, row in zip(("P1", "P2 some text"), rows, strict=True):
@@ -169,6 +169,9 @@ def test_files_of_other_programs_are_read(tmp_path):
             assert (store.pool, store.width, len(store)) == ("none", 5, 2)
             assert np.array_equal(store["P1"], rows[0])
             assert np.array_equal(store.read(1, width=2), rows[1][:, :2])
+            assert np.array_equal(store[list(store)[1]], rows[1])
+            with pytest.raises(KeyError, match="got '.'"):
+                store["."]
 
 
 def test_what_is_no_store_is_refused(mini, tmp_path):

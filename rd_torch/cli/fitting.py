@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,14 +12,21 @@ from rd_torch.cli.shared import (
     backbone_option,
     budget_option,
     by_level,
+    cluster_options,
     device_option,
     fasta_argument,
+    joined,
     load,
+    on_all_machines,
     option,
     plainly,
     print_levels,
     strict_option,
 )
+
+if TYPE_CHECKING:
+    from rd_torch.model import RDModel
+    from rd_torch.sequences import Fasta
 
 
 @click.command()
@@ -36,6 +44,7 @@ from rd_torch.cli.shared import (
 @budget_option
 @strict_option
 @device_option
+@cluster_options
 @plainly
 def fit(
     fasta: Path,
@@ -58,28 +67,55 @@ def fit(
     """
     from rd_torch.cli.progress import Progress
     from rd_torch.config import check_choice
-    from rd_torch.fitting import fit as fit_chain
-    from rd_torch.sequences import Fasta, normalized_proteins
+    from rd_torch.sequences import Fasta
 
     counts = _added(added)
     file = Fasta(fasta)
-    family, origin = _family(backbones, sources, device)
+    workers = joined(options, device)
+    family, origin = _family(backbones, sources, "cpu" if workers else device)
     wanted = levels.split(",") if levels else list(family)
     for level in wanted:
         check_choice("level", level, tuple(family))
     with Progress(file) as progress:
-        proteins = progress.counted(normalized_proteins(file, strict=strict))
-        chain = fit_chain(
-            {level: family[level] for level in wanted},
-            (protein.sequence for protein in proteins),
-            progress=progress,
-            provenance={"backbones": origin, "fasta": fasta.name},
-            added=counts,
-            **options,
-        )
+        options |= {
+            "progress": progress,
+            "provenance": {"backbones": origin, "fasta": fasta.name},
+            "added": counts,
+        }
+        if workers:
+            named = (f"{level}={on_all_machines(source)}" for level, source in by_level(sources).items())
+            again = partial(_chosen, backbones and on_all_machines(backbones), tuple(named), wanted)
+            chain = _on_cluster(again, file, strict, workers=workers, **options)
+        else:
+            chain = _here({level: family[level] for level in wanted}, file, strict, **options)
     chain.save_pretrained(output)
     print_levels(chain.config)
     click.echo(f"Written to {output}", err=True)
+
+
+def _here(family: dict[str, Any], file: Fasta, strict: bool, **options: Any) -> RDModel:
+    """Fits in this process."""
+    from rd_torch.fitting import fit as fit_chain
+    from rd_torch.sequences import normalized_proteins
+
+    proteins = options["progress"].counted(normalized_proteins(file, strict=strict))
+    return fit_chain(family, (protein.sequence for protein in proteins), **options)
+
+
+def _on_cluster(again: Any, file: Fasta, strict: bool, **options: Any) -> RDModel:
+    """Fits on a cluster; `again` loads the family in every worker."""
+    from rd_torch.cluster import Records
+    from rd_torch.cluster import fit as fit_chain
+
+    return fit_chain(again, Records(file.path.resolve(), strict), **options)
+
+
+def _chosen(
+    checkpoint: str | None, sources: tuple[str, ...], wanted: list[str], device: str
+) -> dict[str, Any]:
+    """The wanted backbones, on any machine."""
+    family, _ = _family(checkpoint, sources, device)
+    return {level: family[level] for level in wanted}
 
 
 def _family(

@@ -74,15 +74,20 @@ class Progress(Bar):
 
     def __init__(self, file: Fasta) -> None:
         super().__init__("residue")
-        self._file, self._read = file, 0
+        self._file, self._read, self._reached = file, 0, 0.0
 
     @property
     def total(self) -> int | None:
         """About how many residues there are."""
-        return round(self._read / self._file.fraction) if self._file.fraction else None
+        fraction = self._reached or self._file.fraction
+        return round(self._read / fraction) if fraction else None
 
     def counted(self, proteins: Iterable[Protein]) -> Iterator[Protein]:
         """The same proteins; counts what is read of them."""
         for protein in proteins:
             self._read += len(protein.sequence)
             yield protein
+
+    def reach(self, residues: int, fraction: float) -> None:
+        """Where another process reads: so many residues, from this share of the file."""
+        self._read, self._reached = residues, fraction

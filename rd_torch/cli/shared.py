@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import click
 if TYPE_CHECKING:
     import torch
 
+    from rd_torch.cluster import Workers
     from rd_torch.config import RDConfig
     from rd_torch.model import RDModel
 
@@ -107,6 +108,72 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     """Takes the chosen options of the authors' maps out of a command's options."""
     chosen = {name: options.pop(name) for name in _PUBLISHED if name in options}
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+_HERE = "this machine's"
+
+_CLUSTER = (
+    option(
+        "--cluster",
+        metavar="[ADDRESS]",
+        is_flag=False,
+        flag_value=_HERE,
+        help="Work on the Ray cluster at HOST:PORT; without, on this machine's, started if need be.",
+    ),
+    option(
+        "--workers",
+        "count",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Of the cluster.  [default: as many as fit]",
+    ),
+    option(
+        "--worker-cpus",
+        "num_cpus",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="N",
+        help="CPUs of each.  [default: 1 beside a GPU, else up to 8]",
+    ),
+    option(
+        "--worker-gpus",
+        "num_gpus",
+        type=click.FloatRange(min=0),
+        metavar="N",
+        help="GPUs of each, or a share.  [default: 1 where there are any]",
+    ),
+)
+
+
+def cluster_options(command: Command) -> Command:
+    """Adds the options that take a job to a cluster."""
+    return reduce(lambda inner, add: add(inner), reversed(_CLUSTER), command)
+
+
+def joined(options: dict[str, Any], device: str | None) -> Workers | None:
+    """Takes the options of a cluster out of a command's and joins it; None where none is wanted.
+
+    Raises:
+        ValueError: for workers without a cluster, or a device with one.
+    """
+    address = options.pop("cluster")
+    wanted = {name: options.pop(name) for name in ("count", "num_cpus", "num_gpus")}
+    if address is None:
+        if any(value is not None for value in wanted.values()):
+            raise ValueError(
+                "expected --workers, --worker-cpus and --worker-gpus with --cluster, got no --cluster"
+            )
+        return None
+    if device is not None:
+        raise ValueError("expected --device or --cluster, got both: --worker-gpus 0 keeps workers on CPUs")
+    from rd_torch.cluster import Workers, join
+
+    join(None if address == _HERE else address)
+    return Workers(**wanted)
+
+
+def on_all_machines(name: str) -> str:
+    """A model's name that holds in any folder: a path as it is from the root on."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 backbone_option = option(

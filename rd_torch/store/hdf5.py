@@ -164,10 +164,14 @@ class HDF5Store(Store):
     @cached_property
     def identifiers(self) -> list[str]:
         """Names of the records, in FASTA order."""
-        return list(map(identifier_of, self._file))
+        return [name if self.facts is None else identifier_of(name) for name in self._file]
 
     def __contains__(self, identifier: object) -> bool:
-        return isinstance(identifier, str) and dataset_name(identifier) in self._file
+        return isinstance(identifier, str) and self._name(identifier) in self._file
+
+    def _name(self, identifier: str) -> str:
+        """The dataset of an identifier; other programs name it as it is."""
+        return identifier if self.facts is None else dataset_name(identifier)
 
     def _rows(self, keys: Sequence[str] | range, width: int) -> list[Array]:
         if isinstance(keys, range):
@@ -175,10 +179,9 @@ class HDF5Store(Store):
         return [self._row(identifier, width) for identifier in keys]
 
     def _row(self, identifier: str, width: int) -> np.ndarray:
-        try:
-            dataset = self._file[dataset_name(identifier)]
-        except KeyError:
-            raise missing(identifier, self.path) from None
+        dataset = self._file.get(self._name(identifier))
+        if not isinstance(dataset, h5py.Dataset):
+            raise missing(identifier, self.path)
         return dataset[..., :width]
 
     def close(self) -> None:

@@ -75,11 +75,18 @@ def table(window: Window[Any], rows: Iterable[Row], facts: Facts) -> pa.Table:
         "identifier": pa.array([window.names[place] for place in places], pa.string()),
         "length": pa.array([window.lengths[place] for place in places], pa.int32()),
     }
-    for level, end in zip(facts.levels, facts.widths, strict=True):
-        block = vectors[:, end - facts.added[level] : end]
-        columns[level] = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), block.shape[1])
+    columns |= level_columns(vectors, facts.levels, facts.widths)
     metadata = {"rd_torch": facts.to_json(), "checksum": window.checksum}
     return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def level_columns(vectors: np.ndarray, levels: Sequence[str], widths: Sequence[int]) -> dict[str, pa.Array]:
+    """What each level adds to `(rows, width)` vectors, by its name: lists of fixed size."""
+    blocks = zip(levels, (0, *widths), widths, strict=False)
+    return {
+        level: pa.FixedSizeListArray.from_arrays(pa.array(vectors[:, start:end].ravel()), end - start)
+        for level, start, end in blocks
+    }
 
 
 class ParquetStore(Store):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
@@ -15,11 +13,9 @@ from filelock import FileLock, Timeout
 
 from rd_torch.batching import ahead
 from rd_torch.store.facts import Facts
+from rd_torch.store.folder import Failure, Folder
 from rd_torch.store.format import Format, Row, Store, require_fitting, require_folder, sync, written_whole
 from rd_torch.store.windows import Content, Length, Window
-
-Failure: TypeAlias = tuple[int, str]
-"""Residues of a record that could not be embedded, and the reason."""
 
 Compute: TypeAlias = Callable[[Window[Content], dict[int, str]], Iterable[list[Row]]]
 
@@ -33,31 +29,8 @@ BATCHES_AHEAD: Final = 2
 """Batches that are computed while one is written."""
 
 
-@dataclass(frozen=True)
-class Done:
-    """What is known of a window that is written.
-
-    Attributes:
-        names: of its records, in FASTA order.
-        residues: of all of them.
-        checksum: the window's.
-        files: their sizes in bytes, by name.
-        failures: residues and reason, by name, of records that could not be embedded.
-    """
-
-    names: list[str]
-    residues: int
-    checksum: str
-    files: dict[str, int]
-    failures: dict[str, Failure]
-
-
-class Work:
-    """The folder `<output>.part`, which becomes the store when its last window is done.
-
-    A window's files come under their names when they are whole, then `windows/<number>.json` says that the
-    window is done, with the sizes of its files. So a kill at any moment loses the window under work and no
-    other, and files that a crash of the machine left short are noticed and written again.
+class Work(Folder):
+    """The folder `<output>.part` under a lock, which becomes the store when its last window is done.
 
     Args:
         path: the store.
@@ -75,9 +48,7 @@ class Work:
     def __init__(self, path: Path, form: Format, facts: Facts, *, fixed_budget: bool = False) -> None:
         require_fitting(form, facts)
         require_folder(path)
-        self.path = path
-        self.format = form
-        self.folder = path.with_name(f"{path.name}.part")
+        super().__init__(path, form, facts)
         self._checksum: str | None = None
         begun = self._begun()
         if begun is not None:
@@ -87,8 +58,7 @@ class Work:
                     f"expected tokens_per_batch {begun.tokens_per_batch}, with which {path} was begun, got "
                     f"{facts.tokens_per_batch}: leave it out, or take another output"
                 )
-            facts = begun
-        self.facts = facts
+            self.facts = begun
         self._lock = FileLock(self.folder / "lock")
         if not self.is_finished:
             self._take()
@@ -118,25 +88,6 @@ class Work:
                 f"expected to write {self.path} alone, got another process that does: wait for it"
             ) from None
         written_whole(self.folder / "facts.json", lambda part: part.write_text(self.facts.to_json()))
-
-    def done(self, window: Window[Any]) -> Done | None:
-        """What is known of the window, if it is done.
-
-        Raises:
-            ValueError: when it was done with other records.
-        """
-        said = self._said(window.number)
-        if not said.is_file():
-            return None
-        done = Done(**json.loads(said.read_text()))
-        if done.checksum != window.checksum:
-            raise ValueError(
-                f"expected the {window.kind} with which {self.path} was begun, got others in the "
-                f"{len(window.names):,} records from {window.names[0]} on: take those, or another output"
-            )
-        files = [(self.folder / "data" / name, size) for name, size in done.files.items()]
-        whole = all(path.is_file() and path.stat().st_size == size for path, size in files)
-        return done if whole else None
 
     def fill(
         self, windows: Iterable[Window[Content]], compute: Compute[Content], report: Report
@@ -169,61 +120,37 @@ class Work:
                 self.write(window, _reported(window, batches, report), failures)
         if last is None:
             raise ValueError("expected at least one protein to embed, got none")
-        return self._finish(last)
+        return self.finish(last.number + 1, last.checksum, last.kind)
 
-    def write(self, window: Window[Any], rows: Iterable[Row], failures: Mapping[int, str]) -> None:
-        """Writes a window; `failures` are looked at when all rows have come."""
-        paths = self.format.write(self.folder / "data", window, rows, self.facts)
-        done = Done(
-            names=window.names,
-            residues=window.residues,
-            checksum=window.checksum,
-            files={path.name: path.stat().st_size for path in paths},
-            failures={
-                window.names[place]: (window.lengths[place] or 0, reason)
-                for place, reason in failures.items()
-            },
-        )
-        said = json.dumps(asdict(done))
-        written_whole(self._said(window.number), lambda part: part.write_text(said))
+    def finish(self, windows: int, checksum: str, kind: str = "sequences") -> dict[str, Failure]:
+        """Makes the store of its windows; lists and returns what could not be embedded.
 
-    def _finish(self, last: Window[Any]) -> dict[str, Failure]:
-        """Makes the store of its windows; lists and returns what could not be embedded."""
-        windows = last.number + 1
+        Args:
+            windows: how many there are, all of them done.
+            checksum: of the last one.
+            kind: what their contents are called.
+
+        Raises:
+            ValueError: for another number of windows, or another checksum, than the store was begun with.
+        """
         if self.is_finished:
-            if last.checksum != self._checksum:
+            if checksum != self._checksum:
                 raise ValueError(
-                    f"expected the {last.kind} of which {self.path} is, got others: take another output"
+                    f"expected the {kind} of which {self.path} is, got others: take another output"
                 )
             self._leave()
             return self._listed()
-        if self._said(windows).is_file():
+        if self.said(windows).is_file():
             raise ValueError(
-                f"expected the {last.kind} with which {self.path} was begun, got fewer: take those, or "
+                f"expected the {kind} with which {self.path} was begun, got fewer: take those, or "
                 "another output"
             )
-        failures = {
-            name: (residues, reason)
-            for done in self._all(windows)
-            for name, (residues, reason) in done.failures.items()
-        }
+        failures = {name: why for done in self.all(windows) for name, why in done.failures.items()}
         self._list(failures)
-        self.format.finish(self.folder / "data", self._names(windows), self.facts, last.checksum, self.path)
+        self.format.finish(self.folder / "data", self.names(windows), self.facts, checksum, self.path)
         sync(self.path.parent)
         self._leave()
         return failures
-
-    def _said(self, number: int) -> Path:
-        return self.folder / "windows" / f"{number:06d}.json"
-
-    def _all(self, windows: int) -> Iterator[Done]:
-        return (Done(**json.loads(self._said(number).read_text())) for number in range(windows))
-
-    def _names(self, windows: int) -> Iterator[tuple[str, Path]]:
-        """Each embedded record in FASTA order, with the first file of its window."""
-        for done in self._all(windows):
-            first = self.folder / "data" / next(iter(done.files), "")
-            yield from ((name, first) for name in done.names if name not in done.failures)
 
     def _list(self, failures: Mapping[str, Failure]) -> None:
         """Writes `<output>.failed.tsv`, or nothing where nothing failed."""
@@ -263,6 +190,11 @@ class Work:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def in_residues(progress: Progress) -> Report:
+    """What counts the residues of records that are done."""
+    return lambda lengths, before: progress(sum(filter(None, lengths)), before)
 
 
 def _reported(window: Window[Any], batches: Iterable[list[Row]], report: Report) -> Iterator[Row]:

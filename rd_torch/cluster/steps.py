@@ -1,0 +1,212 @@
+"""What is done on the machines of a cluster: records read in windows, windows embedded, moments summed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from rd_torch.batching import find_budget, plan_batches
+from rd_torch.cluster.workers import Step
+from rd_torch.embedding import EmbedOptions, embed, embed_windows
+from rd_torch.fitting import add_moments, shared_family
+from rd_torch.model import RDModel
+from rd_torch.moments import RunningMoments
+from rd_torch.sequences import Corrections, Fasta, normalize, normalized
+from rd_torch.store import Names, Window, cut_windows
+from rd_torch.store.folder import Folder
+from rd_torch.store.parquet import level_columns
+
+Source: TypeAlias = str | Path | RDModel
+"""A model, or what `RDModel.from_pretrained` takes on every machine."""
+
+Load: TypeAlias = Callable[[str], RDModel]
+LoadFamily: TypeAlias = Callable[[str], Mapping[str, nn.Module]]
+"""Called by every worker with its device."""
+
+_BULK = ("names", "contents", "lengths")
+"""Columns of a window that no driver needs."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """The proteins of a FASTA file that every machine sees.
+
+    Attributes:
+        path: the file.
+        strict: refuse letters that are no residue.
+        max_length: residues to keep of each; by default all.
+    """
+
+    path: Path
+    strict: bool = False
+    max_length: int | None = None
+
+    def windows(self, tokens_per_batch: int, names: Names) -> Iterator[tuple[Window[str], dict[str, Any]]]:
+        """The windows of a local run, each with what is known when its last record has been read."""
+        file, corrections, read = Fasta(self.path), Corrections(), 0
+        proteins = (
+            normalize(protein, corrections, strict=self.strict, max_length=self.max_length)
+            for protein in file
+        )
+        for window in cut_windows(proteins, tokens_per_batch, names):
+            read += window.residues
+            changed = list(astuple(corrections))
+            yield window, {"read": read, "fraction": file.fraction, "corrections": changed}
+
+
+def tables(records: Records, tokens_per_batch: int, folder: Folder | None) -> Iterator[pa.Table]:
+    """Every window as a table of one row; without its records where a store's folder has it done.
+
+    Raises:
+        ValueError: for records that cannot be read, or other ones than the store was begun with.
+    """
+    names = Names(folder.format.key if folder else str)  # where nothing is stored, any will do
+    for window, known in records.windows(tokens_per_batch, names):
+        before = folder is not None and folder.done(window) is not None
+        row = {
+            "number": window.number,
+            "checksum": window.checksum,
+            "residues": window.residues,
+            "before": before,
+            "renamed": names.renamed if folder else 0,
+            **{name: [] if before else getattr(window, name) for name in _BULK},
+        }
+        yield pa.table({name: [value] for name, value in {**row, **known}.items()})
+
+
+class Limits(NamedTuple):
+    """What a worker keeps to.
+
+    Attributes:
+        is_budget_free: whether batches may be smaller than the store's, for want of memory.
+        most_deaths: workers that may die of the same window.
+    """
+
+    is_budget_free: bool
+    most_deaths: int
+
+
+def window_embedder(load: Load, device: str, folder: Folder, limits: Limits) -> Step:
+    """What embeds a window and writes its files.
+
+    Args:
+        load: gives the chain.
+        device: where it goes.
+        folder: of the store.
+        limits: what it keeps to.
+
+    Raises:
+        FileNotFoundError: where the folder is not seen.
+        ValueError: for another chain than the store's.
+    """
+    folder = Folder.begun(folder.path, folder.format)
+    model, facts = load(device), folder.facts
+    if model.fingerprint() != facts.fingerprint:
+        raise ValueError(
+            f"expected the model {facts.model} on all machines, got another one on this: put its files where "
+            "all machines see them"
+        )
+    if limits.is_budget_free:
+        found = find_budget(model.family(facts.width).values(), torch.device(device))
+        facts = replace(facts, tokens_per_batch=min(found, facts.tokens_per_batch))
+    compute = embed_windows(model, facts)
+
+    def step(table: pa.Table) -> pa.Table:
+        """The row of the window, when its files are there."""
+        row = table.to_pylist()[0]
+        window = Window(row["number"], row["names"], row["contents"], row["lengths"], row["checksum"])
+        if not row["before"] and folder.done(window) is None:
+            _outlive(folder, window, limits.most_deaths)
+            failures: dict[int, str] = {}
+            rows = (each for batch in compute(window, failures) for each in batch)
+            folder.write(window, rows, failures, apart=True)
+        return table.drop_columns(_BULK)
+
+    return step
+
+
+def forget_deaths(folder: Folder) -> None:
+    """Starts the count of workers that died of a window anew."""
+    shutil.rmtree(folder.folder / "tries", ignore_errors=True)
+    (folder.folder / "tries").mkdir()
+
+
+def _outlive(folder: Folder, window: Window[str], most_deaths: int) -> None:
+    """Counts who tries a window; raises a ChildProcessError when too many have died of it."""
+    path = folder.folder / "tries" / f"{window.number:06d}"
+    with path.open("ab") as handle:
+        handle.write(b".")
+    if path.stat().st_size > most_deaths + 1:
+        raise ChildProcessError(
+            f"expected workers that live, got {most_deaths + 1} that died of the {len(window.names):,} "
+            f"records from {window.names[0]} on: run the same command again, it goes on where it was; if "
+            "their memory is short, with fewer --workers to a machine"
+        )
+
+
+def column_embedder(load: Load, device: str, column: str, options: EmbedOptions) -> Step:
+    """What adds the columns of embeddings to a table."""
+    model = load(device)
+    prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
+
+    def step(table: pa.Table) -> pa.Table:
+        """The table with a column for what each level adds."""
+        vectors = np.asarray(embed(model, _sequences(table, column), **options))
+        for level, added in level_columns(vectors, list(prefixes), list(prefixes.values())).items():
+            if level in table.column_names:
+                raise ValueError(f"expected no column {level!r} yet, got one: rename it")
+            table = table.append_column(level, added)
+        return table
+
+    return step
+
+
+def gatherer(load: LoadFamily, device: str, column: str, tokens_per_batch: int | None) -> Step:
+    """What makes one row of the joint moments of a table's sequences."""
+    family = shared_family(load(device))
+    budget, place = plan_batches(family.values(), tokens_per_batch)
+
+    def step(table: pa.Table) -> dict[str, Any]:
+        """The columns of a window but for its records, and the moments."""
+        moments = RunningMoments(sum(backbone.embed_dim for backbone in family.values()), place)
+        sequences = normalized(_sequences(table, column))
+        row: dict[str, Any] = {"sequences": add_moments(family, moments, sequences, budget)}
+        count, mean, scatter = moments.parts
+        if "number" in table.column_names:
+            row |= table.drop_columns(_BULK).to_pylist()[0]
+        row |= {"count": count, "mean": mean.cpu().numpy(), "scatter": scatter.cpu().numpy()}
+        return {name: np.asarray(value)[None] for name, value in row.items()}
+
+    return step
+
+
+def _sequences(table: pa.Table, column: str) -> list[str]:
+    """The letters in a column, of a window too."""
+    if column not in table.column_names:
+        raise ValueError(f"expected a column {column!r}, got {', '.join(table.column_names)}")
+    values = table[column].combine_chunks()
+    if pa.types.is_list(values.type):
+        values = values.flatten()
+    return [sequence or "" for sequence in values.to_pylist()]
+
+
+def loaded(source: Source, device: str | None) -> RDModel:
+    """A model on a device; where it is, or on the CPU, without one."""
+    if isinstance(source, RDModel):
+        return source if device is None else source.to(device)
+    return RDModel.from_pretrained(source, device=device)
+
+
+def loaded_family(source: Source | Mapping[str, nn.Module], device: str | None) -> dict[str, nn.Module]:
+    """Backbones on a device; likewise."""
+    if not isinstance(source, Mapping):
+        return dict(loaded(source, device).backbones.items())
+    return {name: module if device is None else module.to(device) for name, module in source.items()}
