@@ -164,14 +164,23 @@ class HDF5Store(Store):
     @cached_property
     def identifiers(self) -> list[str]:
         """Names of the records, in FASTA order."""
-        return [name if self.facts is None else identifier_of(name) for name in self._file]
+        return list(map(identifier_of, self._file)) if self.facts else list(self._others)
+
+    @cached_property
+    def _others(self) -> dict[str, str]:
+        """Datasets of another program by identifier, escaped as ours are or not at all."""
+        names = list(self._file)
+        found = dict(zip(map(identifier_of, names), names, strict=True))
+        return found if len(found) == len(names) else dict(zip(names, names, strict=True))
 
     def __contains__(self, identifier: object) -> bool:
-        return isinstance(identifier, str) and self._name(identifier) in self._file
+        return isinstance(identifier, str) and (
+            dataset_name(identifier) in self._file if self.facts else identifier in self._others
+        )
 
     def _name(self, identifier: str) -> str:
-        """The dataset of an identifier; other programs name it as it is."""
-        return identifier if self.facts is None else dataset_name(identifier)
+        """The dataset of an identifier, whether it is there or not."""
+        return dataset_name(identifier) if self.facts else self._others.get(identifier, ".")
 
     def _rows(self, keys: Sequence[str] | range, width: int) -> list[Array]:
         if isinstance(keys, range):
