@@ -70,6 +70,13 @@ def test_width_and_level_cut_to_the_prefix(tmp_path, fasta, option, value):
         assert list(cut.attrs["levels"]) == ["28K", "90K"]
 
 
+def test_another_width_of_a_finished_file_is_refused_by_that_name(tmp_path, fasta):
+    run("embed", fasta, "-o", tmp_path / "out.h5")
+    error = refused("embed", fasta, "-o", tmp_path / "out.h5", "--width", "48")
+    assert "expected levels ('28K', '90K', '207K', '1M')" in error
+    assert "got ('28K', '90K')" in error
+
+
 def test_options_reach_the_file(tmp_path, fasta):
     packed = tmp_path / "in.fasta.gz"
     packed.write_bytes(gzip.compress(fasta.read_bytes()))

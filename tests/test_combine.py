@@ -252,7 +252,7 @@ def test_going_on_with_other_inputs_or_maps_is_refused(nesting, mini, tmp_path, 
     others = paths | {"90K": altered(paths["90K"], tmp_path / "altered")}
     with pytest.raises(ValueError, match="expected the embeddings .*, got others"):
         combine_stores(nesting, others, tmp_path / "out.h5")
-    with pytest.raises(ValueError, match="expected fingerprint .* with which .* was begun"):
+    with pytest.raises(ValueError, match="expected levels .* with which .* was begun"):
         combine_stores(nesting, {"28K": paths["28K"]}, tmp_path / "out.h5")
     with pytest.raises(ValueError, match="expected save_dtype float32 .*, got float16"):
         combine_stores(nesting, paths, tmp_path / "out.h5", save_dtype="float16")
@@ -374,7 +374,7 @@ def test_outputs_that_cannot_be_are_refused(nesting, raw, raw_residues, tmp_path
     with pytest.raises(ValueError, match=r"pool to be one of 'mean' in .parquet, got 'none'"):
         combine_stores(nesting, raw_residues, tmp_path / "out.parquet")
     shutil.copy(raw["28K"], tmp_path / "28K.h5")
-    with pytest.raises(ValueError, match="expected fingerprint"):
+    with pytest.raises(ValueError, match="expected levels"):
         combine_stores(nesting, raw | {"28K": tmp_path / "28K.h5"}, tmp_path / "28K.h5")
     assert np.array_equal(read(tmp_path / "28K.h5"), read(raw["28K"]))
 
