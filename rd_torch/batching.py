@@ -95,6 +95,7 @@ def ahead(items: Iterable[Result], most: int) -> Generator[Result, None, None]:
     wanted.set()
 
     def put(item: Result | BaseException | None) -> bool:
+        """Waits for room; False where nobody wants more."""
         while wanted.is_set():
             try:
                 made.put(item, timeout=0.1)
@@ -104,6 +105,7 @@ def ahead(items: Iterable[Result], most: int) -> Generator[Result, None, None]:
         return False
 
     def work() -> None:
+        """Makes the items; what it raises, or None, is the last of them."""
         try:
             for item in items:
                 if not put(item):

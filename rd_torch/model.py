@@ -173,19 +173,9 @@ class RDModel(Pretrained, Trainable):
         return self._with_special_rows(nested, token_ids(tokens), packing, raw[name])
 
     def combine(self, embeddings: Mapping[str, Tensor]) -> Tensor:
-        """Nested embeddings from raw ones that people already hold; no backbone runs.
+        """Nested embeddings, `(..., nested width)`, from raw ones that people already hold; no backbone runs.
 
-        The whole chain is affine, so embeddings averaged over residues are welcome too.
-
-        Args:
-            embeddings: `(..., width)` raw final embeddings by level name: those of the first levels
-                of the family, in any number.
-
-        Returns:
-            `(..., nested width)` in the maps' dtype.
-
-        Raises:
-            ValueError: for levels that are not the family's first, or other widths.
+        Arguments, result and errors as for `Nesting.combine`.
         """
         return Nesting(self.config, self.stages).combine(embeddings)
 

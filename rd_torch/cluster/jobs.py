@@ -56,8 +56,13 @@ class Progress(Protocol):
 
 
 class _Quiet:
-    def __call__(self, residues: int, before: bool = False) -> None: ...
-    def reach(self, residues: int, fraction: float) -> None: ...
+    """Tells nobody."""
+
+    def __call__(self, residues: int, before: bool = False) -> None:
+        """Nothing."""
+
+    def reach(self, residues: int, fraction: float) -> None:
+        """Nothing."""
 
 
 AS_MANY_AS_FIT: Final = Workers()

@@ -109,7 +109,7 @@ class Store(ABC):
         if self.pool == "none":
             return rows
         if as_torch:
-            return torch.stack(rows) if rows else torch.zeros(0, width)  # type: ignore[arg-type]
+            return torch.stack(rows) if rows else torch.zeros(0, width)  # type: ignore[arg-type]  # all tensors
         return np.stack(rows) if rows else np.zeros((0, width), np.float32)
 
     def tensors(self, identifiers: Sequence[str]) -> list[Tensor]:

@@ -49,6 +49,7 @@ class HDF5(Format):
         path = folder / f"{window.number:06d}.h5"
 
         def fill(part: Path) -> None:
+            """Adds the rows as they come."""
             with _created(part) as file:
                 for place, row in rows:
                     _add(file, dataset_name(window.names[place]), row, columns(facts.widths))
