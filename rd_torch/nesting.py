@@ -98,7 +98,11 @@ def stages_of(checkpoint: Checkpoint) -> dict[str, Maps]:
 def fingerprint(config: RDConfig, tensors: Mapping[str, Tensor]) -> str:
     """A digest of what embeddings depend on: shapes, choices and every number of the tensors."""
     heads = [level.attention_heads for level in config.levels]
-    facts = (config.method, config.predict_from, config.special_rows, config.widths, heads)
+    return digest_of((config.method, config.predict_from, config.special_rows, config.widths, heads), tensors)
+
+
+def digest_of(facts: object, tensors: Mapping[str, Tensor]) -> str:
+    """A digest of facts, as JSON takes them, and every number of the tensors."""
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

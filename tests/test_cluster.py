@@ -375,6 +375,56 @@ def test_a_fit_on_the_cluster_is_the_local_one(fasta, tmp_path, monkeypatch):
     assert there.config.provenance["fit"]["sequences"] == len(SEQUENCES) + 1
 
 
+@pytest.mark.parametrize("here_first", [True, False])
+def test_a_fit_that_was_killed_here_or_there_is_finished_on_the_other_side(
+    here_first, fasta, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fitting, "SECONDS_BETWEEN_SAVES", 0)
+    model, whole = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="90K"), sum(map(len, SEQUENCES)) + 3
+
+    def backbones(device):
+        return dict(model.backbones.items())
+
+    class Watching(jobs._Quiet):
+        """Progress that counts, and ends a fit when some residues are in."""
+
+        def __init__(self, enough):
+            self.seen, self.enough = {True: 0, False: 0}, enough
+
+        def __call__(self, residues, before=False):
+            self.seen[before] += residues
+            if self.seen[False] > self.enough:
+                raise KeyboardInterrupt
+
+    def here(watching):
+        sequences = (protein.sequence for protein in Fasta(fasta))
+        return rd_torch.fit(
+            backbones("cpu"), sequences, tokens_per_batch=16, work_folder=tmp_path / "work", progress=watching
+        )
+
+    def there(watching):
+        return cluster.fit(
+            backbones,
+            Records(fasta),
+            tokens_per_batch=16,
+            workers=ONE,
+            work_folder=tmp_path / "work",
+            progress=watching,
+        )
+
+    first, second = (here, there) if here_first else (there, here)
+    with pytest.raises(KeyboardInterrupt):
+        first(Watching(whole / 2))
+    watching = Watching(whole)
+    got = second(watching)
+    assert watching.seen[True] > whole / 4
+    assert sum(watching.seen.values()) == whole
+    expected = rd_torch.fit(backbones("cpu"), [*SEQUENCES, "MKJ"], tokens_per_batch=16)
+    assert got.config.provenance == expected.config.provenance
+    for name, tensor in expected.stages["90K"].named_buffers():
+        torch.testing.assert_close(got.stages["90K"].get_buffer(name), tensor, rtol=1e-5, atol=1e-6)
+
+
 def test_a_dataset_fits_a_chain(ray):
     family = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="90K")
     dataset = ray.data.from_items([{"sequence": sequence} for sequence in SEQUENCES], override_num_blocks=3)

@@ -1,11 +1,15 @@
 """`fit`: one pass over sequences gives what all their residues' embeddings give."""
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 from helpers import random_esm2, random_sequence, tokens_of
 from torch import nn
 
-from rd_torch import ESM2, RDModel, RunningMoments, fit, solve_stages
+from rd_torch import ESM2, RDModel, RunningMoments, fit, fitting, solve_stages
+from rd_torch.sequences import Protein
+from rd_torch.store import cut_windows
 
 WIDTHS = {"small": 32, "large": 48}
 LENGTHS = [1, 2, 37, 40, *(3 + 7 * k % 29 for k in range(38))]
@@ -138,8 +142,14 @@ def test_options_reach_the_solution_and_the_config(predict_from, added, counts):
 
 def test_progress_hears_of_every_residue(plain):
     seen = []
-    model = fit(own_family(), SEQUENCES, progress=seen.append, tokens_per_batch=100)
-    assert sum(seen) == sum(map(len, SEQUENCES))
+    model = fit(
+        own_family(),
+        SEQUENCES,
+        progress=lambda residues, before: seen.append((residues, before)),
+        tokens_per_batch=100,
+    )
+    assert sum(residues for residues, _ in seen) == sum(map(len, SEQUENCES))
+    assert not any(before for _, before in seen)
     assert model.config.provenance["fit"]["sequences"] == len(SEQUENCES)
 
 
@@ -212,3 +222,150 @@ def test_hidden_states_that_are_not_finite_are_refused():
         family["large"].emb_layer_norm_after.bias[3] = float("nan")
     with pytest.raises(ValueError, match="expected finite rows, got NaN or infinity"):
         fit(family, SEQUENCES[:3])
+
+
+BUDGET = 24
+"""Tokens of a batch: the sequences are three windows."""
+
+
+class KilledError(Exception):
+    """Stands for a kill: nothing that is under work is saved."""
+
+
+def killed_after(residues):
+    """Progress that ends a fit when so many residues are in."""
+    left = [residues]
+
+    def progress(more, before):
+        left[0] -= more
+        if left[0] < 0:
+            raise KilledError
+
+    return progress
+
+
+@pytest.fixture
+def saving(monkeypatch):
+    """Moments are saved at the end of every window."""
+    monkeypatch.setattr(fitting, "SECONDS_BETWEEN_SAVES", 0)
+
+
+def maps_of(model):
+    return dict(model.stages.named_buffers())
+
+
+@pytest.mark.parametrize("residues", [100, 400, 600, RESIDUES - 1])
+def test_a_killed_fit_goes_on_to_the_same_bits(residues, saving, tmp_path):
+    whole = fit(own_family(), SEQUENCES, tokens_per_batch=BUDGET)
+    folder = tmp_path / "work"
+    with pytest.raises(KilledError):
+        fit(
+            own_family(),
+            SEQUENCES,
+            work_folder=folder,
+            tokens_per_batch=BUDGET,
+            progress=killed_after(residues),
+        )
+    seen = {True: 0, False: 0}
+
+    def count(more, before):
+        seen[before] += more
+
+    model = fit(own_family(), SEQUENCES, work_folder=folder, progress=count)  # with the budget recorded
+    for name, tensor in maps_of(model).items():
+        assert torch.equal(tensor, maps_of(whole)[name]), name
+    assert model.config == whole.config
+    assert sum(seen.values()) == RESIDUES
+    windows = list(cut_windows([Protein("", one) for one in SEQUENCES], BUDGET))
+    assert seen[True] == max(end for end in (0, *accumulate(w.residues for w in windows)) if end <= residues)
+
+
+def test_a_finished_fit_is_solved_otherwise_without_another_pass(saving, tmp_path, monkeypatch):
+    fit(own_family(), SEQUENCES, work_folder=tmp_path / "work", tokens_per_batch=BUDGET)
+    expected = fit(own_family(), SEQUENCES, regressor="ols", tokens_per_batch=BUDGET)
+    monkeypatch.setattr(fitting, "run_batches", None)
+    model = fit(own_family(), SEQUENCES, work_folder=tmp_path / "work", regressor="ols")
+    assert torch.equal(model.stages["large"].W, expected.stages["large"].W)
+
+
+def test_moments_are_saved_once_a_minute(tmp_path, monkeypatch):
+    saved, clock = [], [0.0]
+    written = fitting.written_whole
+    monkeypatch.setattr(fitting, "written_whole", lambda *given: (saved.append(clock[0]), written(*given)))
+    monkeypatch.setattr(fitting.time, "monotonic", lambda: clock[0])
+
+    def slow(more, before):
+        clock[0] += 10
+
+    fit(own_family(), SEQUENCES, work_folder=tmp_path / "work", tokens_per_batch=8, progress=slow)
+    *during, last = saved
+    assert during[0] == 0, "the budget is on disk from the start on"
+    assert last == clock[0]
+    assert len(during) > 3
+    assert min(b - a for a, b in pairwise(during)) >= 60
+
+
+def begun(folder):
+    with pytest.raises(KilledError):
+        fit(own_family(), SEQUENCES, work_folder=folder, tokens_per_batch=BUDGET, progress=killed_after(700))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"sequences": ["MKV", *SEQUENCES]},
+            "expected the sequences with which the fit was begun, got others",
+        ),
+        (
+            {"sequences": SEQUENCES[:3]},
+            "expected the sequences with which the fit was begun, got (others|fewer)",
+        ),
+        ({"sequences": []}, "expected the sequences with which the fit was begun, got fewer"),
+        (
+            {"tokens_per_batch": 23},
+            "expected tokens_per_batch 24, with which .* was begun, got 23: leave it out",
+        ),
+        ({"family": "one"}, "expected the levels {'small': 32, 'large': 48}, with which"),
+        ({"family": "changed"}, "expected the fingerprint [0-9a-f]+, with which"),
+        ({"family": "half"}, "expected the fingerprint [0-9a-f]+, with which"),
+    ],
+)
+def test_a_fit_of_something_else_is_refused(given, message, saving, tmp_path):
+    begun(tmp_path / "work")
+    family = own_family()
+    if given.get("family") == "one":
+        del family["large"]
+    if given.get("family") == "changed":
+        with torch.no_grad():
+            family["large"].layers[1].fc1.bias[5] += 1e-3
+    if given.get("family") == "half":
+        family["large"].bfloat16()
+    options = {"tokens_per_batch": given["tokens_per_batch"]} if "tokens_per_batch" in given else {}
+    before = (tmp_path / "work" / "moments.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        fit(family, given.get("sequences", SEQUENCES), work_folder=tmp_path / "work", **options)
+    assert (tmp_path / "work" / "moments.safetensors").read_bytes() == before
+
+
+def test_moments_that_do_not_read_are_refused(saving, tmp_path):
+    begun(tmp_path / "work")
+    path = tmp_path / "work" / "moments.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(
+        ValueError, match=r"expected moments in .*moments.safetensors, got what does not read: rem"
+    ):
+        fit(own_family(), SEQUENCES, work_folder=tmp_path / "work")
+
+
+def test_two_fits_do_not_share_a_folder(tmp_path):
+    def other(more, before):
+        with pytest.raises(BlockingIOError, match=r"expected to write .*work alone, got another process"):
+            fit(own_family(), SEQUENCES, work_folder=tmp_path / "work")
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        fit(own_family(), SEQUENCES, work_folder=tmp_path / "work", progress=other)
+    fit(own_family(), SEQUENCES, work_folder=tmp_path / "work")
+    with pytest.raises(FileNotFoundError, match="expected a folder .*nowhere to write to"):
+        fit(own_family(), SEQUENCES, work_folder=tmp_path / "nowhere" / "work")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,8 @@ def fit(
 ) -> None:
     """Fit a reverse-distilled chain on the proteins of a FASTA file, in one pass.
 
+    Run again after a kill, it goes on from the moments in OUTPUT.part.
+
     \b
       rd-torch fit proteins.fasta -o my-chain
       rd-torch fit proteins.fasta -o ridge --regressor ridge --alpha 10
@@ -71,6 +74,8 @@ def fit(
 
     counts = _added(added)
     file = Fasta(fasta)
+    work_folder = output.resolve().with_name(f"{output.resolve().name}.part")
+    work_folder.parent.mkdir(parents=True, exist_ok=True)
     workers = joined(options, device)
     family, origin = _family(backbones, sources, "cpu" if workers else device)
     wanted = levels.split(",") if levels else list(family)
@@ -80,6 +85,7 @@ def fit(
         options |= {
             "progress": progress,
             "provenance": {"backbones": origin, "fasta": fasta.name},
+            "work_folder": work_folder,
             "added": counts,
         }
         if workers:
@@ -89,6 +95,7 @@ def fit(
         else:
             chain = _here({level: family[level] for level in wanted}, file, strict, **options)
     chain.save_pretrained(output)
+    shutil.rmtree(work_folder)
     print_levels(chain.config)
     click.echo(f"Written to {output}", err=True)
 

@@ -18,16 +18,17 @@ from rd_torch.cluster.steps import (
     Records,
     Source,
     column_embedder,
+    embedding_tables,
     forget_deaths,
     gatherer,
     loaded,
     loaded_family,
-    tables,
+    summing_tables,
     window_embedder,
 )
 from rd_torch.cluster.workers import Worker, Workers, run, stream
 from rd_torch.embedding import EmbedOptions, facts_of, warn_renamed
-from rd_torch.fitting import SolveOptions, shared_family, solved
+from rd_torch.fitting import SolveOptions, Sums, shared_family
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.sequences import Corrections
@@ -135,7 +136,7 @@ def embed_to_store(
         forget_deaths(folder)
         limits = Limits(given is None, MOST_DEATHS)
         begin = partial(window_embedder, load, workers.device, folder, limits)
-        read = partial(tables, records, work.facts.tokens_per_batch, folder)
+        read = partial(embedding_tables, records, folder)
         last = _follow(run(stream(read), begin, workers), progress, lambda row: None)
         return work.finish(last["number"] + 1, last["checksum"])
 
@@ -148,6 +149,7 @@ def fit(
     workers: Workers = AS_MANY_AS_FIT,
     progress: Progress = QUIET,
     provenance: Mapping[str, Any] | None = None,
+    work_folder: str | Path | None = None,
     **options: Unpack[SolveOptions],
 ) -> RDModel:
     """Fits a chain to a FASTA file as `rd_torch.fit` does, on the cluster that this process is in.
@@ -159,18 +161,22 @@ def fit(
         workers: how many, with what.
         progress: hears how far it is.
         provenance: where backbones and sequences come from; saved with the model.
+        work_folder: as for `rd_torch.fit`, on the driver's machine: what one of the two has begun the other
+            can finish.
         **options: as for `rd_torch.fit`.
 
     Raises:
         ValueError, TypeError, OSError: as `rd_torch.fit`.
         ChildProcessError: when a worker cannot be started.
     """
-    sums = _Sums(load("cpu"), options)
-    workers = workers.placed()
-    read = partial(tables, records, tokens_per_batch or MOST_TOKENS[workers.device], None)
-    begin = partial(gatherer, load, workers.device, "contents", tokens_per_batch)
-    _follow(run(stream(read), begin, workers), progress, sums.add)
-    return sums.solved(provenance)
+    family, workers = shared_family(load("cpu"), **options), workers.placed()
+    budget, is_given = tokens_per_batch or MOST_TOKENS[workers.device], tokens_per_batch is not None
+    with Sums(family, budget, folder=work_folder, fixed_budget=is_given) as sums:
+        read = partial(summing_tables, records, sums.tokens_per_batch, dict(sums.done))
+        begin = partial(gatherer, load, workers.device, "contents", tokens_per_batch)
+        last = _follow(run(stream(read), begin, workers), progress, partial(_add, sums))
+        sums.finish(last["number"] + 1)
+        return sums.solved(provenance, **options)
 
 
 def embed_dataset(
@@ -242,37 +248,28 @@ def fit_dataset(
         ValueError, TypeError: as `rd_torch.fit`, and for a column that is missing.
         ChildProcessError: when a worker cannot be started.
     """
-    sums = _Sums(loaded_family(backbones, None), options)
+    sums = Sums(shared_family(loaded_family(backbones, None), **options), MOST_TOKENS["cpu"])
     workers = workers.placed()
     begin = partial(gatherer, partial(loaded_family, backbones), workers.device, column, tokens_per_batch)
     for row in run(dataset, begin, workers, ROWS_PER_BATCH):
-        sums.add(row)
-    return sums.solved(provenance)
+        _merge(sums, row)
+    return sums.solved(provenance, **options)
 
 
-class _Sums:
-    """The driver's part of a fit: the joint moments of all that workers have summed.
+def _add(sums: Sums, row: Mapping[str, Any]) -> None:
+    """Adds what `gatherer` made of a window, unless its moments were there before."""
+    if not row["before"]:
+        _merge(sums, row)
+        sums.add(row["number"], row["checksum"])
 
-    Args:
-        backbones: the family.
-        options: of the solution; checked before a sequence is read.
-    """
 
-    def __init__(self, backbones: Mapping[str, nn.Module], options: SolveOptions) -> None:
-        self._family = shared_family(backbones, **options)
-        self._options = options
-        self._moments = RunningMoments(sum(backbone.embed_dim for backbone in self._family.values()))
-        self._sequences = 0
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Adds a row of `gatherer`."""
-        mean, scatter = (torch.tensor(row[name]) for name in ("mean", "scatter"))
-        self._moments.merge(RunningMoments.of(int(row["count"]), mean, scatter))
-        self._sequences += int(row["sequences"])
-
-    def solved(self, provenance: Mapping[str, Any] | None) -> RDModel:
-        """The model of all rows."""
-        return solved(self._family, self._moments, self._sequences, provenance, **self._options)
+def _merge(sums: Sums, row: Mapping[str, Any]) -> None:
+    """Adds a row of `gatherer`; one of no sequences has no moments."""
+    if not row["sequences"]:
+        return
+    mean, scatter = (torch.tensor(row[name]) for name in ("mean", "scatter"))
+    sums.moments.merge(RunningMoments.of(int(row["count"]), mean, scatter))
+    sums.sequences += int(row["sequences"])
 
 
 def _follow(

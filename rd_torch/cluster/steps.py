@@ -16,7 +16,7 @@ from torch import nn
 from rd_torch.batching import find_budget, plan_batches
 from rd_torch.cluster.workers import Step
 from rd_torch.embedding import EmbedOptions, embed, embed_windows
-from rd_torch.fitting import add_moments, shared_family
+from rd_torch.fitting import add_moments, is_summed, shared_family
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.sequences import Corrections, Fasta, normalize, normalized
@@ -49,7 +49,9 @@ class Records:
     strict: bool = False
     max_length: int | None = None
 
-    def windows(self, tokens_per_batch: int, names: Names) -> Iterator[tuple[Window[str], dict[str, Any]]]:
+    def windows(
+        self, tokens_per_batch: int, names: Names | None = None
+    ) -> Iterator[tuple[Window[str], dict[str, Any]]]:
         """The windows of a local run, each with what is known when its last record has been read."""
         file, corrections, read = Fasta(self.path), Corrections(), 0
         proteins = (
@@ -62,24 +64,38 @@ class Records:
             yield window, {"read": read, "fraction": file.fraction, "corrections": changed}
 
 
-def tables(records: Records, tokens_per_batch: int, folder: Folder | None) -> Iterator[pa.Table]:
-    """Every window as a table of one row; without its records where a store's folder has it done.
+def embedding_tables(records: Records, folder: Folder) -> Iterator[pa.Table]:
+    """Every window of a store as a table of one row; without its records where the folder has it done.
 
     Raises:
         ValueError: for records that cannot be read, or other ones than the store was begun with.
     """
-    names = Names(folder.format.key if folder else str)  # where nothing is stored, any will do
-    for window, known in records.windows(tokens_per_batch, names):
-        before = folder is not None and folder.done(window) is not None
-        row = {
-            "number": window.number,
-            "checksum": window.checksum,
-            "residues": window.residues,
-            "before": before,
-            "renamed": names.renamed if folder else 0,
-            **{name: [] if before else getattr(window, name) for name in _BULK},
-        }
-        yield pa.table({name: [value] for name, value in {**row, **known}.items()})
+    names = Names(folder.format.key)
+    for window, known in records.windows(folder.facts.tokens_per_batch, names):
+        yield _table(window, known | {"renamed": names.renamed}, folder.done(window) is not None)
+
+
+def summing_tables(records: Records, tokens_per_batch: int, done: Mapping[int, str]) -> Iterator[pa.Table]:
+    """Every window of a fit likewise; without its records where it is done, by number and checksum.
+
+    Raises:
+        ValueError: for records that cannot be read, or other ones than the fit was begun with.
+    """
+    for window, known in records.windows(tokens_per_batch):
+        before = is_summed(done, window.number, window.checksum)
+        yield _table(window, known | {"renamed": 0}, before)
+
+
+def _table(window: Window[str], known: Mapping[str, Any], before: bool) -> pa.Table:
+    row = {
+        "number": window.number,
+        "checksum": window.checksum,
+        "residues": window.residues,
+        "before": before,
+        **{name: [] if before else getattr(window, name) for name in _BULK},
+        **known,
+    }
+    return pa.table({name: [value] for name, value in row.items()})
 
 
 class Limits(NamedTuple):
@@ -173,12 +189,13 @@ def gatherer(load: LoadFamily, device: str, column: str, tokens_per_batch: int |
     """What makes one row of the joint moments of a table's sequences."""
     family = shared_family(load(device))
     budget, place = plan_batches(family.values(), tokens_per_batch)
+    width = sum(backbone.embed_dim for backbone in family.values())
 
     def step(table: pa.Table) -> dict[str, Any]:
         """The columns of a window but for its records, and the moments."""
-        moments = RunningMoments(sum(backbone.embed_dim for backbone in family.values()), place)
-        sequences = normalized(_sequences(table, column))
-        row: dict[str, Any] = {"sequences": add_moments(family, moments, sequences, budget)}
+        sequences = _sequences(table, column)
+        moments = RunningMoments(width if sequences else 1, place)  # of nothing, nothing large is sent
+        row: dict[str, Any] = {"sequences": add_moments(family, moments, normalized(sequences), budget)}
         count, mean, scatter = moments.parts
         if "number" in table.column_names:
             row |= table.drop_columns(_BULK).to_pylist()[0]

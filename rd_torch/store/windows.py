@@ -60,19 +60,24 @@ class Window(Generic[Content]):
         return sum(length or 0 for length in self.lengths)
 
 
-def cut_windows(proteins: Iterable[Protein], tokens_per_batch: int, names: Names) -> Iterator[Window[str]]:
+def cut_windows(
+    proteins: Iterable[Protein], tokens_per_batch: int, names: Names | None = None
+) -> Iterator[Window[str]]:
     """The records in windows of about 16 batches, as they come; the same records give the same windows.
 
     Args:
         proteins: normalised records.
         tokens_per_batch: tokens a batch holds at most.
-        names: gives records that share an identifier names of their own.
+        names: gives records that share an identifier names of their own; without, they have none, and the
+            checksums are of the sequences alone.
 
     Raises:
         ValueError: for a budget below 1.
     """
     if tokens_per_batch < 1:
         raise ValueError(f"expected tokens_per_batch of at least 1, got {tokens_per_batch}")
+    if names is None:
+        proteins = (Protein("", protein.sequence) for protein in proteins)
     return gather(map(_record_of, proteins), WINDOW_BATCHES * tokens_per_batch, names)
 
 
@@ -85,14 +90,14 @@ def _record_of(protein: Protein) -> Record[str]:
 
 
 def gather(
-    records: Iterable[Record[Content]], size: int, names: Names, kind: str = "sequences"
+    records: Iterable[Record[Content]], size: int, names: Names | None, kind: str = "sequences"
 ) -> Iterator[Window[Content]]:
     """Records in windows that end with the first record that makes them `size` large or larger.
 
     Args:
         records: as they come.
         size: in the unit of the records' own.
-        names: gives records that share an identifier names of their own.
+        names: gives records that share an identifier names of their own; without, they keep it.
         kind: what the contents are called.
     """
     checksum = hashlib.blake2b(digest_size=16)
@@ -100,7 +105,7 @@ def gather(
     for record in records:
         for part in record.digested:
             checksum.update(part)
-        taken.names.append(names.unique(record.identifier))
+        taken.names.append(names.unique(record.identifier) if names else record.identifier)
         taken.contents.append(record.content)
         taken.lengths.append(record.length)
         full += record.size

@@ -59,9 +59,7 @@ class Work(Folder):
                     f"{facts.tokens_per_batch}: leave it out, or take another output"
                 )
             self.facts = begun
-        self._lock = FileLock(self.folder / "lock")
-        if not self.is_finished:
-            self._take()
+        self._lock: FileLock | None = None if self.is_finished else self._taken()
 
     @property
     def is_finished(self) -> bool:
@@ -77,17 +75,13 @@ class Work(Folder):
         said = self.folder / "facts.json"
         return Facts.from_json(said.read_text()) if said.is_file() else None
 
-    def _take(self) -> None:
-        """Makes the folder and takes its lock, which ends with the process."""
+    def _taken(self) -> FileLock:
+        """Makes the folder and takes its lock."""
         for name in ("data", "windows"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise BlockingIOError(
-                f"expected to write {self.path} alone, got another process that does: wait for it"
-            ) from None
+        lock = locked(self.folder, self.path)
         written_whole(self.folder / "facts.json", lambda part: part.write_text(self.facts.to_json()))
+        return lock
 
     def fill(
         self, windows: Iterable[Window[Content]], compute: Compute[Content], report: Report
@@ -183,13 +177,30 @@ class Work(Folder):
 
     def close(self) -> None:
         """Gives the lock back; what is done stays for the next time."""
-        self._lock.release()
+        if self._lock:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def locked(folder: Path, path: Path) -> FileLock:
+    """The lock of the folder in which `path` is worked on; it ends with the process, or where it is released.
+
+    Raises:
+        BlockingIOError: when another process has it.
+    """
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(
+            f"expected to write {path} alone, got another process that does: wait for it"
+        ) from None
+    return lock
 
 
 def in_residues(progress: Progress) -> Report:
