@@ -120,12 +120,19 @@ def throughput(proteins: Sequence[Protein], part: int) -> list[Row]:
 
 
 def measured(records: int) -> None:
-    """Embeds so many records of 60 residues and prints the peak memory in MiB."""
+    """Embeds a FASTA file of so many records of 60 residues and prints the peak memory in MiB."""
     model = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="28K")
-    sequence = "MKTAYIAKQRQISFVKSHFS" * 3
-    proteins = (Protein(f"P{number}", sequence) for number in range(records))
     with tempfile.TemporaryDirectory() as folder:
-        rd_torch.embed_to_store(model, proteins, Path(folder) / "out.h5", pool="none", tokens_per_batch=2_048)
+        fasta = Path(folder) / "in.fasta"
+        with fasta.open("w") as file:
+            file.writelines(f">P{number}\n{'MKTAYIAKQRQISFVKSHFS' * 3}\n" for number in range(records))
+        rd_torch.embed_to_store(
+            model,
+            normalized_proteins(Fasta(fasta)),
+            Path(folder) / "out.h5",
+            pool="none",
+            tokens_per_batch=2_048,
+        )
     print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 

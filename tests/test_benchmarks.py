@@ -74,3 +74,24 @@ def test_the_page_holds_every_result():
         result = json.loads(path.read_text())
         assert result["title"] in page
         assert result["command"] in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory in KiB")
+def test_embedding_fifty_thousand_records_takes_the_memory_of_two_thousand(tmp_path):
+    first, second = run(tmp_path, "proteome.py", "--memory")["rows"]
+    assert (first["records"], second["records"]) == (2_000, 50_000)
+    assert second["peak memory, MiB"] <= 1.1 * first["peak memory, MiB"]
+
+
+def test_the_share_of_the_passes_is_of_the_same_batches(tmp_path, data):
+    options = ["--data", data, "--proteins", "4", "--part", "2"]
+    rows = run(tmp_path, "proteome.py", *options)["rows"]
+    assert len({row["residues"] for row in rows}) == 1
+    assert {(row["model"], row["store"]) for row in rows} == {
+        (model, store)
+        for model in ("8M + 35M, random weights", "esm2-rd-mini")
+        for store in ("pooled, .parquet", "per residue, .h5")
+    }
+    for row in rows:
+        assert 0 < row["worst part"] <= row["share of the passes"]
