@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from helpers import random_sequence
 
 import rd_torch
-from rd_torch import cluster, fitting
+from rd_torch import cluster, sums
 from rd_torch.cli import main
 from rd_torch.cluster import Records, Workers, jobs, steps
 from rd_torch.embedding import embed_to_store
@@ -351,13 +351,13 @@ def test_columns_that_cannot_be_are_refused():
 
 
 def test_a_fit_on_the_cluster_is_the_local_one(fasta, tmp_path, monkeypatch):
-    seen, solve = [], fitting.solve_stages
+    seen, solve = [], sums.solve_stages
 
     def watched(moments, *arguments, **options):
         seen.append(moments.parts)
         return solve(moments, *arguments, **options)
 
-    monkeypatch.setattr(fitting, "solve_stages", watched)
+    monkeypatch.setattr(sums, "solve_stages", watched)
     arguments = ("--levels", "28K,90K", "--tokens-per-batch", BUDGET, "--regressor", "ridge", "--alpha", 2)
     for name, more in (("local", ()), ("cluster", ON_ONE)):
         result = run("fit", fasta, "-o", tmp_path / name, *arguments, *more)
@@ -379,7 +379,7 @@ def test_a_fit_on_the_cluster_is_the_local_one(fasta, tmp_path, monkeypatch):
 def test_a_fit_that_was_killed_here_or_there_is_finished_on_the_other_side(
     here_first, fasta, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(fitting, "SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(sums, "SECONDS_BETWEEN_SAVES", 0)
     model, whole = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="90K"), sum(map(len, SEQUENCES)) + 3
 
     def backbones(device):

@@ -7,7 +7,7 @@ import torch
 from helpers import random_esm2, random_sequence, tokens_of
 from torch import nn
 
-from rd_torch import ESM2, RDModel, RunningMoments, fit, fitting, solve_stages
+from rd_torch import ESM2, RDModel, RunningMoments, fit, fitting, solve_stages, sums
 from rd_torch.sequences import Protein
 from rd_torch.store import cut_windows
 
@@ -247,7 +247,7 @@ def killed_after(residues):
 @pytest.fixture
 def saving(monkeypatch):
     """Moments are saved at the end of every window."""
-    monkeypatch.setattr(fitting, "SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(sums, "SECONDS_BETWEEN_SAVES", 0)
 
 
 def maps_of(model):
@@ -290,9 +290,9 @@ def test_a_finished_fit_is_solved_otherwise_without_another_pass(saving, tmp_pat
 
 def test_moments_are_saved_once_a_minute(tmp_path, monkeypatch):
     saved, clock = [], [0.0]
-    written = fitting.written_whole
-    monkeypatch.setattr(fitting, "written_whole", lambda *given: (saved.append(clock[0]), written(*given)))
-    monkeypatch.setattr(fitting.time, "monotonic", lambda: clock[0])
+    written = sums.written_whole
+    monkeypatch.setattr(sums, "written_whole", lambda *given: (saved.append(clock[0]), written(*given)))
+    monkeypatch.setattr(sums.time, "monotonic", lambda: clock[0])
 
     def slow(more, before):
         clock[0] += 10
@@ -315,13 +315,13 @@ def begun(folder):
     [
         (
             {"sequences": ["MKV", *SEQUENCES]},
-            "expected the sequences with which the fit was begun, got others",
+            "expected the sequences with which the fit in .*work was begun, got others",
         ),
         (
             {"sequences": SEQUENCES[:3]},
-            "expected the sequences with which the fit was begun, got (others|fewer)",
+            "expected the sequences with which the fit in .*work was begun, got (others|fewer)",
         ),
-        ({"sequences": []}, "expected the sequences with which the fit was begun, got fewer"),
+        ({"sequences": []}, "expected the sequences with which the fit in .*work was begun, got fewer"),
         (
             {"tokens_per_batch": 23},
             "expected tokens_per_batch 24, with which .* was begun, got 23: leave it out",

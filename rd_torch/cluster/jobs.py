@@ -28,13 +28,14 @@ from rd_torch.cluster.steps import (
 )
 from rd_torch.cluster.workers import Worker, Workers, run, stream
 from rd_torch.embedding import EmbedOptions, facts_of, warn_renamed
-from rd_torch.fitting import SolveOptions, Sums, shared_family
+from rd_torch.fitting import shared_family
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.sequences import Corrections
 from rd_torch.store import Format, Names, SaveDtype, Work, format_of
 from rd_torch.store.folder import Failure, Folder
 from rd_torch.store.work import in_residues
+from rd_torch.sums import SolveOptions, Sums
 
 FORMATS: Final = ("parquet", "pt")
 """Those whose windows need no further work when the last is done."""
@@ -172,7 +173,7 @@ def fit(
     family, workers = shared_family(load("cpu"), **options), workers.placed()
     budget, is_given = tokens_per_batch or MOST_TOKENS[workers.device], tokens_per_batch is not None
     with Sums(family, budget, folder=work_folder, fixed_budget=is_given) as sums:
-        read = partial(summing_tables, records, sums.tokens_per_batch, dict(sums.done))
+        read = partial(summing_tables, records, sums.tokens_per_batch, sums.done)
         begin = partial(gatherer, load, workers.device, "contents", tokens_per_batch)
         last = _follow(run(stream(read), begin, workers), progress, partial(_add, sums))
         sums.finish(last["number"] + 1)

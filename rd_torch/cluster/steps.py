@@ -16,13 +16,14 @@ from torch import nn
 from rd_torch.batching import find_budget, plan_batches
 from rd_torch.cluster.workers import Step
 from rd_torch.embedding import EmbedOptions, embed, embed_windows
-from rd_torch.fitting import add_moments, is_summed, shared_family
+from rd_torch.fitting import add_moments, shared_family
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.sequences import Corrections, Fasta, normalize, normalized
 from rd_torch.store import Names, Window, cut_windows
 from rd_torch.store.folder import Folder
 from rd_torch.store.parquet import level_columns
+from rd_torch.sums import Summed
 
 Source: TypeAlias = str | Path | RDModel
 """A model, or what `RDModel.from_pretrained` takes on every machine."""
@@ -75,15 +76,14 @@ def embedding_tables(records: Records, folder: Folder) -> Iterator[pa.Table]:
         yield _table(window, known | {"renamed": names.renamed}, folder.done(window) is not None)
 
 
-def summing_tables(records: Records, tokens_per_batch: int, done: Mapping[int, str]) -> Iterator[pa.Table]:
-    """Every window of a fit likewise; without its records where it is done, by number and checksum.
+def summing_tables(records: Records, tokens_per_batch: int, done: Summed) -> Iterator[pa.Table]:
+    """Every window of a fit likewise; without its records where it is done.
 
     Raises:
         ValueError: for records that cannot be read, or other ones than the fit was begun with.
     """
     for window, known in records.windows(tokens_per_batch):
-        before = is_summed(done, window.number, window.checksum)
-        yield _table(window, known | {"renamed": 0}, before)
+        yield _table(window, known | {"renamed": 0}, window in done)
 
 
 def _table(window: Window[str], known: Mapping[str, Any], before: bool) -> pa.Table:
