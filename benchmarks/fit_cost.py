@@ -37,7 +37,7 @@ from contenders import (
 from report import Row, environment, write_result
 
 import rd_torch
-from rd_torch import fitting
+from rd_torch import sums
 from rd_torch.sequences import tokenize
 
 PAPER_RESIDUES = 1000 * 400
@@ -78,7 +78,7 @@ def watched(stopwatch: Stopwatch) -> Iterator[None]:
     parts = (
         (rd_torch.ESM2, "forward", FORWARD),
         (rd_torch.RunningMoments, "update", UPDATE),
-        (fitting, "solve_stages", SOLVE),
+        (sums, "solve_stages", SOLVE),
     )
     patches = [
         mock.patch.object(owner, name, stopwatch.timed(part, getattr(owner, name)))
