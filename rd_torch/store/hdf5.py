@@ -165,7 +165,11 @@ class HDF5Store(Store):
     @cached_property
     def identifiers(self) -> list[str]:
         """Names of the records, in FASTA order."""
-        return list(map(identifier_of, self._file)) if self.facts else list(self._others)
+        if not self.facts:
+            return list(self._others)
+        names: list[bytes] = []  # which h5py itself gives by name before 3.16
+        self._file.id.links.iterate(names.append, idx_type=h5py.h5.INDEX_CRT_ORDER)
+        return [identifier_of(name.decode()) for name in names]
 
     @cached_property
     def _others(self) -> dict[str, str]:
