@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -197,9 +198,11 @@ class Sums:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives the lock back; what is saved stays for the next time."""
+        """Gives the lock back; what is saved stays for the next time, unless it is nothing."""
         if self._lock:
             self._lock.release()
+        if self._file and not self.done.checksums:
+            shutil.rmtree(self._file.parent)
 
 
 def _fingerprint(family: Mapping[str, ESM2]) -> str:
