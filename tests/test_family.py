@@ -42,7 +42,7 @@ def test_every_size_had_the_same_budget_of_60_million_tokens():
 def test_every_size_is_better_than_the_next_smaller_one():
     losses = [LOSSES[name]["validation_loss"] for name in NAMES]
     gaps = [smaller - larger for smaller, larger in pairwise(losses)]
-    assert min(gaps) >= 0.008  # 0.01 was the target: 0.0145, 0.0084 and 0.0096 were reached
+    assert min(gaps) >= 0.008  # 0.01 was the target: 0.0148, 0.0089 and 0.0093 were reached
     assert losses[-1] <= 2.65
 
 

@@ -15,11 +15,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from train import LEVELS, LONG_FROM, SEED, TOKENS, masked_loss, new_parser, read_sequences
+from train import LEVELS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, new_parser, read_sequences
 
 from rd_torch import fit
 from rd_torch.esm2 import ESM2
-from rd_torch.sequences import cut_batches, tokenize
+from rd_torch.sequences import SPECIAL_TOKENS, cut_batches, tokenize
 
 HERE = Path(__file__).parent
 MASK_SEEDS = (0, 1, 2)
@@ -30,12 +30,17 @@ CREDIT = "natural50: UniProt and STRING (CC BY 4.0), PDB (CC0), RefSeq; one prot
 
 @torch.no_grad()
 def measure(model: ESM2, sequences: Sequence[str], seed: int) -> float:
-    """Mean masked-residue loss in nats over whole sequences."""
-    generator = torch.Generator().manual_seed(seed)
+    """Mean masked-residue loss in nats over whole sequences, each with masks of its own in any batch."""
     total, count = 0.0, 0
     for batch in cut_batches(sequences, 8_192):
-        loss, chosen = masked_loss(model, tokenize([sequence for _, sequence in batch]), generator)
-        total, count = total + float(loss), count + chosen
+        tokens = tokenize([sequence for _, sequence in batch])
+        corrupted, chosen = tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool)
+        for row, (index, sequence) in enumerate(batch):
+            generator = torch.Generator().manual_seed(seed * 1_000_000 + index)
+            length = len(sequence) + SPECIAL_TOKENS
+            corrupted[row, :length], chosen[row, :length] = mask_residues(tokens[row, :length], generator)
+        loss, residues = masked_loss(model, tokens, corrupted, chosen)
+        total, count = total + float(loss), count + residues
     return total / count
 
 

@@ -95,9 +95,8 @@ def mask_residues(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, T
     return torch.where(chosen & (fate >= 0.8) & (fate < 0.9), other, corrupted), chosen
 
 
-def masked_loss(model: ESM2, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+def masked_loss(model: ESM2, tokens: Tensor, corrupted: Tensor, chosen: Tensor) -> tuple[Tensor, int]:
     """Cross-entropy in nats summed over the chosen residues of a padded batch, and their number."""
-    corrupted, chosen = mask_residues(tokens, generator)
     packing = Packing.of(tokens != ALPHABET.padding_idx)
     hidden = model(corrupted, packing)[packing.pack(chosen)]
     truth = packing.pack(tokens)[packing.pack(chosen)]
@@ -180,7 +179,7 @@ def train(level: Level, data: Path, state_path: Path, tokens_in_all: int = TOKEN
         tokens = draw_windows(stream, ends, np.random.default_rng((SEED, step)), windows)
         for optimizer, peak in zip(optimizers, peak_rates(level.width), strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate_at(seen / tokens_in_all)
-        loss, chosen = masked_loss(model, tokens, torch.Generator().manual_seed(step))
+        loss, chosen = masked_loss(model, tokens, *mask_residues(tokens, torch.Generator().manual_seed(step)))
         (loss / chosen).backward()
         for optimizer in optimizers:
             optimizer.step()
