@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from finetune_residue import scores as class_scores
@@ -33,6 +34,13 @@ CONSTANT = 1e-9
 HIDDEN, RATE, DECAY, BATCH, EPOCHS, PATIENCE = 64, 3e-3, 0.01, 256, 100, 10
 LINEAR, MLP = "linear", "MLP"
 Scores = dict[str, float]
+
+
+class Rows(NamedTuple):
+    """Examples: `(rows, width)` features, and `(rows,)` labels, numbers or classes."""
+
+    features: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -156,26 +164,23 @@ def standardise(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
     return (known - mean) / deviation, (unknown - mean) / deviation
 
 
-def judge(
-    head: str, features: Tensor, labels: Tensor, split: tuple[Tensor, Tensor], classes: int, seed: int
-) -> Scores:
-    """Scores of a head on the rows that judge, taught by the rows that teach.
+def judge(head: str, taught: Rows, judged: Rows, classes: int, seed: int) -> Scores:
+    """Scores of a head on the rows that judge.
 
     Args:
         head: `"linear"` or `"MLP"`.
-        features: `(rows, width)`.
-        labels: `(rows,)` numbers or classes.
-        split: rows that teach, rows that judge.
-        classes: how many there are; 0 for numbers.
+        taught: what the head learns from, all that it sees of labels.
+        judged: what it is judged by.
+        classes: how many there are; 0 where labels are numbers.
         seed: of the MLP's weights and batches.
 
     Returns:
-        `"Spearman"` of numbers, `"accuracy"` and `"macro AUPR"` of classes; what the head tells.
+        `"Spearman"` of numbers, `"accuracy"` and `"macro AUPR"` of classes;
+        the penalty of ridge, the epochs of the MLP.
     """
-    taught, judged = split
-    known, unknown = standardise(features[taught], features[judged])
-    predictions, facts = HEADS[head](known, labels[taught], unknown, classes, seed)
-    return {**_scores(predictions.cpu(), labels[judged].cpu(), classes), **facts}
+    known, unknown = standardise(taught.features, judged.features)
+    predictions, facts = HEADS[head](known, taught.labels, unknown, classes, seed)
+    return {**_scores(predictions.cpu(), judged.labels.cpu(), classes), **facts}
 
 
 def _scores(predictions: Tensor, labels: Tensor, classes: int) -> Scores:

@@ -31,9 +31,9 @@ from probes import HEADS, LINEAR
 from report import Row, environment, write_result
 from scaling_cache import Cache
 from scaling_data import read_sets
-from scaling_maps import PCR, all_maps, solved_maps
+from scaling_maps import PCR, affine_maps, all_maps
 from scaling_plots import draw_all
-from scaling_study import Sample, Study, cut_at, disjoint_samples
+from scaling_study import Fit, Sample, Study, cut_at, disjoint_samples
 from scaling_tables import Record, all_win_rows, angle_row, score_rows, spread_row
 
 import rd_torch
@@ -48,23 +48,19 @@ def stability(
     larger backbone's embedding, of all pairs of samples.
     """
     widths = study.cache.widths
-    rows, records = [], []
+    rows: list[Row] = []
+    records: list[Record] = []
     for nth, size in enumerate(sizes, start=1):
-        spans, scored = [], []
+        spans, fits = [], []
         for number, sequences in enumerate(samples, start=1):
             sample = Sample(f"sample {number}, {size:,} sequences", cut_at(sequences, sizes[:nth]))
-            moments = study.moments(sample)
-            spans.append([stage.V for stage in rd_torch.solve_stages(moments, widths)])
-            scored.append(study.run(sample, solved_maps(PCR, moments, widths), [LINEAR]))
+            stages = rd_torch.solve_stages(study.moments(sample), widths)
+            spans.append([stage.V for stage in stages])
+            fits.append(Fit(sample, affine_maps(PCR, stages, widths)))
+        scored = study.run(fits, [LINEAR])
         for level, found in zip(list(widths)[1:], zip(*spans, strict=True), strict=True):
-            rows.append(
-                {
-                    "sequences": size,
-                    "level": level,
-                    **angle_row(found),
-                    **spread_row([[each for each in one if each.level == level] for one in scored]),
-                }
-            )
+            of_level = [[each for each in one if each.level == level] for one in scored]
+            rows.append({"sequences": size, "level": level, **angle_row(found), **spread_row(of_level)})
         records += [record for one in scored for record in one]
     return rows, records
 
@@ -78,7 +74,7 @@ def run(
     everything = Sample(f"all {sum(map(len, parts)):,} sequences", parts)
     moments = study.moments(everything)
     maps = all_maps(moments, widths)
-    records = study.run(everything, maps, list(HEADS))
+    (records,) = study.run([Fit(everything, maps)], list(HEADS))
     rows, spread = stability(study, samples, sizes)
     about = f"{name}, {len(study.sets)} data sets, maps from {everything.name}"
     tables = {

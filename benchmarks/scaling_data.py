@@ -9,6 +9,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ class DataSet:
     classes: int = 0
     pool: Pool = "mean"
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """A digest of sequences, labels and splits."""
         rows = (self.labels, *(rows for split in self.splits for rows in split))

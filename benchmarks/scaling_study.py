@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Mapping, Sequence
-from itertools import groupby, pairwise
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, groupby, pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from contenders import MAX_RESIDUES
-from probes import judge
+from probes import Rows, judge
 from scaling_cache import Cache, Scores
 from scaling_data import DataSet, digest
 from scaling_maps import PLAIN, Affine, Place
@@ -26,24 +28,34 @@ PROTOCOL = 1
 SAMPLES = 5
 
 
-class Work(NamedTuple):
-    """One score that is wanted."""
-
-    place: Place
-    head: str
-    split: int
-
-
-class Sample(NamedTuple):
+@dataclass(frozen=True)
+class Sample:
     """Sequences that maps are fitted on, in parts whose moments are kept."""
 
     name: str
     parts: tuple[Sequence[str], ...]
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """A digest of all sequences."""
         return digest(sequence for part in self.parts for sequence in part)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Maps, and the sample that they come from."""
+
+    sample: Sample
+    maps: Mapping[Place, Affine]
+
+
+class Work(NamedTuple):
+    """One score that is wanted."""
+
+    fit: Fit
+    place: Place
+    split: int
+    head: str
 
 
 class Study:
@@ -61,40 +73,32 @@ class Study:
             moments.merge(self.cache.moments(part, sample.name))
         return moments
 
-    def run(self, sample: Sample, maps: Mapping[Place, Affine], heads: Collection[str]) -> list[Record]:
-        """Every score of the maps, which come from the sample."""
-        records = []
+    def run(self, fits: Sequence[Fit], heads: Sequence[str]) -> list[list[Record]]:
+        """Every score of the maps, fit by fit."""
+        records: list[list[Record]] = [[] for _ in fits]
         for data in self.sets:
-            keys = {
-                Work(place, head, split): self._key(sample, data, Work(place, head, split))
-                for place in maps
-                for head in heads
-                for split in range(len(data.splits))
-            }
-            missing = {work: key for work, key in keys.items() if key not in self.scores}
-            if missing:
-                self._judge(data, maps, missing, f"{sample.name}, {data.name}")
-            records += [
-                Record(
-                    sample.name,
-                    *work.place,
-                    maps[work.place].width,
-                    data.name,
-                    data.task,
-                    work.head,
-                    work.split,
-                    self.scores[key],
-                )
-                for work, key in keys.items()
+            wanted = [
+                [Work(fit, *rest) for rest in product(fit.maps, range(len(data.splits)), heads)]
+                for fit in fits
             ]
+            keys = [[self._key(data, work) for work in works] for works in wanted]
+            missing = [
+                (work, key)
+                for work, key in zip(chain(*wanted), chain(*keys), strict=True)
+                if key not in self.scores
+            ]
+            if missing:
+                self._judge(data, missing)
+            for found, works, its_keys in zip(records, wanted, keys, strict=True):
+                found += [self._record(data, work, key) for work, key in zip(works, its_keys, strict=True)]
         return records
 
-    def _key(self, sample: Sample, data: DataSet, work: Work) -> dict[str, Any]:
+    def _key(self, data: DataSet, work: Work) -> dict[str, Any]:
         """All that a score depends on; the plain backbone's on no fit."""
         return {
             "protocol": PROTOCOL,
             "model": self.cache.fingerprint,
-            "fit": "" if work.place.approach == PLAIN else sample.checksum,
+            "fit": "" if work.place.approach == PLAIN else work.fit.sample.checksum,
             **work.place._asdict(),
             "data": data.name,
             "rows": data.checksum,
@@ -102,21 +106,23 @@ class Study:
             "split": work.split,
         }
 
-    def _judge(
-        self, data: DataSet, maps: Mapping[Place, Affine], missing: Mapping[Work, dict[str, Any]], what: str
-    ) -> None:
-        """Computes and keeps scores."""
-        device = self.cache.device
-        rows = self.cache.rows(data).to(device)
-        labels = torch.from_numpy(data.labels).to(device)
-        splits = [tuple(torch.from_numpy(part).to(device) for part in split) for split in data.splits]
-        with tqdm(total=len(missing), desc=what, unit="score", leave=False) as bar:
-            for place, works in groupby(missing, key=lambda work: work.place):
-                features = maps[place](rows)
-                for work in works:
-                    found = judge(work.head, features, labels, splits[work.split], data.classes, work.split)
-                    self.scores.add(missing[work], found)
-                    bar.update()
+    def _record(self, data: DataSet, work: Work, key: Mapping[str, Any]) -> Record:
+        """A score that is kept, with what it is of."""
+        width = work.fit.maps[work.place].width
+        about = (work.fit.sample.name, *work.place, width, data.name, data.task, work.head, work.split)
+        return Record(*about, self.scores[key])
+
+    def _judge(self, data: DataSet, missing: Sequence[tuple[Work, dict[str, Any]]]) -> None:
+        """Computes and keeps scores of a data set."""
+        rows, labels = self.cache.rows(data), torch.from_numpy(data.labels)
+        bar = tqdm(missing, desc=data.name, unit="score", leave=False)
+        for (fit, place, split), group in groupby(bar, key=lambda entry: entry[0][:3]):
+            taught, judged = (
+                Rows(fit.maps[place](rows[part].to(self.cache.device)), labels[part].to(self.cache.device))
+                for part in map(torch.from_numpy, data.splits[split])
+            )
+            for work, key in group:
+                self.scores.add(key, judge(work.head, taught, judged, data.classes, split))
 
 
 def disjoint_samples(path: Path, without: Collection[str], size: int) -> list[list[str]]:
