@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 COLOUR = dict(zip(APPROACHES, (FAINT, *COLOURS), strict=False))
 MARKER = dict(zip(APPROACHES, "osDv^", strict=True))
+LINE = {PLAIN: "--", OLS: ":"}
+"""Lines that are not solid: least squares often lies on principal component regression."""
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -84,7 +86,7 @@ def _draw_lines(ax: Axes, records: Sequence[Record], widths: Mapping[str, int]) 
             marker=MARKER[approach],
             markersize=4.5,
             linewidth=1.5,
-            linestyle="--" if approach == PLAIN else "-",
+            linestyle=LINE.get(approach, "-"),
             label=approach,
         )
     ax.set_xscale("log")
@@ -112,7 +114,7 @@ def draw_wins(records: Sequence[Record], widths: Mapping[str, int]) -> Figure:
                 fontsize=SMALL - 0.5, color="white" if strong else INK,
             )  # fmt: skip
     names = [f"{place.approach}, {place.level}" for place in shown]
-    names[0] = f"{shown[0].level}: alike"
+    names[0] = f"{shown[0].level}, alike in all"
     ax.set_xticks(range(len(shown)), names, rotation=90)
     ax.set_yticks(range(len(shown)), names)
     groups = [place.approach for place in shown]
@@ -145,8 +147,8 @@ def draw_variance(maps: Mapping[Place, Affine], moments: RunningMoments, widths:
     _dress(above, f"Each feature of the nested embedding ({PCR})", "", "share of its variance", above=20)
     for approach in (PCR, OLS, CONCAT, PLAIN):
         explained = explained_by_prefix(maps[Place(approach, last)].matrix, covariance)
-        style = "--" if approach == PLAIN else "-"
-        below.plot(explained, style, color=COLOUR[approach], linewidth=1.6, label=f"{approach}, {last}")
+        style = LINE.get(approach, "-")
+        below.plot(explained, style, color=COLOUR[approach], linewidth=1.9, label=f"{approach}, {last}")
     for end in list(levels.values())[:-1]:
         below.axvline(end + 0.5, color=FAINT, linewidth=0.8)
     below.set_xlim(0.5, width + 0.5)

@@ -21,7 +21,12 @@ TOTAL = sum(WIDTHS.values())
 
 @pytest.fixture(autouse=True)
 def modules(monkeypatch):
+    """The scripts can be imported; products this small take one thread, on a busy machine above all."""
     monkeypatch.syspath_prepend(BENCHMARKS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def draw(rows, seed):
@@ -206,9 +211,9 @@ def test_the_mlp_finds_what_no_line_does_and_leaves_the_random_numbers_alone():
     assert found == scores("MLP", numbers, 0)
     assert found["Spearman"] > 0.8
     assert abs(scores("linear", numbers, 0)["Spearman"]) < 0.2
-    classes = (numbers > 0).long()
-    assert scores("MLP", classes, 2)["accuracy"] > 0.85
-    assert scores("linear", classes, 2)["accuracy"] < 0.65
+    classes = (numbers > -0.3).long() + (numbers > 0.3).long()
+    assert scores("MLP", classes, 3)["accuracy"] > 0.75
+    assert scores("linear", classes, 3)["accuracy"] < 0.5
 
 
 def test_every_approach_is_what_its_stages_make_of_raw_embeddings():
