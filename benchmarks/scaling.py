@@ -1,6 +1,6 @@
 """What does nesting buy, and what does it cost? Scores of every approach at every level of a family.
 
-    python benchmarks/scaling.py --cache FOLDER --output FOLDER
+    python benchmarks/scaling.py --output FOLDER
 
 At equal width: the backbone's own embedding, nested ones whose stages predict by principal component
 regression or least squares, and concatenation with principal components; beside them the nested embedding
@@ -111,7 +111,7 @@ def main() -> None:
         default=[200, 1_000, 5_000],
         help="sequences of the five samples, rising",
     )
-    parser.add_argument("--cache", type=Path, default=Path("scaling"), help="what is kept between runs")
+    parser.add_argument("--cache", type=Path, default=Path("scaling-cache"), help="what is kept between runs")
     parser.add_argument("--output", type=Path, help="folder of tables, scores and plots")
     arguments = parser.parse_args()
     data = require(arguments.data)
