@@ -114,15 +114,17 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("scaling-cache"), help="what is kept between runs")
     parser.add_argument("--output", type=Path, help="folder of tables, scores and plots")
     arguments = parser.parse_args()
-    data = require(arguments.data)
+    data, sizes = require(arguments.data), arguments.sizes
+    if sizes != sorted(set(sizes)) or sizes[0] < 1:
+        raise SystemExit(f"expected rising --sizes, each at least 1, got {' '.join(map(str, sizes))}")
     sets = read_sets(data, arguments.proteingym, arguments.variants)
     asked = {sequence for each in sets for sequence in each.sequences}
-    samples = disjoint_samples(data / "natural50_train.fasta.xz", asked, arguments.sizes[-1])
+    samples = disjoint_samples(data / "natural50_train.fasta.xz", asked, sizes[-1])
     model = rd_torch.RDModel.from_pretrained(
         arguments.model, arguments.level, getattr(torch, arguments.dtype), arguments.device
     )
     study = Study(Cache(arguments.cache, model), sets)
-    run(study, samples, arguments.sizes, arguments.model, arguments.output)
+    run(study, samples, sizes, arguments.model, arguments.output)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,8 @@ def digest(texts: Iterable[str]) -> str:
 
 def read_sets(data: Path, proteingym: Path | None, most: int) -> list[DataSet]:
     """Every data set: of ProteinGym's assays where a folder of them is given, else of those in `dms/`."""
+    if most < LEAST_VARIANTS:
+        raise SystemExit(f"expected at least {LEAST_VARIANTS} --variants of a data set, got {most}")
     assays = data_assays(data) if proteingym is None else proteingym_assays(proteingym)
     mutated = [each for name, variants in assays for each in mutation_sets(name, variants, most)]
     if not mutated:

@@ -542,6 +542,14 @@ def test_data_that_is_not_enough_is_refused(small, monkeypatch):
         SystemExit, match="expected an assay with 100 variants of 1, 2, or 3 or more mutations"
     ):
         read_sets(small, None, 100)
+    with pytest.raises(SystemExit, match="expected at least 100 --variants of a data set, got 99"):
+        read_sets(small, None, 99)
+    for sizes in (["5", "4"], ["4", "4"], ["0", "4"]):
+        monkeypatch.setattr(sys, "argv", ["scaling.py", "--sizes", *sizes])
+        with pytest.raises(
+            SystemExit, match=f"expected rising --sizes, each at least 1, got {' '.join(sizes)}"
+        ):
+            scaling.main()
     monkeypatch.delenv("RD_TORCH_DATA")
     monkeypatch.setattr(sys, "argv", ["scaling.py"])
     with pytest.raises(
