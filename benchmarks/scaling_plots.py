@@ -90,7 +90,8 @@ def _draw_lines(ax: Axes, records: Sequence[Record], widths: Mapping[str, int]) 
             label=approach,
         )
     ax.set_xscale("log")
-    ax.set_xticks(list(widths.values()), [f"{width:,}" for width in widths.values()])
+    marked = sorted({*widths.values(), max(ends.values())})
+    ax.set_xticks(marked, [f"{width:,}" for width in marked])
     ax.xaxis.set_minor_locator(NullLocator())
 
 
