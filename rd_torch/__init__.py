@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rd_torch.predictor import Predictor
     from rd_torch.pretrained import TransformersEncoder
     from rd_torch.sequences import Fasta
-    from rd_torch.solve import solve_stages
+    from rd_torch.solve import concat_pca, solve_stages
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
 
@@ -56,6 +56,7 @@ _HOMES = {
     "align_labels": "heads",
     "cluster": "cluster",
     "combine_stores": "combining",
+    "concat_pca": "solve",
     "embed": "embedding",
     "embed_to_store": "embedding",
     "fit": "fitting",
@@ -87,6 +88,7 @@ __all__ = [
     "align_labels",
     "cluster",
     "combine_stores",
+    "concat_pca",
     "embed",
     "embed_to_store",
     "fit",

@@ -125,7 +125,7 @@ def _draw_maps(axes: Sequence[Axes], sample: Sample, widths: Sequence[int]) -> N
             f"{nth} principal component, {share:.0%} of variance"
             for nth, share in zip(("first", "second"), shares, strict=True)
         ]
-        _dress(ax, title, *labels)
+        dress(ax, title, *labels)
         ax.grid(color=GRID, linewidth=0.6)
     if sample.has_lengths:
         _draw_scale(axes[-1], drawn)
@@ -149,8 +149,8 @@ def _draw_scale(ax: Axes, drawn: Any) -> None:
 def _draw_norms(ax: Axes, sample: Sample) -> None:
     """The root mean square of each feature."""
     norms = np.sqrt(np.square(sample.vectors).mean(0))
-    _draw_features(ax, sample, norms)
-    _dress(ax, "Norm of each feature", "", "root mean square", above=20)
+    draw_features(ax, sample, norms)
+    dress(ax, "Norm of each feature", "", "root mean square", above=20)
 
 
 def _draw_shares(ax: Axes, sample: Sample) -> None:
@@ -159,19 +159,19 @@ def _draw_shares(ax: Axes, sample: Sample) -> None:
 
     variances = sample.vectors.var(0)
     shares = variances / max(variances.sum(), np.finfo(float).tiny)
-    _draw_features(ax, sample, shares, "%", 100)
-    _dress(ax, "Explained variance of each feature", "feature", "share of total variance", above=20)
+    draw_features(ax, sample, shares, "%", 100)
+    dress(ax, "Explained variance of each feature", "feature", "share of total variance", above=20)
     total = ax.twinx()
     places = np.arange(sample.width + 1) + 0.5
     total.plot(places, np.concatenate([[0], shares.cumsum()]), color=INK, linewidth=1.6)
     total.set_ylim(0, 1.04)
     total.yaxis.set_major_formatter(PercentFormatter(1))
-    _dress(total, "", "", "cumulative share (line)")
+    dress(total, "", "", "cumulative share (line)")
     total.spines["right"].set_visible(True)
     total.spines["left"].set_visible(False)
 
 
-def _draw_features(ax: Axes, sample: Sample, values: np.ndarray, unit: str = "", factor: int = 1) -> None:
+def draw_features(ax: Axes, sample: Sample, values: np.ndarray, unit: str = "", factor: int = 1) -> None:
     """A point a feature in its level's colour; boundaries and names of the levels above."""
     ends = sample.levels or {"": sample.width}
     starts = [0, *ends.values()]
@@ -233,7 +233,7 @@ def _apart(places: Sequence[int], digit: float) -> list[int]:
     return kept[::-1]
 
 
-def _dress(ax: Axes, title: str, below: str, beside: str, *, above: float = 6) -> None:
+def dress(ax: Axes, title: str, below: str, beside: str, *, above: float = 6) -> None:
     """Title, labels and lines in one style."""
     ax.set_title(title, fontsize=MEDIUM, color=INK, loc="left", pad=above)
     ax.set_xlabel(below, fontsize=SMALL, color=FAINT)

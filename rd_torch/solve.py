@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rd_torch.config import Explained, PredictFrom, Regressor, check_choice
 from rd_torch.moments import RunningMoments
-from rd_torch.stage import Stage
+from rd_torch.stage import ConcatPCA, Stage
 
 RELATIVE_CUTOFF = 1e-12
 """Directions of the source whose variance is at most this share of the largest count as absent.
@@ -76,15 +76,9 @@ def solve_stages(
         ValueError: for moments of fewer than two rows or another width, levels that are not there or
             not in order, or a number of directions that cannot be.
     """
-    named: dict[Hashable, int] = dict(widths.items() if isinstance(widths, Mapping) else enumerate(widths))
-    chain = list(named) if levels is None else list(levels)
-    columns = _columns(moments, named, chain)
-    sizes = [named[level] for level in chain]
+    columns, sizes = _chain(moments, widths, levels)
     counts = check_options(sizes, added, regressor, alpha, predict_from)
-    covariance = moments.covariance()[columns[:, None], columns]
-    identity = torch.eye(len(columns), dtype=torch.float64, device=columns.device)
-    raw = identity.split(sizes, dim=1)
-    means = moments.mean[columns].split(sizes)
+    covariance, raw, means = _joint(moments, columns, sizes)
     nested, nested_mean = raw[0], means[0]
     stages = []
     for k, count in enumerate(counts, start=1):
@@ -101,8 +95,51 @@ def solve_stages(
     return stages
 
 
-def _columns(moments: RunningMoments, named: Mapping[Hashable, int], chain: Sequence[Hashable]) -> Tensor:
-    """Columns of the joint moments that belong to the chain, level after level."""
+def concat_pca(
+    moments: RunningMoments,
+    widths: Mapping[str, int] | Sequence[int],
+    *,
+    levels: Sequence[Hashable] | None = None,
+) -> list[ConcatPCA]:
+    """Solves the baseline of a chain, concatenation and principal components, from the same moments.
+
+    A level's embedding is `([output of the level before, larger] - mean) components`, as wide as the
+    larger embedding; the first level's is its own raw one. `RDModel` takes the stages as it takes those of
+    `solve_stages`. Signs are fixed: the entry of largest size in each direction is positive.
+
+    Args:
+        moments: joint moments of the raw embeddings, concatenated in the order of `widths`.
+        widths: width of each raw embedding, by level name, or in order and then named 0, 1, 2, ...
+        levels: the sub-chain to solve, in order; by default all.
+
+    Returns:
+        One float64 stage fewer than levels, in order; a single level needs none.
+
+    Raises:
+        ValueError: for moments of fewer than two rows or another width, or levels that are not there or
+            not in order.
+    """
+    columns, sizes = _chain(moments, widths, levels)
+    covariance, raw, means = _joint(moments, columns, sizes)
+    output, mean = raw[0], means[0]
+    stages = []
+    for k, width in enumerate(sizes[1:], start=1):
+        both, both_mean = torch.cat((output, raw[k]), dim=1), torch.cat((mean, means[k]))
+        variances, components = _principal_directions(both.T @ covariance @ both, width)
+        total = float(variances.sum())
+        there = total > _constant_variance(means[: k + 1]) * len(both_mean)
+        kept = float(variances[:width].sum()) / total if there else 1.0
+        stages.append(ConcatPCA(both_mean, components, Explained(r2=None, kept=kept)))
+        output, mean = both @ components, mean.new_zeros(width)
+    return stages
+
+
+def _chain(
+    moments: RunningMoments, widths: Mapping[str, int] | Sequence[int], levels: Sequence[Hashable] | None
+) -> tuple[Tensor, list[int]]:
+    """Columns of the joint moments that belong to the chain, level after level, and its raw widths."""
+    named: dict[Hashable, int] = dict(widths.items() if isinstance(widths, Mapping) else enumerate(widths))
+    chain = list(named) if levels is None else list(levels)
     if sum(named.values()) != moments.width:
         raise ValueError(
             f"expected moments of width {sum(named.values())}, the sum of {list(named.values())}, "
@@ -115,7 +152,16 @@ def _columns(moments: RunningMoments, named: Mapping[Hashable, int], chain: Sequ
     if places != sorted(set(places)):
         raise ValueError(f"expected each level once in the order {names}, got {list(chain)}")
     blocks = torch.arange(moments.width, device=moments.mean.device).split(list(named.values()))
-    return torch.cat([blocks[place] for place in places])
+    return torch.cat([blocks[place] for place in places]), [named[level] for level in chain]
+
+
+def _joint(
+    moments: RunningMoments, columns: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """The chain's covariance; each level's raw embedding as a map of them all side by side, and its mean."""
+    covariance = moments.covariance()[columns[:, None], columns]
+    identity = torch.eye(len(columns), dtype=torch.float64, device=columns.device)
+    return covariance, identity.split(list(sizes), dim=1), moments.mean[columns].split(list(sizes))
 
 
 def check_options(
@@ -215,14 +261,19 @@ def _directions(
     miss: Tensor, larger: Tensor, covariance: Tensor, count: int, constant: float
 ) -> tuple[Tensor, Explained]:
     """The leading directions of the residual, and what prediction and directions explain."""
-    residual = miss.T @ covariance @ miss
-    eigenvalues, vectors = torch.linalg.eigh((residual + residual.T) / 2)
-    variances, V = eigenvalues.flip(0).clamp(min=0), vectors.flip(1)[:, :count]
-    peaks = V.gather(0, V.abs().argmax(0, keepdim=True)) if count else V[:1]
+    variances, V = _principal_directions(miss.T @ covariance @ miss, count)
     total = float(torch.trace(larger.T @ covariance @ larger))
     missed = float(variances.sum())
     explained = Explained(
         r2=1 - missed / total if total > constant * larger.shape[1] else 1.0,
         kept=float(variances[:count].sum()) / missed if missed > 0 else 1.0,
     )
-    return V * torch.where(peaks < 0, -1.0, 1.0), explained
+    return V, explained
+
+
+def _principal_directions(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """All principal variances, falling, and the `count` leading directions, signs fixed."""
+    eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    V = vectors.flip(1)[:, :count]
+    peaks = V.gather(0, V.abs().argmax(0, keepdim=True)) if count else V[:1]
+    return eigenvalues.flip(0).clamp(min=0), V * torch.where(peaks < 0, -1.0, 1.0)

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from helpers import SHAPES, random_esm2, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rd_torch import RunningMoments, solve_stages
+from rd_torch import RDModel, RunningMoments, concat_pca, solve_stages
 from rd_torch.solve import significant_components
 
 WIDTHS = {"a": 4, "b": 7, "c": 9}
@@ -361,3 +362,119 @@ def test_a_source_of_tiny_scale_beside_a_larger_mean_still_predicts():
 def test_a_constant_larger_embedding_is_explained_wholly():
     x = draw((4,))[0]
     assert solve([x, np.full((len(x), 7), 1e4 + 0.1)], regressor="ols")[0].r2 == 1.0
+
+
+def direct_components(raws):
+    """Level by level: what the stages put out, from the singular vectors of all rows side by side."""
+    outputs = raws[:1]
+    for y in raws[1:]:
+        both = np.hstack((outputs[-1], y))
+        centred = both - both.mean(0)
+        directions = np.linalg.svd(centred, full_matrices=False)[2]
+        peaks = directions[np.arange(len(directions)), np.abs(directions).argmax(1)]
+        outputs.append(centred @ (directions * np.sign(peaks)[:, None])[: y.shape[1]].T)
+    return outputs
+
+
+def components(raws, **options):
+    return concat_pca(moments_of(raws), [raw.shape[1] for raw in raws], **options)
+
+
+def concatenated(stages, raws):
+    """What the stages put out, level by level."""
+    outputs = [torch.from_numpy(raws[0])]
+    for stage, y in zip(stages, raws[1:], strict=True):
+        outputs.append(stage(outputs[-1], torch.from_numpy(y)))
+    return [output.numpy() for output in outputs]
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (5, 5, 5), (6, 4, 5), (4,)])
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_concatenated_components_equal_those_of_all_rows(sizes, shift):
+    raws = draw(sizes, shift=shift)
+    outputs, expected = concatenated(components(raws), raws), direct_components(raws)
+    for output, its, size in zip(outputs, expected, sizes, strict=True):
+        assert output.shape[1] == size
+        assert_close(output, its)
+
+
+def test_concatenated_components_are_centred_uncorrelated_and_fall_and_say_what_they_keep():
+    raws = draw(shift=1e4)
+    stages = components(raws)
+    outputs = concatenated(stages, raws)
+    for stage, before, y, output in zip(stages, outputs, raws[1:], outputs[1:], strict=False):
+        assert all(part.dtype == torch.float64 for part in stage.buffers())
+        assert np.abs(output.mean(0)).max() < 1e-6
+        assert np.abs(np.corrcoef(output.T) - np.eye(output.shape[1])).max() < 1e-6
+        assert (np.diff(output.var(0)) < 0).all()
+        share = output.var(0).sum() / np.hstack((before, y)).var(0).sum()
+        assert stage.explained.kept == pytest.approx(share)
+        assert stage.explained.r2 is None
+
+
+@pytest.mark.parametrize("levels", [("a", "c"), ("b", "c"), ("a", "b"), ("c",)])
+def test_concatenated_components_of_a_sub_chain_are_those_of_its_columns(levels):
+    raws = draw(shift=1e4)
+    places = [list(WIDTHS).index(level) for level in levels]
+    stages = concat_pca(moments_of(raws), WIDTHS, levels=levels)
+    alone = components([raws[place] for place in places])
+    assert len(stages) == len(alone) == len(levels) - 1
+    for stage, other in zip(stages, alone, strict=True):
+        torch.testing.assert_close(stage.mean, other.mean)
+        torch.testing.assert_close(stage.components, other.components, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("how", SPOILERS)
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_concatenated_components_of_rank_deficient_inputs_are_finite_and_orthonormal(how, shift):
+    raws = [raw + shift for raw in spoilt(how, SIZES, seed=4)]
+    stages = components(raws)
+    for stage in stages:
+        V = stage.components.numpy()
+        np.testing.assert_allclose(V.T @ V, np.eye(V.shape[1]), rtol=0, atol=1e-10)
+        assert 0 <= stage.explained.kept <= 1 + 1e-12
+    outputs, expected = concatenated(stages, raws), direct_components(raws)
+    for output, its in zip(outputs, expected, strict=True):
+        scale = max(1.0, np.abs(its).max() ** 2)
+        difference = output @ output.T - its @ its.T  # directions without variance are free
+        assert np.abs(difference).max() <= 1e-5 * scale
+
+
+def test_a_model_takes_concatenated_components_as_its_stages():
+    backbones = {name: random_esm2(*shape, seed=k) for k, (name, shape) in enumerate(SHAPES.items())}
+    widths = {name: width for name, (_, width, _) in SHAPES.items()}
+    generator = torch.Generator().manual_seed(0)
+    moments = RunningMoments(sum(widths.values()))
+    moments.update(torch.randn(300, moments.width, dtype=torch.float64, generator=generator))
+    stages = concat_pca(moments, widths)
+    model = RDModel(backbones, stages).eval()
+    assert model.config.method == "naive"
+    assert model.config.widths == widths
+    tokens = tokens_of("MKTAYIAKQR")
+    out = model(tokens)
+    raw = {
+        name: module(tokens, repr_layers=[n])["representations"][n]
+        for (name, module), n in zip(backbones.items(), (shape[0] for shape in SHAPES.values()), strict=True)
+    }
+    expected = raw["a"].double()
+    for stage, name in zip(stages, ("b", "c"), strict=True):
+        expected = stage(expected, raw[name])
+    torch.testing.assert_close(out.embeddings[0, 1:-1].double(), expected[0, 1:-1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("widths", "options", "message"),
+    [
+        ((4, 7, 8), {}, r"expected moments of width 19, the sum of \[4, 7, 8\], got 20"),
+        (WIDTHS, {"levels": ["a", "d"]}, r"expected levels among \['a', 'b', 'c'\], got \['a', 'd'\]"),
+        (WIDTHS, {"levels": ["b", "a"]}, "expected each level once in the order .*, got .'b', 'a'"),
+    ],
+)
+def test_chains_that_cannot_be_concatenated_are_refused(widths, options, message):
+    with pytest.raises(ValueError, match=message):
+        concat_pca(moments_of(draw(rows=12)), widths, **options)
+
+
+def test_moments_of_too_few_rows_have_no_components():
+    with pytest.raises(ValueError, match="expected at least 2 rows for a covariance, got 1"):
+        components([raw[:1] for raw in draw()])

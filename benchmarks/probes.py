@@ -1,0 +1,192 @@
+"""The heads of `scaling.py`: ridge, logistic regression and a small MLP, all taught by training rows alone.
+
+    linear    numbers: ridge, the penalty chosen by generalised cross-validation (Golub, Heath and Wahba 1979)
+              classes: multinomial logistic regression with a penalty of 1/2 on the squared weights
+    MLP       one hidden layer of 64 GELUs, AdamW, stopped early by the last fifth of the training rows: of
+              residues, which stand protein by protein, those of other proteins
+
+Features are standardised by the training rows' means and deviations.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from finetune_residue import scores as class_scores
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.nn import functional
+
+PENALTIES = tuple(10 ** (quarter / 4) for quarter in range(-12, 29))
+"""From a thousandth to ten million, four a decade, for standardised features."""
+
+ABSENT = 1e-12
+"""Directions with at most this share of the largest one's squares count as absent."""
+
+CONSTANT = 1e-9
+"""Features whose deviation is at most this share of their mean's size count as constant: rounding."""
+
+HIDDEN, RATE, DECAY, BATCH, EPOCHS, PATIENCE = 64, 1e-3, 0.01, 256, 200, 20
+LINEAR, MLP = "linear", "MLP"
+Scores = dict[str, float]
+
+
+class Rows(NamedTuple):
+    """Examples: `(rows, width)` features, and `(rows,)` labels, numbers or classes."""
+
+    features: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A linear prediction.
+
+    Attributes:
+        weights: `(width,)`.
+        intercept: free of any penalty.
+        alpha: the penalty that was chosen.
+    """
+
+    weights: Tensor
+    intercept: float
+    alpha: float
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """`(rows,)` predictions."""
+        return features @ self.weights + self.intercept
+
+
+def fit_ridge(features: Tensor, labels: Tensor, penalties: Sequence[float] = PENALTIES) -> Ridge:
+    """Ridge regression, its penalty the one of least generalised cross-validation error.
+
+    The error of a penalty is `n RSS / (n - 1 - d)^2`, with d the effective degrees of freedom and 1 for the
+    intercept. Nothing but these rows is seen.
+
+    Args:
+        features: `(n, width)`.
+        labels: `(n,)`.
+        penalties: those to choose from; 0 gives the least-squares solution of minimum norm.
+    """
+    mean, centre = features.mean(0), labels.mean()
+    X, y = features - mean, labels - centre
+    if len(X) >= X.shape[1]:
+        squares, V = torch.linalg.eigh(X.T @ X)
+        there = squares > ABSENT * squares[-1]
+        squares, V = squares[there], V[:, there]
+    else:
+        squares, U = torch.linalg.eigh(X @ X.T)
+        there = squares > ABSENT * squares[-1]
+        squares = squares[there]
+        V = X.T @ U[:, there] / squares.sqrt()
+    cross = V.T @ (X.T @ y)
+    alphas = torch.tensor(penalties, dtype=X.dtype, device=X.device)[:, None]
+    missed = y.square().sum() - (cross.square() * (squares + 2 * alphas) / (squares + alphas).square()).sum(1)
+    freedom = len(X) - 1 - (squares / (squares + alphas)).sum(1)
+    errors = torch.where(freedom > 0, missed / freedom.square(), math.inf)
+    alpha = float(alphas[errors.argmin()])
+    weights = V @ (cross / (squares + alpha))
+    return Ridge(weights, float(centre - mean @ weights), alpha)
+
+
+def linear(known: Tensor, labels: Tensor, unknown: Tensor, classes: int, seed: int) -> tuple[Tensor, Scores]:
+    """Predictions of ridge or logistic regression for unknown rows, and the penalty."""
+    del seed  # nothing is drawn
+    if not classes:
+        ridge = fit_ridge(known, labels.to(known.dtype))
+        return ridge(unknown), {"alpha": ridge.alpha}
+    model = LogisticRegression(max_iter=1_000).fit(known.float().cpu().numpy(), labels.cpu().numpy())
+    shares = torch.zeros(len(unknown), classes)
+    found = model.predict_proba(unknown.float().cpu().numpy())
+    shares[:, model.classes_] = torch.from_numpy(found).float()
+    return shares, {}
+
+
+def small_mlp(
+    known: Tensor, labels: Tensor, unknown: Tensor, classes: int, seed: int
+) -> tuple[Tensor, Scores]:
+    """Predictions of the MLP for unknown rows, and the epoch that it was best at."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Linear(known.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes or 1))
+        module.to(known.device)
+        centre, scale = (0, 1) if classes else (labels.mean(), labels.std().clamp(min=1e-12))
+        targets = labels if classes else ((labels - centre) / scale).float()
+        features, most = known.float(), len(known) * 4 // 5
+        taught = Rows(features[:most], targets[:most])
+        best = _train(module, taught, Rows(features[most:], targets[most:]))
+    with torch.no_grad():
+        predictions = module(unknown.float())
+    return predictions.softmax(1) if classes else predictions[:, 0] * scale + centre, {"epochs": best}
+
+
+def _train(module: nn.Module, taught: Rows, held: Rows) -> int:
+    """Trains until the held rows' loss has not fallen for `PATIENCE` epochs; leaves the best, says when."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
+    lowest, best, kept = math.inf, 0, copy.deepcopy(module.state_dict())
+    for epoch in range(1, EPOCHS + 1):
+        for batch in torch.randperm(len(taught.labels)).to(taught.labels.device).split(BATCH):
+            optimizer.zero_grad()
+            _loss(module(taught.features[batch]), taught.labels[batch]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            loss = float(_loss(module(held.features), held.labels))
+        if loss < lowest:
+            lowest, best, kept = loss, epoch, copy.deepcopy(module.state_dict())
+        elif epoch - best >= PATIENCE:
+            break
+    module.load_state_dict(kept)
+    return best
+
+
+def _loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Squared error of numbers, cross-entropy of classes."""
+    if targets.is_floating_point():
+        return functional.mse_loss(predictions[:, 0], targets)
+    return functional.cross_entropy(predictions, targets)
+
+
+HEADS: Mapping[str, Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Scores]]] = {
+    LINEAR: linear,
+    MLP: small_mlp,
+}
+
+
+def standardise(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, each feature less the known rows' mean, over their deviation; constant features become zeros."""
+    mean, deviation = known.mean(0), known.std(0)
+    deviation[deviation <= CONSTANT * mean.abs()] = math.inf
+    return (known - mean) / deviation, (unknown - mean) / deviation
+
+
+def judge(head: str, taught: Rows, judged: Rows, classes: int, seed: int) -> Scores:
+    """Scores of a head on the rows that judge.
+
+    Args:
+        head: `"linear"` or `"MLP"`.
+        taught: what the head learns from, all that it sees of labels.
+        judged: what it is judged by.
+        classes: how many there are; 0 where labels are numbers.
+        seed: of the MLP's weights and batches.
+
+    Returns:
+        `"Spearman"` of numbers, `"accuracy"` and `"macro AUPR"` of classes;
+        the penalty of ridge, the epochs of the MLP.
+    """
+    known, unknown = standardise(taught.features, judged.features)
+    predictions, facts = HEADS[head](known, taught.labels, unknown, classes, seed)
+    return {**_scores(predictions.cpu(), judged.labels.cpu(), classes), **facts}
+
+
+def _scores(predictions: Tensor, labels: Tensor, classes: int) -> Scores:
+    """What predictions are worth."""
+    if classes:
+        return class_scores(predictions.numpy(), labels.numpy())
+    rank = float(spearmanr(predictions.numpy(), labels.numpy()).statistic)
+    return {"Spearman": 0.0 if math.isnan(rank) else rank}  # one prediction for all has no rank

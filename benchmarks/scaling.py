@@ -1,0 +1,131 @@
+"""What does nesting buy, and what does it cost? Scores of every approach at every level of a family.
+
+    python benchmarks/scaling.py --output FOLDER
+
+At equal width: the backbone's own embedding, nested ones whose stages predict by principal component
+regression or least squares, and concatenation with principal components; beside them the nested embedding
+that keeps every added direction, which is wider. All maps come from the same moments. Asked are, of
+mean-pooled embeddings, the effects of mutations (each assay's variants with 1, 2, and 3 or more mutations
+apart; five random halves) and melting temperature (the published split), and of residues, three-state
+secondary structure (five sets of training proteins, one of test proteins); heads: `probes.py`.
+
+Stability: the same from five disjoint samples of 200, 1,000 and 5,000 training proteins. The main maps are
+those of all five together. None of these proteins is among those that are asked about.
+
+Embeddings, moments and scores are kept in `--cache`: the same command goes on where it was, and a second run
+takes what is there. `--output` receives three tables, every score, and three plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from contenders import DTYPES, add_data_argument
+from finetuning import require
+from probes import HEADS, LINEAR
+from report import Row, environment, write_result
+from scaling_cache import Cache
+from scaling_data import read_sets
+from scaling_maps import PCR, affine_maps, all_maps
+from scaling_plots import draw_all
+from scaling_study import Fit, Sample, Study, cut_at, disjoint_samples
+from scaling_tables import Record, all_win_rows, angle_row, score_rows, spread_row
+
+import rd_torch
+
+
+def stability(
+    study: Study, samples: Sequence[Sequence[str]], sizes: Sequence[int]
+) -> tuple[list[Row], list[Record]]:
+    """How much maps and scores depend on the sample: a row a size and level, and every score.
+
+    Angles are the principal ones between the spans of V, the added directions in the coordinates of the
+    larger backbone's embedding, of all pairs of samples.
+    """
+    widths = study.cache.widths
+    rows: list[Row] = []
+    records: list[Record] = []
+    for nth, size in enumerate(sizes, start=1):
+        spans, fits = [], []
+        for number, sequences in enumerate(samples, start=1):
+            sample = Sample(f"sample {number}, {size:,} sequences", cut_at(sequences, sizes[:nth]))
+            stages = rd_torch.solve_stages(study.moments(sample), widths)
+            spans.append([stage.V for stage in stages])
+            fits.append(Fit(sample, affine_maps(PCR, stages, widths)))
+        scored = study.run(fits, [LINEAR])
+        for level, found in zip(list(widths)[1:], zip(*spans, strict=True), strict=True):
+            of_level = [[each for each in one if each.level == level] for one in scored]
+            rows.append({"sequences": size, "level": level, **angle_row(found), **spread_row(of_level)})
+        records += [record for one in scored for record in one]
+    return rows, records
+
+
+def run(
+    study: Study, samples: Sequence[Sequence[str]], sizes: Sequence[int], name: str, output: Path | None
+) -> None:
+    """Computes whatever is missing, prints the tables, and writes them, every score and the plots."""
+    widths = study.cache.widths
+    parts = tuple(part for sequences in samples for part in cut_at(sequences, sizes))
+    everything = Sample(f"all {sum(map(len, parts)):,} sequences", parts)
+    moments = study.moments(everything)
+    maps = all_maps(moments, widths)
+    (records,) = study.run([Fit(everything, maps)], list(HEADS))
+    rows, spread = stability(study, samples, sizes)
+    about = f"{name}, {len(study.sets)} data sets, maps from {everything.name}"
+    tables = {
+        "scores": (f"Scaling, scores: {about}", score_rows(records, widths)),
+        "wins": (
+            f"Scaling, share of data sets where the first wins [95 % bootstrap]: {about}",
+            all_win_rows(records, widths),
+        ),
+        "stability": (f"Scaling, five disjoint samples, nested, PCR, linear head: {name}", rows),
+    }
+    for kind, (title, table) in tables.items():
+        write_result(title, table, environment(), output and output / f"scaling_{kind}.json")
+    if output:
+        lines = [json.dumps(asdict(record)) for record in (*records, *spread)]
+        (output / "scaling_every_score.jsonl").write_text("\n".join(lines) + "\n")
+        draw_all(records, maps, moments, widths, output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_data_argument(parser)
+    parser.add_argument("--proteingym", type=Path, help="ProteinGym's files, in place of the data's assays")
+    parser.add_argument("--model", default="esm2-rd-mini", help="folder, Hub id, or the shipped family")
+    parser.add_argument("--level", help="the chain's last level, by default the model's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbones")
+    parser.add_argument("--variants", type=int, default=3_000, help="of a data set at the most")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[200, 1_000, 5_000],
+        help="sequences of the five samples, rising",
+    )
+    parser.add_argument("--cache", type=Path, default=Path("scaling-cache"), help="what is kept between runs")
+    parser.add_argument("--output", type=Path, help="folder of tables, scores and plots")
+    arguments = parser.parse_args()
+    data, sizes = require(arguments.data), arguments.sizes
+    if sizes != sorted(set(sizes)) or sizes[0] < 1:
+        raise SystemExit(f"expected rising --sizes, each at least 1, got {' '.join(map(str, sizes))}")
+    sets = read_sets(data, arguments.proteingym, arguments.variants)
+    asked = {sequence for each in sets for sequence in each.sequences}
+    samples = disjoint_samples(data / "natural50_train.fasta.xz", asked, sizes[-1])
+    model = rd_torch.RDModel.from_pretrained(
+        arguments.model, arguments.level, getattr(torch, arguments.dtype), arguments.device
+    )
+    study = Study(Cache(arguments.cache, model), sets)
+    run(study, samples, sizes, arguments.model, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

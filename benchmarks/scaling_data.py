@@ -1,0 +1,217 @@
+"""The data sets of `scaling.py`: mutations, secondary structure, melting temperature; how they are split."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from contenders import MAX_RESIDUES
+from finetune_residue import STATES, SecondaryStructure
+from finetune_sequence import MeltingTemperature
+from tqdm import tqdm
+
+from rd_torch.sequences import Fasta
+from rd_torch.store import Pool
+
+SPLITS = 5
+LEAST_VARIANTS = 100
+"""Variants below which a data set is left out: half of them teach, half judge."""
+
+STRUCTURES = 1_000
+"""Proteins that teach secondary structure, a fifth of them in each split."""
+
+MUTATIONS = {1: "1 mutation", 2: "2 mutations", 3: "3 or more mutations"}
+STRUCTURE, MELTING = "secondary structure", "melting temperature"
+TASKS = (*MUTATIONS.values(), STRUCTURE, MELTING)
+Split = tuple[np.ndarray, np.ndarray]
+Variant = tuple[str, str, float]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Sequences with labels, and which of its rows teach and which judge.
+
+    Attributes:
+        name: of this data set alone.
+        task: what it asks, one of `TASKS`.
+        sequences: residues only.
+        labels: `(rows,)` numbers or classes; a row is a sequence, or a residue, sequence after sequence.
+        splits: rows that teach and rows that judge, split after split.
+        classes: how many there are; 0 where labels are numbers.
+        pool: `"mean"` where a row is a sequence, `"none"` where it is a residue.
+    """
+
+    name: str
+    task: str
+    sequences: Sequence[str]
+    labels: np.ndarray
+    splits: Sequence[Split]
+    classes: int = 0
+    pool: Pool = "mean"
+
+    @cached_property
+    def checksum(self) -> str:
+        """A digest of sequences, labels and splits."""
+        rows = (self.labels, *(rows for split in self.splits for rows in split))
+        return digest([*self.sequences, *(rows.tobytes().hex() for rows in rows)])
+
+
+def digest(texts: Iterable[str]) -> str:
+    """Thirty-two letters that stand for texts in their order."""
+    total = hashlib.sha256()
+    for text in texts:
+        total.update(text.encode() + b"\n")
+    return total.hexdigest()[:32]
+
+
+def read_sets(data: Path, proteingym: Path | None, most: int) -> list[DataSet]:
+    """Every data set: of ProteinGym's assays where a folder of them is given, else of those in `dms/`."""
+    if most < LEAST_VARIANTS:
+        raise SystemExit(f"expected at least {LEAST_VARIANTS} --variants of a data set, got {most}")
+    assays = data_assays(data) if proteingym is None else proteingym_assays(proteingym)
+    mutated = [each for name, variants in assays for each in mutation_sets(name, variants, most)]
+    if not mutated:
+        raise SystemExit(
+            f"expected an assay with {LEAST_VARIANTS} variants of 1, 2, or 3 or more mutations, got none"
+        )
+    return [*mutated, structure_set(data), melting_set(data)]
+
+
+def data_assays(data: Path) -> Iterator[tuple[str, list[Variant]]]:
+    """The assays of the data folder: name, and mutant, mutated sequence and score of each variant."""
+    wild_types = {each.identifier: each.sequence for each in Fasta(data / "dms" / "wild_types.fasta")}
+    for path in sorted((data / "dms").glob("*.csv.gz")):
+        name = path.name.removesuffix(".csv.gz")
+        if name not in wild_types:
+            raise SystemExit(f"expected {name} among the wild types, got {', '.join(wild_types)}")
+        with gzip.open(path, "rt") as handle:
+            rows = list(csv.DictReader(handle))
+        yield (
+            name,
+            [
+                (row["mutant"], mutate(wild_types[name], row["mutant"]), float(row["DMS_score"]))
+                for row in rows
+            ],
+        )
+
+
+def mutate(wild_type: str, mutant: str) -> str:
+    """The sequence of a mutant such as `A2G:K7R`; positions count from 1."""
+    letters = list(wild_type)
+    for change in mutant.split(":"):
+        before, place, after = change[0], int(change[1:-1]) - 1, change[-1]
+        if not 0 <= place < len(letters) or letters[place] != before:
+            got = letters[place] if 0 <= place < len(letters) else "no such position"
+            raise ValueError(f"expected {before} at position {place + 1} of the wild type, got {got}")
+        letters[place] = after
+    return "".join(letters)
+
+
+def proteingym_assays(folder: Path) -> Iterator[tuple[str, list[Variant]]]:
+    """The assays of a folder of ProteinGym's files, as far as their tables are there.
+
+    Proteins longer than what ESM-2 was trained on are left out: cut, they would lose their mutations.
+    """
+    listing = folder / "DMS_substitutions.csv"
+    if not listing.is_file():
+        raise SystemExit(f"expected ProteinGym's DMS_substitutions.csv in {folder}, got none")
+    names = [row["DMS_id"] for row in _table(listing, ("DMS_id",))]
+    found = [name for name in names if (folder / f"{name}.csv").is_file()]
+    if not found:
+        raise SystemExit(
+            f"expected tables of the {len(names):,} assays in {folder}, got none: DMS_id.csv each"
+        )
+    long = 0
+    for name in found:
+        rows = _table(folder / f"{name}.csv", ("mutant", "mutated_sequence", "DMS_score"))
+        if max((len(row["mutated_sequence"]) for row in rows), default=0) > MAX_RESIDUES:
+            long += 1
+            continue
+        yield name, [(row["mutant"], row["mutated_sequence"], float(row["DMS_score"])) for row in rows]
+    tqdm.write(
+        f"ProteinGym: {len(names):,} assays, {len(names) - len(found):,} without a table in {folder}, "
+        f"{long:,} of more than {MAX_RESIDUES:,} residues left out"
+    )
+
+
+def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table that has these columns."""
+    with path.open(newline="") as handle:
+        reader = csv.DictReader(handle)
+        got = list(reader.fieldnames or ())
+        if not set(columns) <= set(got):
+            raise SystemExit(
+                f"expected columns {', '.join(columns)} in {path}, got {', '.join(got) or 'none'}"
+            )
+        return list(reader)
+
+
+def mutation_sets(name: str, variants: Sequence[Variant], most: int) -> Iterator[DataSet]:
+    """An assay's variants with 1, 2, and 3 or more mutations apart; at most `most` of each, by chance."""
+    groups: dict[int, list[Variant]] = defaultdict(list)
+    for variant in variants:
+        groups[min(3, variant[0].count(":") + 1)].append(variant)
+    for count, task in MUTATIONS.items():
+        group = groups[count]
+        if len(group) < LEAST_VARIANTS:
+            continue
+        chosen = random.Random(0).sample(group, min(most, len(group)))
+        yield DataSet(
+            f"{name}, {task}",
+            task,
+            [sequence for _, sequence, _ in chosen],
+            np.array([score for _, _, score in chosen]),
+            [halves(len(chosen), seed) for seed in range(SPLITS)],
+        )
+
+
+def halves(rows: int, seed: int) -> Split:
+    """Two random halves of so many rows."""
+    order = np.random.default_rng(seed).permutation(rows)
+    return order[: rows // 2], order[rows // 2 :]
+
+
+def structure_set(data: Path) -> DataSet:
+    """Three-state secondary structure: each split learns from other proteins, all are judged by the same."""
+    sets = SecondaryStructure().read(data, MAX_RESIDUES)
+    known = random.Random(0).sample(sets["train"], min(STRUCTURES, len(sets["train"])))
+    examples = [*known, *sets["test"]]
+    labels = np.array([label for each in examples for label in each.label])
+    protein = np.repeat(np.arange(len(examples)), [len(each.sequence) for each in examples])
+    labelled = labels >= 0
+    judged = np.flatnonzero(labelled & (protein >= len(known)))
+    return DataSet(
+        STRUCTURE,
+        STRUCTURE,
+        [each.sequence for each in examples],
+        labels,
+        [
+            (np.flatnonzero(labelled & (protein < len(known)) & (protein % SPLITS == part)), judged)
+            for part in range(SPLITS)
+        ],
+        classes=len(STATES),
+        pool="none",
+    )
+
+
+def melting_set(data: Path) -> DataSet:
+    """Melting temperature with the split that it is published with."""
+    sets = MeltingTemperature().read(data, MAX_RESIDUES)
+    known = [*sets["train"], *sets["valid"]]
+    examples = [*known, *sets["test"]]
+    rows = np.arange(len(examples))
+    return DataSet(
+        MELTING,
+        MELTING,
+        [each.sequence for each in examples],
+        np.array([each.label for each in examples]),
+        [(rows[: len(known)], rows[len(known) :])],
+    )

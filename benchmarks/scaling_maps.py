@@ -1,0 +1,140 @@
+"""The approaches of `scaling.py` as affine maps of all raw embeddings side by side, and angles between maps.
+
+Averaging over residues and every approach are affine, so raw embeddings are computed and averaged once; an
+approach at a level is then one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rd_torch import RunningMoments, concat_pca, solve_stages
+from rd_torch.stage import Maps, nest
+
+PLAIN, PCR, OLS, ALL, CONCAT = "plain", "nested, PCR", "nested, OLS", "nested, OLS, all added", "concat + PCA"
+Widths = Mapping[str, int]
+
+SOLVERS: Mapping[str, Callable[[RunningMoments, Widths], Sequence[Maps]]] = {
+    PCR: solve_stages,
+    OLS: lambda moments, widths: solve_stages(moments, widths, regressor="ols"),
+    ALL: lambda moments, widths: solve_stages(moments, widths, regressor="ols", added="all"),
+    CONCAT: concat_pca,
+}
+APPROACHES = (PLAIN, *SOLVERS)
+
+
+class Place(NamedTuple):
+    """An approach at a level."""
+
+    approach: str
+    level: str
+
+
+class Affine(NamedTuple):
+    """`rows matrix + offset`, in float64.
+
+    Attributes:
+        matrix: `(widths together, width)`.
+        offset: `(width,)`.
+    """
+
+    matrix: Tensor
+    offset: Tensor
+
+    @property
+    def width(self) -> int:
+        """Features that come out."""
+        return len(self.offset)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """`(rows, width)` features of raw embeddings side by side."""
+        matrix, offset = self.matrix.to(rows.device), self.offset.to(rows.device)
+        return torch.addmm(offset, rows.to(matrix.dtype), matrix)
+
+
+def places(widths: Widths) -> list[Place]:
+    """Every approach at every level; at the first they all are the plain backbone, which stands for them."""
+    first, *rest = widths
+    return [Place(PLAIN, first), *(Place(approach, level) for approach in APPROACHES for level in rest)]
+
+
+def place_of(approach: str, level: str, widths: Widths) -> Place:
+    """Where an approach's embedding of a level is found."""
+    return Place(PLAIN if level == next(iter(widths)) else approach, level)
+
+
+def plain_maps(widths: Widths) -> dict[Place, Affine]:
+    """Each backbone's own embedding."""
+    identity = torch.eye(sum(widths.values()), dtype=torch.float64)
+    blocks = identity.split(list(widths.values()), dim=1)
+    return {
+        Place(PLAIN, level): Affine(block, block.new_zeros(block.shape[1]))
+        for level, block in zip(widths, blocks, strict=True)
+    }
+
+
+def solved_maps(approach: str, moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
+    """The maps of an approach at every level but the first, from joint moments."""
+    return affine_maps(approach, SOLVERS[approach](moments, widths), widths)
+
+
+def affine_maps(approach: str, stages: Sequence[Maps], widths: Widths) -> dict[Place, Affine]:
+    """What stages do to raw embeddings, read off what they make of nothing and of each feature alone."""
+    total = sum(widths.values())
+    probes = torch.cat((torch.zeros(1, total, dtype=torch.float64), torch.eye(total, dtype=torch.float64)))
+    raw = dict(zip(widths, probes.split(list(widths.values()), dim=1), strict=True))
+    _, *rest = widths
+    levels = nest(raw, nn.ModuleDict(dict(zip(rest, stages, strict=True))), "nested")
+    return {
+        Place(approach, level): Affine(levels[level][1:] - levels[level][0], levels[level][0])
+        for level in rest
+    }
+
+
+def all_maps(moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
+    """The map of every place."""
+    maps = plain_maps(widths)
+    for approach in SOLVERS:
+        maps |= solved_maps(approach, moments, widths)
+    return {place: maps[place] for place in places(widths)}
+
+
+def principal_angles(one: Tensor, other: Tensor) -> Tensor:
+    """Principal angles in degrees, rising, between the spans of orthonormal columns."""
+    return torch.linalg.svdvals(one.T @ other).clamp(max=1).acos().rad2deg()
+
+
+def angles_between(spans: Sequence[Tensor]) -> Tensor:
+    """`(pairs, directions)` principal angles of all pairs."""
+    return torch.stack([principal_angles(one, other) for one, other in combinations(spans, 2)])
+
+
+def angles_at_random(directions: int, width: int) -> Tensor:
+    """The same between subspaces of these sizes that know nothing of each other."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(5, width, directions, dtype=torch.float64, generator=generator)
+    return angles_between(list(torch.linalg.qr(drawn).Q))
+
+
+def explained_by_prefix(features: Tensor, covariance: Tensor) -> Tensor:
+    """Share of the variance of all raw embeddings that the first 0, 1, 2, ... features explain linearly.
+
+    Args:
+        features: `(widths together, width)` the features as a map of the raw embeddings.
+        covariance: of the raw embeddings.
+
+    Returns:
+        `(width + 1,)`, rising from 0.
+    """
+    inner = features.T @ covariance @ features
+    cross = features.T @ covariance
+    # Row k of the Cholesky factor's inverse makes feature k uncorrelated with those before it.
+    jitter = 1e-12 * inner.diagonal().max() * torch.eye(len(inner), dtype=inner.dtype)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(inner + jitter), cross, upper=False)
+    shares = white.square().sum(1) / covariance.trace()
+    return torch.cat((shares.new_zeros(1), shares.cumsum(0)))

@@ -1,0 +1,558 @@
+"""`benchmarks/scaling.py` in small: finds what was planted, nothing in noise, sees no test half, resumes."""
+
+import csv
+import gzip
+import json
+import lzma
+import sys
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rd_torch import Fasta, RDModel, RunningMoments, solve_stages
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+WIDTHS = {"a": 6, "b": 10, "c": 14}
+TOTAL = sum(WIDTHS.values())
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    """The scripts can be imported; products this small take one thread, on a busy machine above all."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def draw(rows, seed):
+    """Raw embeddings of three levels side by side: shared latents of falling strength, and noise."""
+    mixing = np.random.default_rng(99).normal(size=(8, TOTAL)) * 2 / np.arange(1, 9)[:, None]
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(rows, 8)) @ mixing + rng.normal(size=(rows, TOTAL))
+
+
+def moments_of(rows):
+    moments = RunningMoments(TOTAL)
+    moments.update(torch.from_numpy(rows))
+    return moments
+
+
+class Drawn:
+    """A cache of raw embeddings that no model made."""
+
+    widths, fingerprint, device = WIDTHS, "drawn", torch.device("cpu")
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def rows(self, data):
+        return torch.from_numpy(draw(len(data.labels), int(data.name))).float()
+
+    def moments(self, sequences, name):
+        return moments_of(draw(len(sequences), 1_000))
+
+
+def study_of(folder, labels):
+    """A study of data sets whose labels a function gives, from their raw embeddings and number."""
+    from scaling_data import MUTATIONS, DataSet, halves
+    from scaling_study import Sample, Study
+
+    sets = [
+        DataSet(str(number), MUTATIONS[1], [str(number)], labels(draw(240, number), number), [halves(240, 0)])
+        for number in range(40)
+    ]
+    study = Study(Drawn(folder), sets)
+    return study, Sample("drawn", (["M"] * 2_000,))
+
+
+def measured(folder, labels):
+    """Scores by data set and place with the linear head, and the maps."""
+    from scaling_maps import all_maps
+    from scaling_study import Fit
+    from scaling_tables import means_of
+
+    study, sample = study_of(folder, labels)
+    maps = all_maps(study.moments(sample), WIDTHS)
+    (records,) = study.run([Fit(sample, maps)], ["linear"])
+    return means_of(records), maps
+
+
+def test_random_labels_give_no_correlation_and_win_shares_near_one_half(tmp_path):
+    from scaling_maps import places
+    from scaling_wins import win_rows
+
+    means, _ = measured(tmp_path, lambda rows, number: np.random.default_rng([number]).normal(size=len(rows)))
+    for place in places(WIDTHS):
+        assert abs(np.mean([scores[place] for scores in means.values()])) < 0.05
+    rows = win_rows(means, WIDTHS)
+    assert len(rows) == 8
+    for row in rows:
+        share, rest = row["all levels"].split(" ", 1)
+        low, high = map(float, rest.strip("[]").split(", "))
+        assert 0.3 < float(share) < 0.7
+        assert low <= float(share) <= high
+        assert low < 0.5 < high
+
+
+def test_a_signal_in_the_added_block_alone_is_found_by_wider_and_not_by_narrower(tmp_path):
+    from scaling_maps import OLS, PLAIN, Place, solved_maps
+
+    added = solved_maps(OLS, moments_of(draw(2_000, 1_000)), WIDTHS)[Place(OLS, "c")]
+    planted = added.matrix[:, WIDTHS["b"] :].sum(1).numpy()
+    means, _ = measured(tmp_path, lambda rows, number: rows @ planted)
+    for scores in means.values():
+        assert scores[Place(OLS, "c")] > 0.95
+        assert scores[Place(OLS, "b")] < 0.5
+    assert abs(np.mean([scores[Place(OLS, "b")] for scores in means.values()])) < 0.1
+    assert abs(np.mean([scores[Place(PLAIN, "a")] for scores in means.values()])) < 0.1
+
+
+def test_wins_are_counted_with_ties_as_halves_and_intervals_keep_pairs_together():
+    from scaling_wins import interval, win_matrix, wins
+
+    assert wins(np.array([[0.1, -0.1, 0.0]])).tolist() == [[1.0, 0.0, 0.5]]
+    assert interval(np.ones((5, 2))) == (1.0, 1.0)
+    paired = np.array([[1.0, 0.0]] * 7)
+    assert interval(paired) == (0.5, 0.5)  # every data set has one of each, whichever are drawn
+    low, high = interval(np.random.default_rng(0).normal(size=(400, 1)))
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    matrix = win_matrix({"one": {"x": 1.0, "y": 2.0}, "two": {"x": 3.0, "y": 3.0}}, ["x", "y"])
+    assert matrix.tolist() == [[0.5, 0.25], [0.75, 0.5]]
+
+
+def chosen_penalties(judge):
+    """Penalties where the half that judges has labels of the other half's kind, and where it has noise."""
+    from probes import Rows
+
+    rows, rng = torch.from_numpy(draw(120, 5)), np.random.default_rng(1)
+    labels = rows[:, 0] + 0.1 * torch.from_numpy(rng.normal(size=120))
+    noise = 100 * torch.from_numpy(rng.normal(size=60))
+    taught = Rows(rows[:60], labels[:60])
+    return [judge("linear", taught, Rows(rows[60:], each), 0, 0)["alpha"] for each in (labels[60:], noise)]
+
+
+def test_the_penalty_does_not_see_the_half_that_judges():
+    import probes
+
+    one, other = chosen_penalties(probes.judge)
+    assert one == other
+
+
+def test_a_penalty_that_sees_the_half_that_judges_is_caught():
+    import probes
+
+    def leaking(head, taught, judged, classes, seed):
+        everything = probes.Rows(*map(torch.cat, zip(taught, judged, strict=True)))
+        return probes.judge(head, everything, judged, classes, seed)
+
+    one, other = chosen_penalties(leaking)
+    assert one != other
+
+
+@pytest.mark.parametrize("rows", [20, 29, 30, 31, 200])
+def test_the_penalty_is_the_one_of_least_generalised_cross_validation_error(rows):
+    import probes
+
+    X, rng = draw(rows, 3), np.random.default_rng(0)
+    y = X[:, 0] + 2 * rng.normal(size=rows) + 7
+    ridge = probes.fit_ridge(torch.from_numpy(X), torch.from_numpy(y))
+    centred, errors = X - X.mean(0), {}
+    for alpha in probes.PENALTIES:
+        hat = centred @ np.linalg.inv(centred.T @ centred + alpha * np.eye(TOTAL)) @ centred.T + 1 / rows
+        errors[alpha] = ((y - hat @ y) ** 2).sum() / (rows - np.trace(hat)) ** 2
+        if alpha == ridge.alpha:
+            np.testing.assert_allclose(ridge(torch.from_numpy(X)).numpy(), hat @ y, atol=1e-6)
+    assert errors[ridge.alpha] == pytest.approx(min(errors.values()))
+    if rows == 200:
+        assert 1e-3 < ridge.alpha < 1e7  # with as many rows as features the error may fall to either end
+
+
+@pytest.mark.parametrize("shape", [(50, 30), (20, 30)])
+def test_without_a_penalty_ridge_is_the_least_squares_solution_of_minimum_norm(shape):
+    import probes
+
+    X = np.random.default_rng(0).normal(size=shape)
+    X[:, 1] = X[:, 0]
+    y = np.random.default_rng(1).normal(size=shape[0])
+    ridge = probes.fit_ridge(torch.from_numpy(X), torch.from_numpy(y), penalties=(0.0,))
+    expected = np.linalg.lstsq(X - X.mean(0), y - y.mean(), rcond=1e-9)[0]
+    np.testing.assert_allclose(ridge.weights.numpy(), expected, atol=1e-9)
+
+
+def test_features_are_standardised_by_the_rows_that_teach_and_constant_ones_vanish():
+    import probes
+
+    known = torch.tensor([[1.0, 0.1, 5.0], [3.0, 0.1, 7.0]], dtype=torch.float64)
+    unknown = torch.tensor([[5.0, 9.0, 6.0]], dtype=torch.float64)
+    taught, judged = probes.standardise(known, unknown)
+    root = 0.5**0.5
+    torch.testing.assert_close(taught, torch.tensor([[-root, 0, -root], [root, 0, root]]).double())
+    torch.testing.assert_close(judged, torch.tensor([[3 * root, 0, 0]]).double())
+
+
+def test_the_mlp_finds_what_no_line_does_and_leaves_the_random_numbers_alone():
+    import probes
+
+    features = torch.from_numpy(np.random.default_rng(0).normal(size=(1_200, 4)))
+
+    def scores(head, labels, classes):
+        rows = (probes.Rows(features[part], labels[part]) for part in (slice(800), slice(800, None)))
+        return probes.judge(head, *rows, classes, 0)
+
+    numbers = features[:, 0] * features[:, 1]
+    state = torch.get_rng_state()
+    found = scores("MLP", numbers, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found == scores("MLP", numbers, 0)
+    assert found["Spearman"] > 0.8
+    assert abs(scores("linear", numbers, 0)["Spearman"]) < 0.2
+    classes = (numbers > -0.3).long() + (numbers > 0.3).long()
+    assert scores("MLP", classes, 3)["accuracy"] > 0.75
+    assert scores("linear", classes, 3)["accuracy"] < 0.5
+
+
+def test_every_approach_is_what_its_stages_make_of_raw_embeddings():
+    from scaling_maps import APPROACHES, PCR, PLAIN, Place, all_maps, places
+
+    rows, raw = draw(2_000, 1_000), torch.from_numpy(draw(50, 1))
+    maps = all_maps(moments_of(rows), WIDTHS)
+    assert list(maps) == places(WIDTHS)
+    assert len(maps) == 1 + 2 * len(APPROACHES)
+    a, b, c = raw.split(list(WIDTHS.values()), dim=1)
+    torch.testing.assert_close(maps[Place(PLAIN, "b")](raw), b)
+    first, second = solve_stages(moments_of(rows), WIDTHS)
+    torch.testing.assert_close(maps[Place(PCR, "c")](raw), second(first(a, b), c))
+    widths = {place: affine.width for place, affine in maps.items()}
+    assert widths[Place("nested, OLS, all added", "c")] == TOTAL
+    assert all(width == WIDTHS[place.level] for place, width in widths.items() if "all" not in place.approach)
+    pooled = maps[Place(PCR, "c")](raw.mean(0, keepdim=True))
+    torch.testing.assert_close(pooled, maps[Place(PCR, "c")](raw).mean(0, keepdim=True))
+
+
+def test_all_added_with_least_squares_scores_as_the_concatenation_does_without_a_penalty():
+    import probes
+    from scaling_maps import ALL, Affine, Place, solved_maps
+
+    rows = torch.from_numpy(draw(300, 2))
+    labels = rows[:, ::5].sum(1) + torch.from_numpy(np.random.default_rng(0).normal(size=300))
+    nested = solved_maps(ALL, moments_of(draw(2_000, 1_000)), WIDTHS)[Place(ALL, "c")]
+    identity = torch.eye(TOTAL, dtype=torch.float64)
+    predictions = []
+    for affine in (nested, Affine(identity, identity[0] * 0)):
+        known, unknown = probes.standardise(affine(rows[:150]), affine(rows[150:]))
+        predictions.append(probes.fit_ridge(known, labels[:150], penalties=(0.0,))(unknown))
+    torch.testing.assert_close(*predictions, rtol=0, atol=1e-8)
+
+
+def test_principal_angles_are_those_between_the_planes():
+    from scaling_maps import angles_at_random, angles_between, principal_angles
+
+    turn = torch.tensor(30.0, dtype=torch.float64).deg2rad()
+    one = torch.eye(4, dtype=torch.float64)[:, :2]
+    other = torch.stack((one[:, 0], turn.cos() * one[:, 1] + turn.sin() * torch.eye(4).double()[:, 2]), dim=1)
+    torch.testing.assert_close(
+        principal_angles(one, other), torch.tensor([0.0, 30.0]).double(), atol=1e-5, rtol=0
+    )
+    turned = other @ torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64)).Q
+    torch.testing.assert_close(principal_angles(one, turned), principal_angles(one, other), atol=1e-5, rtol=0)
+    assert angles_between([one] * 3).shape == (3, 2)
+    assert 20 < angles_at_random(2, 4).mean() < 70
+
+
+def test_what_the_first_features_explain_is_their_regressions_share_of_the_variance():
+    from scaling_maps import PCR, Place, explained_by_prefix, solved_maps
+
+    rows = draw(2_000, 1_000)
+    matrix = solved_maps(PCR, moments_of(rows), WIDTHS)[Place(PCR, "c")].matrix
+    explained = explained_by_prefix(matrix, moments_of(rows).covariance())
+    centred = rows - rows.mean(0)
+    features = centred @ matrix.numpy()
+    for k in (0, 1, 7, WIDTHS["c"]):
+        fit = features[:, :k] @ np.linalg.lstsq(features[:, :k], centred, rcond=None)[0]
+        assert explained[k] == pytest.approx((fit**2).sum() / (centred**2).sum(), abs=1e-9)
+
+
+def test_scores_are_kept_line_by_line_and_a_torn_line_is_dropped(tmp_path):
+    from scaling_cache import Scores
+
+    path = tmp_path / "scores.jsonl"
+    scores = Scores(path)
+    scores.add({"split": 0, "head": "linear"}, {"Spearman": 0.5})
+    scores.add({"split": 1, "head": "linear"}, {"Spearman": 0.25})
+    path.write_text(path.read_text()[:-9])
+    again = Scores(path)
+    assert again[{"head": "linear", "split": 0}] == {"Spearman": 0.5}
+    assert {"split": 1, "head": "linear"} not in again
+    again.add({"split": 1, "head": "linear"}, {"Spearman": 0.75})
+    assert Scores(path)[{"split": 1, "head": "linear"}] == {"Spearman": 0.75}
+
+
+def write_csv(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", newline="") as handle:
+        csv.writer(handle).writerows([header, *rows])
+
+
+def head_of(path, count):
+    with gzip.open(path, "rt") as handle:
+        return list(islice(csv.DictReader(handle), count))
+
+
+@pytest.fixture
+def small(tmp_path, data):
+    """A folder of the data's beginnings: one assay of 1 and 2 mutations, short proteins."""
+    folder = tmp_path / "data"
+    name = "DLG4_PDZ3_Faure2022_binding"
+    kept = {"1": 0, "2": 0}
+    rows = []
+    for row in head_of(data / "dms" / f"{name}.csv.gz", 9_000):
+        kept[row["num_mutations"]] += 1
+        rows += [list(row.values())] * (kept[row["num_mutations"]] <= 100)
+    write_csv(folder / "dms" / f"{name}.csv.gz", ["mutant", "num_mutations", "DMS_score"], rows)
+    wild = [each for each in Fasta(data / "dms" / "wild_types.fasta") if each.identifier == name]
+    (folder / "dms" / "wild_types.fasta").write_text(
+        "".join(f">{e.identifier}\n{e.sequence}\n" for e in wild)
+    )
+    for part, count in (("train", 10), ("valid", 1), ("test", 4)):
+        rows = head_of(data / "residue" / f"ss3_{part}.csv.gz", count)
+        cut = [[row["id"], row["sequence"][:60], row["label"][:60]] for row in rows]
+        write_csv(folder / "residue" / f"ss3_{part}.csv.gz", ["id", "sequence", "label"], cut)
+    rows = head_of(data / "sequence" / "meltome.csv.gz", 5_000)
+    chosen = [*[r for r in rows if r["set"] == "train"][:60], *[r for r in rows if r["set"] == "test"][:20]]
+    cut = [[r["sequence"][:50], r["tm_mean"], r["n_measurements"], r["set"]] for r in chosen]
+    write_csv(folder / "sequence" / "meltome.csv.gz", ["sequence", "tm_mean", "n_measurements", "set"], cut)
+    proteins = islice(Fasta(data / "natural50_train.fasta.xz"), 60)
+    with lzma.open(folder / "natural50_train.fasta.xz", "wt") as handle:
+        handle.write("".join(f">{e.identifier}\n{e.sequence[:50]}\n" for e in proteins))
+    return folder
+
+
+@pytest.fixture
+def run(small, tmp_path, monkeypatch):
+    """Runs the script on the small folder; its tables and every score."""
+    import probes
+    import scaling
+    import scaling_data
+
+    monkeypatch.setattr(probes, "EPOCHS", 1)
+    monkeypatch.setattr(scaling_data, "SPLITS", 2)
+
+    def go(cache):
+        output = tmp_path / "output"
+        output.mkdir(exist_ok=True)
+        folders = {"--data": small, "--cache": tmp_path / cache, "--output": output}
+        places = [str(word) for pair in folders.items() for word in pair]
+        monkeypatch.setattr(sys, "argv", ["scaling.py", "--level", "207K", "--sizes", "4", "10", *places])
+        scaling.main()
+        tables = {
+            kind: json.loads((output / f"scaling_{kind}.json").read_text())["rows"]
+            for kind in ("scores", "wins", "stability")
+        }
+        lines = (output / "scaling_every_score.jsonl").read_text().splitlines()
+        return tables, [json.loads(line) for line in lines], output
+
+    return go
+
+
+def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run, monkeypatch):
+    import scaling_cache
+    import scaling_study
+
+    whole, every, output = run("whole")
+    splits, places = 2 * 2 + 2 + 1, 1 + 2 * 5
+    assert len(every) == splits * (places * 2 + 2 * 5 * 2)
+    assert {(row["head"], row["task"], row["metric"]) for row in whole["scores"]} == {
+        (head, task, metric)
+        for head in ("linear", "MLP")
+        for task, metric in (
+            ("1 mutation", "Spearman"),
+            ("2 mutations", "Spearman"),
+            ("secondary structure", "accuracy"),
+            ("secondary structure", "macro AUPR"),
+            ("melting temperature", "Spearman"),
+        )
+    }
+    assert len(whole["scores"]) == 2 * 5 * 5
+    assert len(whole["wins"]) == 2 * 2 * 8
+    assert [(row["sequences"], row["level"]) for row in whole["stability"]] == [
+        (size, level) for size in (4, 10) for level in ("90K", "207K")
+    ]
+    for name in ("scores", "wins", "variance"):
+        assert (output / f"scaling_{name}.png").stat().st_size > 20_000
+
+    add, calls = scaling_cache.Scores.add, []
+
+    def cut_off(self, *arguments):
+        add(self, *arguments)
+        calls.append(arguments)
+        if len(calls) % 100 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scaling_cache.Scores, "add", cut_off)
+    for _ in range(len(every) // 100):
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+    assert run("cut")[:2] == (whole, every)
+    assert len(calls) == len(every)
+
+    def never(*arguments, **options):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(scaling_study, "judge", never)
+    monkeypatch.setattr(scaling_cache, "add_moments", never)
+    monkeypatch.setattr(scaling_cache.rd_torch, "embed_to_store", never)
+    assert run("cut")[:2] == (whole, every)
+
+
+def test_raw_embeddings_stand_side_by_side_as_each_backbone_gives_them(tmp_path):
+    from scaling_cache import Cache
+    from scaling_data import DataSet
+
+    import rd_torch
+
+    model = RDModel.from_pretrained("esm2-rd-mini", level="207K")
+    sequences = ["MKTAYIAKQRQISFVKSHFSRQ", "ACDEFGHIKLMNPQRSTVWY", "MX"]
+    cache = Cache(tmp_path, model)
+    for pool in ("mean", "none"):
+        data = DataSet("some", "some", sequences, np.zeros(3), [], pool=pool)
+        alone = [
+            rd_torch.embed(RDModel({name: backbone}, []).eval(), sequences, pool=pool)
+            for name, backbone in model.family().items()
+        ]
+        if pool == "none":
+            alone = [np.concatenate(rows) for rows in alone]
+        expected = torch.from_numpy(np.hstack(alone))
+        for _ in range(2):  # computed, then kept
+            torch.testing.assert_close(cache.rows(data), expected, rtol=0, atol=2e-6)
+    moments = cache.moments(sequences, "some")
+    np.testing.assert_allclose(moments.mean.numpy(), np.hstack(alone).mean(0), atol=1e-6)
+
+
+def test_samples_are_disjoint_and_hold_nothing_that_is_asked_about(small):
+    from scaling_study import cut_at, disjoint_samples
+
+    path = small / "natural50_train.fasta.xz"
+    everything = [each.sequence for each in Fasta(path)]
+    asked = set(everything[:10])
+    samples = disjoint_samples(path, asked, 9)
+    together = [sequence for sample in samples for sequence in sample]
+    assert [len(sample) for sample in samples] == [9] * 5
+    assert len(set(together)) == 45
+    assert not asked & set(together)
+    assert [len(part) for part in cut_at(samples[0], [2, 5, 9])] == [2, 3, 4]
+    assert list(chain.from_iterable(cut_at(samples[0], [2, 5, 9]))) == samples[0]
+
+
+def test_halves_are_halves_and_structure_is_judged_by_other_proteins(small):
+    from scaling_data import halves, read_sets, structure_set
+
+    one, other = halves(101, 3)
+    assert sorted([*one, *other]) == list(range(101))
+    assert abs(len(one) - len(other)) == 1
+    assert (halves(101, 3)[0] == one).all()
+    assert (halves(101, 4)[0] != one).any()
+    data = structure_set(small)
+    ends = np.cumsum([len(each) for each in data.sequences])
+    assert ends[-1] == len(data.labels)
+    taught = [set(np.searchsorted(ends, rows, side="right")) for rows, _ in data.splits]
+    judged = [set(np.searchsorted(ends, rows, side="right")) for _, rows in data.splits]
+    assert len(set.union(*taught)) == sum(map(len, taught)) == 10
+    assert judged == [set(range(10, 14))] * 5
+    assert all((data.labels[np.concatenate(split)] >= 0).all() for split in data.splits)
+    assert [each.name for each in read_sets(small, None, 100)][-2:] == [
+        "secondary structure",
+        "melting temperature",
+    ]
+
+
+def test_proteingyms_files_are_read_and_split_by_mutations(tmp_path, capsys):
+    from scaling_data import mutation_sets, proteingym_assays
+
+    singles = [[f"A{k}G", f"M{k}", k] for k in range(120)]
+    triples = [["A1G:C2D:E3F:G4H", "MM", k] for k in range(100)]
+    columns = ["mutant", "mutated_sequence", "DMS_score"]
+    write_csv(tmp_path / "DMS_substitutions.csv", ["DMS_id", "x"], [["one", 1], ["long", 1], ["missing", 1]])
+    write_csv(tmp_path / "one.csv", columns, [*singles, *triples, ["A1G:C2D", "MA", 0]])
+    write_csv(tmp_path / "long.csv", columns, [["A1G", "M" * 1_023, 0]])
+    ((name, variants),) = proteingym_assays(tmp_path)
+    assert "3 assays, 1 without a table" in capsys.readouterr().out
+    sets = list(mutation_sets(name, variants, 110))
+    assert [each.name for each in sets] == ["one, 1 mutation", "one, 3 or more mutations"]
+    assert [len(each.sequences) for each in sets] == [110, 100]
+    for number, sequence in zip(sets[0].labels, sets[0].sequences, strict=True):
+        assert sequence == f"M{number:.0f}"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "expected ProteinGym's DMS_substitutions.csv in .*, got none"),
+        ({"DMS_substitutions": "id\nx\n"}, "expected columns DMS_id in .*DMS_substitutions.csv, got id"),
+        ({"DMS_substitutions": ""}, "expected columns DMS_id in .*, got none"),
+        ({"DMS_substitutions": "DMS_id\nx\n"}, "expected tables of the 1 assays in .*, got none: DMS_id.csv"),
+        (
+            {"DMS_substitutions": "DMS_id\nx\n", "x": "mutant\nA1G\n"},
+            "expected columns mutant, mutated_sequence, DMS_score in .*x.csv, got mutant",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_proteingyms_is_refused(tmp_path, files, message):
+    from scaling_data import proteingym_assays
+
+    for name, text in files.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        list(proteingym_assays(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("mutant", "message"),
+    [
+        ("K1G", "expected K at position 1 of the wild type, got M"),
+        ("K9G", "expected K at position 9 of the wild type, got no such position"),
+        ("K0G", "expected K at position 0 of the wild type, got no such position"),
+    ],
+)
+def test_a_mutant_of_another_wild_type_is_refused(mutant, message):
+    from scaling_data import mutate
+
+    assert mutate("MKV", "K2R:V3A") == "MRA"
+    with pytest.raises(ValueError, match=message):
+        mutate("MKV", mutant)
+
+
+def test_data_that_is_not_enough_is_refused(small, monkeypatch):
+    import scaling
+    from scaling_data import read_sets
+    from scaling_study import disjoint_samples
+
+    with pytest.raises(SystemExit, match=r"expected 5 samples of 13 sequences in .*, got 60 sequences"):
+        disjoint_samples(small / "natural50_train.fasta.xz", set(), 13)
+    (small / "dms" / "other.csv.gz").touch()
+    with pytest.raises(SystemExit, match="expected other among the wild types, got DLG4"):
+        read_sets(small, None, 100)
+    for path in (small / "dms").glob("*.csv.gz"):
+        path.unlink()
+    with pytest.raises(
+        SystemExit, match="expected an assay with 100 variants of 1, 2, or 3 or more mutations"
+    ):
+        read_sets(small, None, 100)
+    with pytest.raises(SystemExit, match="expected at least 100 --variants of a data set, got 99"):
+        read_sets(small, None, 99)
+    for sizes in (["5", "4"], ["4", "4"], ["0", "4"]):
+        monkeypatch.setattr(sys, "argv", ["scaling.py", "--sizes", *sizes])
+        with pytest.raises(
+            SystemExit, match=f"expected rising --sizes, each at least 1, got {' '.join(sizes)}"
+        ):
+            scaling.main()
+    monkeypatch.delenv("RD_TORCH_DATA")
+    monkeypatch.setattr(sys, "argv", ["scaling.py"])
+    with pytest.raises(
+        SystemExit, match="expected the folder of the protein data in --data or RD_TORCH_DATA"
+    ):
+        scaling.main()
