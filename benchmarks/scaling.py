@@ -123,6 +123,8 @@ def main() -> None:
     model = rd_torch.RDModel.from_pretrained(
         arguments.model, arguments.level, getattr(torch, arguments.dtype), arguments.device
     )
+    if len(model.family()) < 2:
+        raise SystemExit(f"expected a chain of two levels or more, got {', '.join(model.family())} alone")
     study = Study(Cache(arguments.cache, model), sets)
     run(study, samples, sizes, arguments.model, arguments.output)
 

@@ -116,22 +116,22 @@ def mutate(wild_type: str, mutant: str) -> str:
 
 
 def proteingym_assays(folder: Path) -> Iterator[tuple[str, list[Variant]]]:
-    """The assays of a folder of ProteinGym's files, as far as their tables are there.
+    """The assays of a folder of ProteinGym's files, at any depth, as far as their tables are there.
 
     Proteins longer than what ESM-2 was trained on are left out: cut, they would lose their mutations.
     """
-    listing = folder / "DMS_substitutions.csv"
-    if not listing.is_file():
+    tables = {path.stem: path for path in sorted(folder.rglob("*.csv"))}
+    if "DMS_substitutions" not in tables:
         raise SystemExit(f"expected ProteinGym's DMS_substitutions.csv in {folder}, got none")
-    names = [row["DMS_id"] for row in _table(listing, ("DMS_id",))]
-    found = [name for name in names if (folder / f"{name}.csv").is_file()]
+    names = [row["DMS_id"] for row in _table(tables["DMS_substitutions"], ("DMS_id",))]
+    found = [name for name in names if name in tables]
     if not found:
         raise SystemExit(
             f"expected tables of the {len(names):,} assays in {folder}, got none: DMS_id.csv each"
         )
     long = 0
     for name in found:
-        rows = _table(folder / f"{name}.csv", ("mutant", "mutated_sequence", "DMS_score"))
+        rows = _table(tables[name], ("mutant", "mutated_sequence", "DMS_score"))
         if max((len(row["mutated_sequence"]) for row in rows), default=0) > MAX_RESIDUES:
             long += 1
             continue

@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from probes import HEADS
 from report import Row
@@ -13,6 +14,9 @@ from scaling_data import MUTATIONS, TASKS
 from scaling_maps import ALL, APPROACHES, Place, angles_at_random, angles_between, place_of
 from scaling_wins import Means, win_rows
 from torch import Tensor
+
+LEAST_SETS = 5
+"""Data sets below which a group of them has no row in the win table."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,15 @@ def score_rows(records: Sequence[Record], widths: Mapping[str, int]) -> list[Row
 
 
 def all_win_rows(records: Sequence[Record], widths: Mapping[str, int]) -> list[Row]:
-    """The win table of each head, on the data sets of mutations and on all."""
+    """The win table of each head: on the data sets of each task, on those of mutations, and on all.
+
+    Groups of fewer than `LEAST_SETS` are left out, for shares of them say next to nothing.
+    """
     rows = []
-    for head in HEADS:
-        for name, tasks in (("mutations", MUTATIONS.values()), ("all", TASKS)):
-            means = means_of(each for each in records if each.head == head and each.task in tasks)
+    groups = {**{task: (task,) for task in TASKS}, "mutations": tuple(MUTATIONS.values()), "all": TASKS}
+    for head, (name, tasks) in product(HEADS, groups.items()):
+        means = means_of(each for each in records if each.head == head and each.task in tasks)
+        if len(means) >= LEAST_SETS or tasks == TASKS:
             rows += win_rows(means, widths, head=head, **{"data sets": f"{name}, {len(means)}"})
     return rows
 

@@ -378,7 +378,7 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
         )
     }
     assert len(whole["scores"]) == 2 * 5 * 5
-    assert len(whole["wins"]) == 2 * 2 * 8
+    assert len(whole["wins"]) == 2 * 8  # four data sets: too few to stand apart
     assert [(row["sequences"], row["level"]) for row in whole["stability"]] == [
         (size, level) for size in (4, 10) for level in ("90K", "207K")
     ]
@@ -477,7 +477,7 @@ def test_proteingyms_files_are_read_and_split_by_mutations(tmp_path, capsys):
     triples = [["A1G:C2D:E3F:G4H", "MM", k] for k in range(100)]
     columns = ["mutant", "mutated_sequence", "DMS_score"]
     write_csv(tmp_path / "DMS_substitutions.csv", ["DMS_id", "x"], [["one", 1], ["long", 1], ["missing", 1]])
-    write_csv(tmp_path / "one.csv", columns, [*singles, *triples, ["A1G:C2D", "MA", 0]])
+    write_csv(tmp_path / "tables" / "one.csv", columns, [*singles, *triples, ["A1G:C2D", "MA", 0]])
     write_csv(tmp_path / "long.csv", columns, [["A1G", "M" * 1_023, 0]])
     ((name, variants),) = proteingym_assays(tmp_path)
     assert "3 assays, 1 without a table" in capsys.readouterr().out
@@ -524,6 +524,35 @@ def test_a_mutant_of_another_wild_type_is_refused(mutant, message):
     assert mutate("MKV", "K2R:V3A") == "MRA"
     with pytest.raises(ValueError, match=message):
         mutate("MKV", mutant)
+
+
+def test_a_chain_of_one_level_is_refused(small, monkeypatch):
+    import scaling
+
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--data", str(small), "--level", "28K", "--sizes", "4"])
+    with pytest.raises(SystemExit, match="expected a chain of two levels or more, got 28K alone"):
+        scaling.main()
+
+
+def test_a_group_of_few_data_sets_has_no_shares_of_its_own():
+    from scaling_data import MUTATIONS, TASKS
+    from scaling_maps import places
+    from scaling_tables import LEAST_SETS, Record, all_win_rows
+
+    def records(task, count):
+        return [
+            Record("", *place, 1, f"{task} {number}", task, head, 0, {"Spearman": 0.5})
+            for number in range(count)
+            for place in places(WIDTHS)
+            for head in ("linear", "MLP")
+        ]
+
+    few = [record for task in TASKS for record in records(task, 1)]
+    many = few + records(MUTATIONS[2], LEAST_SETS)
+    groups = [
+        list(dict.fromkeys(row["data sets"] for row in all_win_rows(each, WIDTHS))) for each in (few, many)
+    ]
+    assert groups == [["all, 5"], ["2 mutations, 5", "mutations, 7", "all, 9"]]
 
 
 def test_data_that_is_not_enough_is_refused(small, monkeypatch):
