@@ -2,12 +2,13 @@
 
     python benchmarks/scaling.py --output FOLDER
 
-At equal width: the backbone's own embedding, nested ones whose stages predict by principal component
-regression or least squares, and concatenation with principal components; beside them the nested embedding
-that keeps every added direction, which is wider. All maps come from the same moments. Asked are, of
-mean-pooled embeddings, the effects of mutations (each assay's variants with 1, 2, and 3 or more mutations
-apart; five random halves) and melting temperature (the published split), and of residues, three-state
-secondary structure (five sets of training proteins, one of test proteins); heads: `probes.py`.
+At equal width: the backbone's own embedding, as it is and rotated to its principal components, nested ones
+whose stages predict by principal component regression or least squares, and concatenation with principal
+components; beside them the nested embedding that keeps every added direction, which is wider. All maps come
+from the same moments. Asked are, of mean-pooled embeddings, the effects of mutations (each assay's variants
+with 1, 2, and 3 or more mutations apart; five random halves) and melting temperature (the published split),
+and of residues, three-state secondary structure (five sets of training proteins, one of test proteins);
+heads: `probes.py`.
 
 Stability: the same from five disjoint samples of 200, 1,000 and 5,000 training proteins. The main maps are
 those of all five together. None of these proteins is among those that are asked about.

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rd_torch import RunningMoments, concat_pca, solve_stages
 from rd_torch.stage import Maps, nest
 
-PLAIN, PCR, OLS, ALL, CONCAT = "plain", "nested, PCR", "nested, OLS", "nested, OLS, all added", "concat + PCA"
+PLAIN, ROTATED = "plain", "plain, rotated"
+PCR, OLS, ALL, CONCAT = "nested, PCR", "nested, OLS", "nested, OLS, all added", "concat + PCA"
 Widths = Mapping[str, int]
 
 SOLVERS: Mapping[str, Callable[[RunningMoments, Widths], Sequence[Maps]]] = {
@@ -25,7 +26,7 @@ SOLVERS: Mapping[str, Callable[[RunningMoments, Widths], Sequence[Maps]]] = {
     ALL: lambda moments, widths: solve_stages(moments, widths, regressor="ols", added="all"),
     CONCAT: concat_pca,
 }
-APPROACHES = (PLAIN, *SOLVERS)
+APPROACHES = (PLAIN, ROTATED, *SOLVERS)
 
 
 class Place(NamedTuple):
@@ -58,14 +59,15 @@ class Affine(NamedTuple):
 
 
 def places(widths: Widths) -> list[Place]:
-    """Every approach at every level; at the first they all are the plain backbone, which stands for them."""
-    first, *rest = widths
-    return [Place(PLAIN, first), *(Place(approach, level) for approach in APPROACHES for level in rest)]
+    """Every approach at every level, each embedding once."""
+    return list(
+        dict.fromkeys(place_of(approach, level, widths) for approach in APPROACHES for level in widths)
+    )
 
 
 def place_of(approach: str, level: str, widths: Widths) -> Place:
-    """Where an approach's embedding of a level is found."""
-    return Place(PLAIN if level == next(iter(widths)) else approach, level)
+    """Where an approach's embedding of a level is found: what is solved begins with the plain backbone."""
+    return Place(PLAIN if approach in SOLVERS and level == next(iter(widths)) else approach, level)
 
 
 def plain_maps(widths: Widths) -> dict[Place, Affine]:
@@ -76,6 +78,20 @@ def plain_maps(widths: Widths) -> dict[Place, Affine]:
         Place(PLAIN, level): Affine(block, block.new_zeros(block.shape[1]))
         for level, block in zip(widths, blocks, strict=True)
     }
+
+
+def rotated_maps(moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
+    """Each backbone's own embedding in the coordinates of its principal components, all of them.
+
+    Nothing is added and nothing lost: what a head gains by it, it gains by coordinates alone. Added features
+    and those of concatenation are components too, so this is what they are to be held against.
+    """
+    covariance = moments.covariance()
+    maps = {}
+    for (_, level), (block, offset) in plain_maps(widths).items():
+        components = torch.linalg.eigh(block.T @ covariance @ block).eigenvectors.flip(1)
+        maps[Place(ROTATED, level)] = Affine(block @ components, offset)
+    return maps
 
 
 def solved_maps(approach: str, moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
@@ -98,7 +114,7 @@ def affine_maps(approach: str, stages: Sequence[Maps], widths: Widths) -> dict[P
 
 def all_maps(moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
     """The map of every place."""
-    maps = plain_maps(widths)
+    maps = plain_maps(widths) | rotated_maps(moments, widths)
     for approach in SOLVERS:
         maps |= solved_maps(approach, moments, widths)
     return {place: maps[place] for place in places(widths)}

@@ -16,6 +16,7 @@ from scaling_maps import (
     OLS,
     PCR,
     PLAIN,
+    ROTATED,
     Affine,
     Place,
     explained_by_prefix,
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOUR = dict(zip(APPROACHES, (FAINT, *COLOURS), strict=False))
-MARKER = dict(zip(APPROACHES, "osDv^", strict=True))
-LINE = {PLAIN: "--", OLS: ":"}
+COLOUR = dict(zip(APPROACHES, (FAINT, INK, *COLOURS), strict=False))
+MARKER = dict(zip(APPROACHES, "oXsDv^", strict=True))
+LINE = {PLAIN: "--", ROTATED: "-.", OLS: ":"}
 """Lines that are not solid: least squares often lies on principal component regression."""
 
 
@@ -115,7 +116,7 @@ def draw_wins(records: Sequence[Record], widths: Mapping[str, int]) -> Figure:
                 fontsize=SMALL - 0.5, color="white" if strong else INK,
             )  # fmt: skip
     names = [f"{place.approach}, {place.level}" for place in shown]
-    names[0] = f"{shown[0].level}, alike in all"
+    names[0] = f"{shown[0].level}, plain or nested"
     ax.set_xticks(range(len(shown)), names, rotation=90)
     ax.set_yticks(range(len(shown)), names)
     groups = [place.approach for place in shown]
@@ -146,7 +147,7 @@ def draw_variance(maps: Mapping[Place, Affine], moments: RunningMoments, widths:
     sample = Sample("", np.empty((0, width)), [], 0, 1, levels, "", averaged=False)
     draw_features(above, sample, (variances / variances.sum()).numpy(), "%", 100)
     dress(above, f"Each feature of the nested embedding ({PCR})", "", "share of its variance", above=20)
-    for approach in (PCR, OLS, CONCAT, PLAIN):
+    for approach in (PCR, OLS, CONCAT, PLAIN, ROTATED):
         explained = explained_by_prefix(maps[Place(approach, last)].matrix, covariance)
         style = LINE.get(approach, "-")
         below.plot(explained, style, color=COLOUR[approach], linewidth=1.9, label=f"{approach}, {last}")

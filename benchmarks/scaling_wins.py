@@ -7,16 +7,24 @@ from itertools import pairwise
 
 import numpy as np
 from report import Row
-from scaling_maps import CONCAT, OLS, PCR, PLAIN, Place, Widths, place_of
+from scaling_maps import CONCAT, OLS, PCR, PLAIN, ROTATED, Place, Widths, place_of
 
 DRAWS = 10_000
 Means = Mapping[str, Mapping[Place, float]]
 """A score by data set and place: the mean over splits of the task's first metric."""
 
-WIDER = {f"wider {name} over narrower": name for name in (PCR, OLS, PLAIN, CONCAT)}
+WIDER = {f"wider {name} over narrower": name for name in (PCR, OLS, PLAIN, ROTATED, CONCAT)}
 EQUAL = {
     f"{one} over {other}, equal width": (one, other)
-    for one, other in ((PCR, PLAIN), (OLS, PLAIN), (CONCAT, PCR), (CONCAT, OLS))
+    for one, other in (
+        (PCR, PLAIN),
+        (OLS, PLAIN),
+        (PCR, ROTATED),
+        (OLS, ROTATED),
+        (ROTATED, PLAIN),
+        (CONCAT, PCR),
+        (CONCAT, OLS),
+    )
 }
 
 

@@ -90,7 +90,7 @@ def test_random_labels_give_no_correlation_and_win_shares_near_one_half(tmp_path
     for place in places(WIDTHS):
         assert abs(np.mean([scores[place] for scores in means.values()])) < 0.05
     rows = win_rows(means, WIDTHS)
-    assert len(rows) == 8
+    assert len(rows) == 12
     for row in rows:
         share, rest = row["all levels"].split(" ", 1)
         low, high = map(float, rest.strip("[]").split(", "))
@@ -217,14 +217,18 @@ def test_the_mlp_finds_what_no_line_does_and_leaves_the_random_numbers_alone():
 
 
 def test_every_approach_is_what_its_stages_make_of_raw_embeddings():
-    from scaling_maps import APPROACHES, PCR, PLAIN, Place, all_maps, places
+    from scaling_maps import APPROACHES, PCR, PLAIN, ROTATED, Place, all_maps, places
 
     rows, raw = draw(2_000, 1_000), torch.from_numpy(draw(50, 1))
     maps = all_maps(moments_of(rows), WIDTHS)
     assert list(maps) == places(WIDTHS)
-    assert len(maps) == 1 + 2 * len(APPROACHES)
+    assert len(maps) == len(set(maps)) == 2 + 2 * len(APPROACHES)
     a, b, c = raw.split(list(WIDTHS.values()), dim=1)
     torch.testing.assert_close(maps[Place(PLAIN, "b")](raw), b)
+    rotated = maps[Place(ROTATED, "b")](raw)
+    torch.testing.assert_close(rotated @ rotated.T, b @ b.T)  # the same angles and lengths
+    spread = maps[Place(ROTATED, "b")](torch.from_numpy(rows)).T.cov()
+    torch.testing.assert_close(spread, spread.diagonal().sort(descending=True).values.diag())
     first, second = solve_stages(moments_of(rows), WIDTHS)
     torch.testing.assert_close(maps[Place(PCR, "c")](raw), second(first(a, b), c))
     widths = {place: affine.width for place, affine in maps.items()}
@@ -364,7 +368,7 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
     import scaling_study
 
     whole, every, output = run("whole")
-    splits, places = 2 * 2 + 2 + 1, 1 + 2 * 5
+    splits, places = 2 * 2 + 2 + 1, 3 * 2 + 2 * 4
     assert len(every) == splits * (places * 2 + 2 * 5 * 2)
     assert {(row["head"], row["task"], row["metric"]) for row in whole["scores"]} == {
         (head, task, metric)
@@ -377,8 +381,8 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
             ("melting temperature", "Spearman"),
         )
     }
-    assert len(whole["scores"]) == 2 * 5 * 5
-    assert len(whole["wins"]) == 2 * 8  # four data sets: too few to stand apart
+    assert len(whole["scores"]) == 2 * 5 * 6
+    assert len(whole["wins"]) == 2 * 12  # four data sets: too few to stand apart
     assert [(row["sequences"], row["level"]) for row in whole["stability"]] == [
         (size, level) for size in (4, 10) for level in ("90K", "207K")
     ]
