@@ -112,6 +112,14 @@ def test_a_signal_in_the_added_block_alone_is_found_by_wider_and_not_by_narrower
     assert abs(np.mean([scores[Place(PLAIN, "a")] for scores in means.values()])) < 0.1
 
 
+def test_scores_of_other_labels_are_not_taken_for_these(tmp_path):
+    from scaling_maps import PLAIN, Place
+
+    measured(tmp_path, lambda rows, number: np.random.default_rng([number]).normal(size=len(rows)))
+    means, _ = measured(tmp_path, lambda rows, number: rows[:, 0])
+    assert min(scores[Place(PLAIN, "a")] for scores in means.values()) > 0.99
+
+
 def test_wins_are_counted_with_ties_as_halves_and_intervals_keep_pairs_together():
     from scaling_wins import interval, win_matrix, wins
 
@@ -123,6 +131,27 @@ def test_wins_are_counted_with_ties_as_halves_and_intervals_keep_pairs_together(
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
     matrix = win_matrix({"one": {"x": 1.0, "y": 2.0}, "two": {"x": 3.0, "y": 3.0}}, ["x", "y"])
     assert matrix.tolist() == [[0.5, 0.25], [0.75, 0.5]]
+
+
+def test_a_data_sets_score_is_the_mean_over_its_splits_in_the_tasks_first_metric():
+    from scaling_tables import Record, means_of
+
+    scores = [{"accuracy": share, "macro AUPR": 0.9} for share in (0.2, 0.3, 0.7)]
+    records = [Record("", "plain", "a", 6, "one", "some", "linear", *each) for each in enumerate(scores)]
+    assert means_of(records) == {"one": {("plain", "a"): pytest.approx(0.4)}}
+
+
+def test_the_first_of_a_comparison_is_the_one_that_wins():
+    from scaling_maps import APPROACHES, places
+    from scaling_wins import win_rows
+
+    def score(place):  # later approaches and wider levels are better
+        return APPROACHES.index(place.approach) + list(WIDTHS).index(place.level) / 10
+
+    for row in win_rows({"one": {place: score(place) for place in places(WIDTHS)}}, WIDTHS, head="some"):
+        assert row["all levels"] == "1.00 [1.00, 1.00]"
+        assert row["mean difference"].startswith("+")
+        assert (row["head"], row["b"], row["c"]) == ("some", "1.00", "1.00")
 
 
 def chosen_penalties(judge):
@@ -216,6 +245,15 @@ def test_the_mlp_finds_what_no_line_does_and_leaves_the_random_numbers_alone():
     assert scores("linear", classes, 3)["accuracy"] < 0.5
 
 
+def test_the_mlp_stops_when_rows_that_it_was_not_taught_get_worse():
+    import probes
+
+    features = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 4)))
+    labels = torch.cat((features[:400, 0], -features[400:, 0]))
+    _, found = probes.small_mlp(features, labels, features, 0, 0)
+    assert found["epochs"] <= 2
+
+
 def test_every_approach_is_what_its_stages_make_of_raw_embeddings():
     from scaling_maps import APPROACHES, PCR, PLAIN, ROTATED, Place, all_maps, places
 
@@ -255,6 +293,7 @@ def test_all_added_with_least_squares_scores_as_the_concatenation_does_without_a
 
 def test_principal_angles_are_those_between_the_planes():
     from scaling_maps import angles_at_random, angles_between, principal_angles
+    from scaling_tables import angle_row
 
     turn = torch.tensor(30.0, dtype=torch.float64).deg2rad()
     one = torch.eye(4, dtype=torch.float64)[:, :2]
@@ -266,6 +305,8 @@ def test_principal_angles_are_those_between_the_planes():
     torch.testing.assert_close(principal_angles(one, turned), principal_angles(one, other), atol=1e-5, rtol=0)
     assert angles_between([one] * 3).shape == (3, 2)
     assert 20 < angles_at_random(2, 4).mean() < 70
+    row = angle_row([one, other, other])  # pairs 30, 30 and 0 degrees apart in the second direction
+    assert (row["angle, mean"], row["angle, largest"]) == ("10.0", "20.0")
 
 
 def test_what_the_first_features_explain_is_their_regressions_share_of_the_variance():
@@ -324,7 +365,7 @@ def small(tmp_path, data):
     )
     for part, count in (("train", 10), ("valid", 1), ("test", 4)):
         rows = head_of(data / "residue" / f"ss3_{part}.csv.gz", count)
-        cut = [[row["id"], row["sequence"][:60], row["label"][:60]] for row in rows]
+        cut = [[row["id"], row["sequence"][:60], f"-{row['label'][1:60]}"] for row in rows]
         write_csv(folder / "residue" / f"ss3_{part}.csv.gz", ["id", "sequence", "label"], cut)
     rows = head_of(data / "sequence" / "meltome.csv.gz", 5_000)
     chosen = [*[r for r in rows if r["set"] == "train"][:60], *[r for r in rows if r["set"] == "test"][:20]]
@@ -363,6 +404,36 @@ def run(small, tmp_path, monkeypatch):
     return go
 
 
+def check_tables(tables, every):
+    """Every mean and deviation that the tables say, once more from the scores."""
+
+    def scores(metric="Spearman", **asked):
+        """Scores by data set, a list each, split after split."""
+        found = {}
+        for row in every:
+            if metric in row["scores"] and asked.items() <= row.items():
+                found.setdefault(row["data"], []).append(row["scores"][metric])
+        return found
+
+    everything = next(row["fit"] for row in every if row["fit"].startswith("all"))
+    for row in tables["scores"]:
+        approach = row["approach"].split(" (")[0]
+        asked = {"fit": everything, "head": row["head"], "task": row["task"], "approach": approach}
+        found = scores(row["metric"], level="207K", **asked)
+        assert row["207K, 64"] == f"{np.mean(list(chain(*found.values()))):.4f}"
+        assert row["data sets"] == len(found)
+    for row in tables["stability"]:
+        by_sample = []
+        for number in range(1, 6):
+            fit = f"sample {number}, {row['sequences']} sequences"
+            found = scores(fit=fit, level=row["level"]) | scores("accuracy", fit=fit, level=row["level"])
+            by_sample.append([np.mean(found[data]) for data in sorted(found)])
+        deviations = np.std(by_sample, axis=0, ddof=1)
+        assert row["score, mean"] == f"{np.mean(by_sample):.4f}"
+        assert row["deviation, mean"] == f"{deviations.mean():.4f}"
+        assert row["deviation, largest"] == f"{deviations.max():.4f}"
+
+
 def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run, monkeypatch):
     import scaling_cache
     import scaling_study
@@ -386,6 +457,7 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
     assert [(row["sequences"], row["level"]) for row in whole["stability"]] == [
         (size, level) for size in (4, 10) for level in ("90K", "207K")
     ]
+    check_tables(whole, every)
     for name in ("scores", "wins", "variance"):
         assert (output / f"scaling_{name}.png").stat().st_size > 20_000
 
@@ -453,7 +525,7 @@ def test_samples_are_disjoint_and_hold_nothing_that_is_asked_about(small):
 
 
 def test_halves_are_halves_and_structure_is_judged_by_other_proteins(small):
-    from scaling_data import halves, read_sets, structure_set
+    from scaling_data import halves, melting_set, read_sets, structure_set
 
     one, other = halves(101, 3)
     assert sorted([*one, *other]) == list(range(101))
@@ -468,6 +540,10 @@ def test_halves_are_halves_and_structure_is_judged_by_other_proteins(small):
     assert len(set.union(*taught)) == sum(map(len, taught)) == 10
     assert judged == [set(range(10, 14))] * 5
     assert all((data.labels[np.concatenate(split)] >= 0).all() for split in data.splits)
+    assert (data.labels < 0).sum() >= 14
+    melting = melting_set(small)
+    ((known, unknown),) = melting.splits
+    assert (known.tolist(), unknown.tolist()) == (list(range(60)), list(range(60, 80)))
     assert [each.name for each in read_sets(small, None, 100)][-2:] == [
         "secondary structure",
         "melting temperature",
