@@ -120,6 +120,16 @@ def test_scores_of_other_labels_are_not_taken_for_these(tmp_path):
     assert min(scores[Place(PLAIN, "a")] for scores in means.values()) > 0.99
 
 
+def test_a_samples_moments_are_those_of_all_its_parts(tmp_path):
+    from scaling_study import Sample
+
+    study, _ = study_of(tmp_path, lambda rows, number: rows[:, 0])
+    moments = study.moments(Sample("some", (["M"] * 30, ["M"] * 20)))
+    together = moments_of(np.concatenate((draw(30, 1_000), draw(20, 1_000))))
+    assert moments.count == 50
+    torch.testing.assert_close(moments.covariance(), together.covariance())
+
+
 def test_wins_are_counted_with_ties_as_halves_and_intervals_keep_pairs_together():
     from scaling_wins import interval, win_matrix, wins
 
