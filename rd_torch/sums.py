@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +24,12 @@ from rd_torch.nesting import digest_of
 from rd_torch.solve import solve_stages
 from rd_torch.store import Window
 from rd_torch.store.format import require_folder, written_whole
-from rd_torch.store.work import locked
+from rd_torch.store.work import LOCK, locked
 
 SECONDS_BETWEEN_SAVES: Final = 60
 """At most so often are moments saved: those of the whole ESM-2 family are 865 MB."""
+
+MOMENTS: Final = "moments.safetensors"
 
 
 class SolveOptions(TypedDict, total=False):
@@ -114,7 +116,7 @@ class Sums:
             require_folder(folder)
             folder.mkdir(exist_ok=True)
             self._lock = locked(folder, folder)
-            self._file = folder / "moments.safetensors"
+            self._file = folder / MOMENTS
             self._fingerprint = _fingerprint(family)
             if self._file.exists():
                 self._go_on(self._file, fixed_budget)
@@ -202,7 +204,15 @@ class Sums:
         if self._lock:
             self._lock.release()
         if self._file and not self.done.checksums:
-            shutil.rmtree(self._file.parent)
+            clear(self._file.parent)
+
+
+def clear(folder: Path) -> None:
+    """Removes what a fit left in its folder, and the folder where nothing else is in it."""
+    (folder / MOMENTS).unlink(missing_ok=True)
+    (folder / LOCK).unlink(missing_ok=True)
+    with suppress(OSError):  # other things are in it
+        folder.rmdir()
 
 
 def _fingerprint(family: Mapping[str, ESM2]) -> str:

@@ -365,6 +365,26 @@ def test_a_fit_of_nothing_leaves_no_folder(sequences, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_fit_that_ends_before_its_first_window_leaves_no_folder(saving, tmp_path):
+    with pytest.raises(KilledError):
+        fit(
+            own_family(),
+            SEQUENCES,
+            work_folder=tmp_path / "work",
+            tokens_per_batch=BUDGET,
+            progress=killed_after(100),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fit_of_nothing_leaves_what_else_is_in_its_folder(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="expected"):
+        fit(own_family(), [], work_folder=tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["notes", "thesis.txt"]
+
+
 def test_two_fits_do_not_share_a_folder(tmp_path):
     def other(more, before):
         with pytest.raises(BlockingIOError, match=r"expected to write .*work alone, got another process"):

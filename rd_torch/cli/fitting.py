@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +70,7 @@ def fit(
     from rd_torch.cli.progress import Progress
     from rd_torch.config import check_choice
     from rd_torch.sequences import Fasta
+    from rd_torch.sums import clear
 
     counts = _added(added)
     file = Fasta(fasta)
@@ -95,7 +95,7 @@ def fit(
         else:
             chain = _here({level: family[level] for level in wanted}, file, strict, **options)
     chain.save_pretrained(output)
-    shutil.rmtree(work_folder)
+    clear(work_folder)
     print_levels(chain.config)
     click.echo(f"Written to {output}", err=True)
 

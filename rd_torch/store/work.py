@@ -25,6 +25,9 @@ Report: TypeAlias = Callable[[list[Length], bool], object]
 Progress: TypeAlias = Callable[[int, bool], object]
 """Called with how much is done, and whether it was so before."""
 
+LOCK: Final = "lock"
+"""The file by which a folder of work is held."""
+
 BATCHES_AHEAD: Final = 2
 """Batches that are computed while one is written."""
 
@@ -193,7 +196,7 @@ def locked(folder: Path, path: Path) -> FileLock:
     Raises:
         BlockingIOError: when another process has it.
     """
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
