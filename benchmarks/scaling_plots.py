@@ -28,7 +28,6 @@ from scaling_wins import win_matrix
 
 from rd_torch import RunningMoments
 from rd_torch.plotting import COLOURS, FAINT, GRID, INK, LARGE, SMALL, draw_features, dress
-from rd_torch.sampling import Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,8 +143,7 @@ def draw_variance(maps: Mapping[Place, Affine], moments: RunningMoments, widths:
     width = nested.shape[1]
     variances = torch.einsum("iw,ij,jw->w", nested, covariance, nested)
     levels = {level: end for level, end in widths.items() if end <= width}
-    sample = Sample("", np.empty((0, width)), [], 0, 1, levels, "", averaged=False)
-    draw_features(above, sample, (variances / variances.sum()).numpy(), "%", 100)
+    draw_features(above, levels, (variances / variances.sum()).numpy(), "%", 100)
     dress(above, f"Each feature of the nested embedding ({PCR})", "", "share of its variance", above=20)
     for approach in (PCR, OLS, CONCAT, PLAIN, ROTATED):
         explained = explained_by_prefix(maps[Place(approach, last)].matrix, covariance)

@@ -149,7 +149,7 @@ def _draw_scale(ax: Axes, drawn: Any) -> None:
 def _draw_norms(ax: Axes, sample: Sample) -> None:
     """The root mean square of each feature."""
     norms = np.sqrt(np.square(sample.vectors).mean(0))
-    draw_features(ax, sample, norms)
+    draw_features(ax, _ends_of(sample), norms)
     dress(ax, "Norm of each feature", "", "root mean square", above=20)
 
 
@@ -159,7 +159,7 @@ def _draw_shares(ax: Axes, sample: Sample) -> None:
 
     variances = sample.vectors.var(0)
     shares = variances / max(variances.sum(), np.finfo(float).tiny)
-    draw_features(ax, sample, shares, "%", 100)
+    draw_features(ax, _ends_of(sample), shares, "%", 100)
     dress(ax, "Explained variance of each feature", "feature", "share of total variance", above=20)
     total = ax.twinx()
     places = np.arange(sample.width + 1) + 0.5
@@ -171,19 +171,25 @@ def _draw_shares(ax: Axes, sample: Sample) -> None:
     total.spines["left"].set_visible(False)
 
 
-def draw_features(ax: Axes, sample: Sample, values: np.ndarray, unit: str = "", factor: int = 1) -> None:
+def _ends_of(sample: Sample) -> Mapping[str, int]:
+    """Where the features of each level end; of a sample without levels, those of one without a name."""
+    return sample.levels or {"": sample.width}
+
+
+def draw_features(
+    ax: Axes, ends: Mapping[str, int], values: np.ndarray, unit: str = "", factor: int = 1
+) -> None:
     """A point a feature in its level's colour; boundaries and names of the levels above."""
-    ends = sample.levels or {"": sample.width}
-    starts = [0, *ends.values()]
-    size = float(np.clip(3_000 / sample.width, 2, 16))
+    starts, width = [0, *ends.values()], len(values)
+    size = float(np.clip(3_000 / width, 2, 16))
     for start, end, colour in zip(starts, ends.values(), cycle(COLOURS), strict=False):
         ax.scatter(np.arange(start, end) + 1, values[start:end], s=size, color=colour, linewidths=0)
         ax.axvspan(start + 0.5, end + 0.5, color=colour, alpha=0.07, linewidth=0)
         if start:
             ax.axvline(start + 0.5, color=FAINT, linewidth=0.8)
-    _name_levels(ax, ends, starts, sample.width)
-    ax.set_xlim(0.5, sample.width + 0.5)
-    ax.set_xticks(_apart([1, *ends.values()], 0.0095 * sample.width))
+    _name_levels(ax, ends, starts, width)
+    ax.set_xlim(0.5, width + 0.5)
+    ax.set_xticks(_apart([1, *ends.values()], 0.0095 * width))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     _scale_by_powers(ax, values[values > 0], unit, factor)
 
