@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch import RunningMoments, concat_pca, solve_stages
+from rd_torch.solve import principal_directions
 from rd_torch.stage import Maps, nest
 
 PLAIN, ROTATED = "plain", "plain, rotated"
@@ -89,7 +90,7 @@ def rotated_maps(moments: RunningMoments, widths: Widths) -> dict[Place, Affine]
     covariance = moments.covariance()
     maps = {}
     for (_, level), (block, offset) in plain_maps(widths).items():
-        components = torch.linalg.eigh(block.T @ covariance @ block).eigenvectors.flip(1)
+        _, components = principal_directions(block.T @ covariance @ block, block.shape[1])
         maps[Place(ROTATED, level)] = Affine(block @ components, offset)
     return maps
 

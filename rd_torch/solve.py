@@ -125,7 +125,7 @@ def concat_pca(
     stages = []
     for k, width in enumerate(sizes[1:], start=1):
         both, both_mean = torch.cat((output, raw[k]), dim=1), torch.cat((mean, means[k]))
-        variances, components = _principal_directions(both.T @ covariance @ both, width)
+        variances, components = principal_directions(both.T @ covariance @ both, width)
         total = float(variances.sum())
         there = total > _constant_variance(means[: k + 1]) * len(both_mean)
         kept = float(variances[:width].sum()) / total if there else 1.0
@@ -261,7 +261,7 @@ def _directions(
     miss: Tensor, larger: Tensor, covariance: Tensor, count: int, constant: float
 ) -> tuple[Tensor, Explained]:
     """The leading directions of the residual, and what prediction and directions explain."""
-    variances, V = _principal_directions(miss.T @ covariance @ miss, count)
+    variances, V = principal_directions(miss.T @ covariance @ miss, count)
     total = float(torch.trace(larger.T @ covariance @ larger))
     missed = float(variances.sum())
     explained = Explained(
@@ -271,7 +271,7 @@ def _directions(
     return V, explained
 
 
-def _principal_directions(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def principal_directions(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """All principal variances, falling, and the `count` leading directions, signs fixed."""
     eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     V = vectors.flip(1)[:, :count]
