@@ -62,14 +62,18 @@ class MeltingTemperature(Problem):
 
     def scores(self, predictions: Tensor, labels: Tensor) -> Scores:
         error = (predictions.flatten() - labels.flatten()).abs().mean().item() * SCALE
-        rank = spearmanr(predictions.flatten().numpy(), labels.flatten().numpy()).statistic
-        rank = 0.0 if math.isnan(rank) else float(rank)  # one prediction for all has no rank
-        return {"Spearman": rank, "error, degrees": error}
+        return {"Spearman": rank_correlation(predictions, labels), "error, degrees": error}
 
     def constant(self, train: Sequence[Example], test: Sequence[Example]) -> tuple[str, Scores]:
         mean = statistics.mean(each.label for each in train)
         error = statistics.mean(abs(each.label - mean) for each in test) * SCALE
         return "training mean", {"error, degrees": error}  # one rank for all has no correlation
+
+
+def rank_correlation(predictions: Tensor, labels: Tensor) -> float:
+    """Spearman's; 0 where one prediction for all has no rank."""
+    rank = spearmanr(predictions.flatten().numpy(), labels.flatten().numpy()).statistic
+    return 0.0 if math.isnan(rank) else float(rank)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 import torch
 from finetune_residue import scores as class_scores
-from scipy.stats import spearmanr
+from finetune_sequence import rank_correlation
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+
+from rd_torch.heads import Head, Task
 
 PENALTIES = tuple(10 ** (quarter / 4) for quarter in range(-12, 29))
 """From a thousandth to ten million, four a decade, for standardised features."""
@@ -114,34 +116,34 @@ def small_mlp(
     """Predictions of the MLP for unknown rows, and the epoch that it was best at."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module = nn.Sequential(nn.Linear(known.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes or 1))
-        module.to(known.device)
+        task: Task = "classification" if classes else "regression"
+        head = Head(known.shape[1], classes or 1, task=task, hidden=HIDDEN).to(known.device)
         centre, scale = (0, 1) if classes else (labels.mean(), labels.std().clamp(min=1e-12))
         targets = labels if classes else ((labels - centre) / scale).float()
         features, most = known.float(), len(known) * 4 // 5
         taught = Rows(features[:most], targets[:most])
-        best = _train(module, taught, Rows(features[most:], targets[most:]))
+        best = _train(head, taught, Rows(features[most:], targets[most:]))
     with torch.no_grad():
-        predictions = module(unknown.float())
+        predictions = head.predict(unknown.float())
     return predictions.softmax(1) if classes else predictions[:, 0] * scale + centre, {"epochs": best}
 
 
-def _train(module: nn.Module, taught: Rows, held: Rows) -> int:
+def _train(head: Head, taught: Rows, held: Rows) -> int:
     """Trains until the held rows' loss has not fallen for `PATIENCE` epochs; leaves the best, says when."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
-    lowest, best, kept = math.inf, 0, copy.deepcopy(module.state_dict())
+    optimizer = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
+    lowest, best, kept = math.inf, 0, copy.deepcopy(head.state_dict())
     for epoch in range(1, EPOCHS + 1):
         for batch in torch.randperm(len(taught.labels)).to(taught.labels.device).split(BATCH):
             optimizer.zero_grad()
-            _loss(module(taught.features[batch]), taught.labels[batch]).backward()
+            _loss(head.predict(taught.features[batch]), taught.labels[batch]).backward()
             optimizer.step()
         with torch.no_grad():
-            loss = float(_loss(module(held.features), held.labels))
+            loss = float(_loss(head.predict(held.features), held.labels))
         if loss < lowest:
-            lowest, best, kept = loss, epoch, copy.deepcopy(module.state_dict())
+            lowest, best, kept = loss, epoch, copy.deepcopy(head.state_dict())
         elif epoch - best >= PATIENCE:
             break
-    module.load_state_dict(kept)
+    head.load_state_dict(kept)
     return best
 
 
@@ -188,5 +190,4 @@ def _scores(predictions: Tensor, labels: Tensor, classes: int) -> Scores:
     """What predictions are worth."""
     if classes:
         return class_scores(predictions.numpy(), labels.numpy())
-    rank = float(spearmanr(predictions.numpy(), labels.numpy()).statistic)
-    return {"Spearman": 0.0 if math.isnan(rank) else rank}  # one prediction for all has no rank
+    return {"Spearman": rank_correlation(predictions, labels)}

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,8 @@ class DataSet:
     @cached_property
     def checksum(self) -> str:
         """A digest of sequences, labels and splits."""
-        rows = (self.labels, *(rows for split in self.splits for rows in split))
-        return digest([*self.sequences, *(rows.tobytes().hex() for rows in rows)])
+        arrays = (self.labels, *chain(*self.splits))
+        return digest([*self.sequences, *(array.tobytes().hex() for array in arrays)])
 
 
 def digest(texts: Iterable[str]) -> str:
