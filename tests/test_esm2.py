@@ -57,7 +57,10 @@ def states(module, run, take):
 def states_of_fair_esm(module, tokens):
     """At real tokens, `(tokens, width)`."""
     real = tokens != PAD
-    rows_first = lambda out: (out[0] if isinstance(out, tuple) else out).transpose(0, 1)[real]  # noqa: E731
+
+    def rows_first(out):
+        return (out[0] if isinstance(out, tuple) else out).transpose(0, 1)[real]
+
     return states(module, lambda: module(tokens), rows_first)
 
 
@@ -206,7 +209,10 @@ def test_tensors_that_come_in_half_precision_have_their_angles_in_float32(half):
 
 
 def test_a_double_model_equals_fair_esms_in_float64(monkeypatch):
-    exact = lambda scores, dim, onnx_trace=False: scores.softmax(dim)  # noqa: E731
+
+    def exact(scores, dim, onnx_trace=False):
+        return scores.softmax(dim)
+
     monkeypatch.setattr("esm.multihead_attention.utils_softmax", exact)  # its own is always float32
     reference = random_esm2(*SMALL).double()
     tokens = tokens_of(random_sequence(50), "MK<mask>A", "M")

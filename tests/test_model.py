@@ -21,7 +21,10 @@ def raw_embeddings(model, tokens, **options):
     """`(batch, time, width)` of every backbone that a forward pass runs, by level."""
     raw, hooks = {}, []
     for name, part in model.backbones.items():
-        keep = lambda _, args, out, name=name: raw.update({name: args[1].unpack(out)})  # noqa: E731
+
+        def keep(_, args, out, name=name):
+            raw[name] = args[1].unpack(out)
+
         hooks.append(part.register_forward_hook(keep))
     model(tokens, **options)
     for hook in hooks:
