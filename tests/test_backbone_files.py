@@ -330,13 +330,12 @@ def test_nothing_there_is_said(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
-def test_loading_takes_little_memory_and_not_more_time_than_fair_esm(tmp_path, monkeypatch):
+def test_loading_takes_little_memory_and_less_time_than_fair_esm(tmp_path, monkeypatch):
     """The benchmark of 650M in small; `benchmarks/results/loading.json` has the real one."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import loading
 
-    for row in loading.measure(tmp_path, rounds=1, shape=(6, 960, 20)):
+    for row in loading.measure(tmp_path, rounds=3, shape=(6, 960, 20)):
         if row["library"] == "rd_torch":
             assert row["share of the tensors"] <= 1.3
-            # 2 to 3 at this size and 13 to 30 at 650M, but one load on a busy machine says little
-            assert row["fair-esm's time over ours, load"] > 0.5
+            assert row["fair-esm's time over ours, load"] > 1  # at this size; 13 to 30 at 650M
