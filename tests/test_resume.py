@@ -179,7 +179,7 @@ def test_killed_every_five_seconds_the_command_still_finishes(tmp_path, data):
         "--tokens-per-batch",
         "1024",
         "--level",
-        "28K",
+        "90K",
     ]
     kills = 0
     while not (tmp_path / "out.parquet").exists():
