@@ -12,22 +12,18 @@ All of them take packed `(tokens, heads, size)` tensors and give one back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from itertools import pairwise
-from typing import Final, cast
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
+from rd_torch import hardware
 from rd_torch.packing import Packing, is_recorded
-from rd_torch.precision import AMPERE, HALF, apply_outside_half, at_least_float32
+from rd_torch.precision import apply_outside_half, at_least_float32
 
 Rotation = tuple[Tensor, Tensor]
-
-VARLEN_SIZES: Final = range(16, 129, 8)
-"""Head sizes that `varlen_attn` is used for."""
 
 # Scores that are computed at a time on the CPU: 4 MiB in bfloat16, which a last-level cache holds.
 BLOCK: Final = 1 << 21
@@ -70,29 +66,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """`softmax(q k' / sqrt(size)) v` within each sequence: `(tokens, heads, size)` in and out."""
     if not packing.longest:  # padded, or without any token
         return _by_buckets(q, k, v, packing)
-    if has_varlen(q.device, q.dtype, q.shape[-1]):
+    kernel = hardware.attention_kernel(q.device, q.dtype, q.shape[-1])
+    if kernel == "varlen":
         return attend_varlen(q, k, v, packing.boundaries, packing.longest)
-    if q.dtype == torch.bfloat16 and _multiplies_bfloat16(q.device) and not is_recorded(q, k, v):
+    if kernel == "blocks" and not is_recorded(q, k, v):
         return _by_blocks(q, k, v, packing)
     return _by_buckets(q, k, v, packing)
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int) -> Tensor:
     """`attend` by `varlen_attn`: int32 edges of the sequences, and a bound of their lengths."""
-    return cast(Tensor, varlen_attn(q, k, v, edges, edges, longest, longest))
-
-
-@cache
-def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether `varlen_attn` takes such heads: half precision on an Ampere GPU or a newer one."""
-    fits = device.type == "cuda" and dtype in HALF and head_size in VARLEN_SIZES
-    return fits and torch.cuda.get_device_capability(device) >= AMPERE
-
-
-@cache
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether this is a CPU whose vector units multiply in bfloat16."""
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    kernel = hardware.varlen_attn()
+    assert kernel is not None
+    return kernel(q, k, v, edges, edges, longest, longest)
 
 
 def _by_buckets(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

@@ -8,12 +8,11 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Final, Generic, NamedTuple, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 
+from rd_torch import hardware
 from rd_torch.esm2 import ESM2
-from rd_torch.precision import warn_if_emulated
 from rd_torch.sequences import SPECIAL_TOKENS, cut_batches, tokenize
 
 Result = TypeVar("Result")
@@ -54,21 +53,13 @@ def bytes_per_token(family: Iterable[ESM2]) -> int:
     return (12 + 14 * element) * max(widths) + 20 * sum(widths) + 28 * max(widths)
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that the device could still give; None where it cannot be told."""
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
-    return psutil.virtual_memory().available if device.type == "cpu" else None
-
-
 def find_budget(family: Iterable[ESM2], device: torch.device) -> int:
     """Tokens a batch may hold on the device as it is now: what half of its free memory takes.
 
     Never fewer than 1,024, never more than the device gains from (8,192; 32,768 on CUDA).
     """
     most = MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"])
-    free = free_bytes(device)
+    free = hardware.free_bytes(device)
     if free is None:
         return most
     return max(LEAST_TOKENS, min(most, int(SHARE_OF_FREE * free) // bytes_per_token(family)))
@@ -78,7 +69,7 @@ def plan_batches(family: Iterable[ESM2], tokens_per_batch: int | None) -> tuple[
     """The budget, found where none is given, and the family's device; warns of a dtype it emulates."""
     members = list(family)
     weight = members[0].embed_tokens.weight
-    warn_if_emulated(weight.device, weight.dtype)
+    hardware.warn_if_emulated(weight.device, weight.dtype)
     if tokens_per_batch is None:
         tokens_per_batch = find_budget(members, weight.device)
     return tokens_per_batch, weight.device
@@ -131,7 +122,7 @@ def require_memory(family: Iterable[ESM2], tokens: Tensor) -> None:
     """Raises a MemoryError for tokens that would take more than there is, where the system kills for that."""
     if tokens.device.type != "cpu":
         return
-    needed, free = bytes_per_token(family) * tokens.numel(), free_bytes(tokens.device) or 0
+    needed, free = bytes_per_token(family) * tokens.numel(), hardware.free_bytes(tokens.device) or 0
     if needed > free:
         raise MemoryError(f"about {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
 

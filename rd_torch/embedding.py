@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rd_torch import hardware
 from rd_torch.batching import ahead, plan_batches, require_memory, run_batches
 from rd_torch.config import check_choice
 from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
-from rd_torch.moments import float64_device
 from rd_torch.sequences import normalized, normalized_proteins
 from rd_torch.store import Facts, Names, Pool, Row, SaveDtype, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
@@ -45,7 +45,8 @@ def embed(
 ) -> np.ndarray | list[np.ndarray]:
     """Embeds sequences and returns arrays in their order.
 
-    Letters that are no residue are read as X, with one warning that counts them.
+    Letters that are no residue are read as X, with one warning that counts them. On CUDA a model in `eval`
+    mode is prepared by `prepare_inference` first, unless the sequences fit into one batch.
 
     Args:
         model: the chain; batches go to its device.
@@ -66,10 +67,16 @@ def embed(
     """
     if isinstance(sequences, str):
         raise TypeError("expected a sequence of strings, got one string: put it in a list")
-    stream = embed_stream(
-        model, normalized(sequences), pool=pool, width=width, tokens_per_batch=tokens_per_batch
-    )
-    arrays = {index: tensor.numpy() for index, tensor in stream}
+    check_choice("pool", pool, ("mean", "none"))
+    residues = list(normalized(sequences))
+    budget, device = plan_batches(model.family(width).values(), tokens_per_batch)
+    if sum(map(len, residues)) > budget:  # one batch is done sooner than anything is compiled for it
+        prepare(model)
+    arrays = {
+        index: tensor.numpy()
+        for batch in run_batches(vectors_of(model, pool, width), residues, budget, device)
+        for index, tensor in zip(batch.indices, batch.result, strict=True)
+    }
     ordered = [arrays[index] for index in range(len(arrays))]
     if pool == "none":
         return ordered
@@ -95,7 +102,8 @@ def embed_to_store(
     last protein is in it; until then its parts lie in `<path>.part`. Records keep their order. A record
     whose identifier another one has is stored as `IDENTIFIER#2`, with a warning that counts them; equal
     sequences are embedded as often as they come. A sequence that alone takes more memory than there is is
-    left out, and listed in `<path>.failed.tsv`.
+    left out, and listed in `<path>.failed.tsv`. On CUDA a model in `eval` mode is prepared by
+    `prepare_inference` first.
 
     Args:
         model: the chain.
@@ -131,7 +139,8 @@ def embed_to_store(
 
 def embed_windows(model: RDModel, facts: Facts) -> Compute[str]:
     """What embeds a window of records for a store of these facts, batch by batch."""
-    compute = _vectors(model, pool=facts.pool, width=facts.width)
+    prepare(model)
+    compute = vectors_of(model, facts.pool, facts.width)
     device = next(model.backbones.parameters()).device
     dtype = getattr(torch, facts.save_dtype)
 
@@ -178,22 +187,14 @@ def facts_of(
     )
 
 
-def embed_stream(
-    model: RDModel, sequences: Iterable[str], **options: Unpack[EmbedOptions]
-) -> Iterator[tuple[int, Tensor]]:
-    """Embeds normalised sequences as they come; yields `(index, tensor)` in the order of the batches.
-
-    Arguments and errors as for `embed`.
-    """
-    planned = plan_batches(model.family(options.get("width")).values(), options.get("tokens_per_batch"))
-    for batch in run_batches(_vectors(model, **options), sequences, *planned):
-        yield from zip(batch.indices, batch.result, strict=True)
+def prepare(model: RDModel) -> None:
+    """Makes a model in `eval` mode ready for inference where that makes it faster, once."""
+    if not model.training:
+        model.prepare_inference()
 
 
-def _vectors(model: RDModel, **options: Unpack[EmbedOptions]) -> Callable[[Tensor], list[Tensor]]:
+def vectors_of(model: RDModel, pool: Pool, width: int | None) -> Callable[[Tensor], list[Tensor]]:
     """What embeds a batch of tokens: one tensor a sequence, on the CPU."""
-    pool, width = options.get("pool", "mean"), options.get("width")
-    check_choice("pool", pool, ("mean", "none"))
     family = model.family(width).values()
 
     @torch.inference_mode()
@@ -211,7 +212,7 @@ def _pooled(embeddings: Tensor, residues: Tensor, pool: Pool) -> list[Tensor]:
     if pool == "none":
         return list(rows.cpu().split(counts.tolist()))
     # In float64 and row after row: the mean of a prefix is the prefix of the mean, to the bit.
-    exact = float64_device(rows.device)
+    exact = hardware.float64_device(rows.device)
     sums = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64, device=exact)
     sums.index_add_(0, residues.nonzero()[:, 0].to(exact), rows.to(exact, torch.float64))
     return list((sums / counts[:, None].to(exact)).to(rows.dtype).cpu())

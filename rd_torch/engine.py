@@ -17,7 +17,8 @@ from typing import Final, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from rd_torch.attention import attend, attend_varlen, has_varlen
+from rd_torch import hardware
+from rd_torch.attention import attend, attend_varlen
 from rd_torch.config import ALPHABET
 from rd_torch.esm2 import ESM2, token_dropout
 from rd_torch.layer import Heads, TransformerLayer
@@ -137,15 +138,6 @@ class Engine:
         weight = next(iter(family.values())).embed_tokens.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._recordings: OrderedDict[tuple[Shape, int], Recording] = OrderedDict()
-        self._parts = [
-            (container, name, part)
-            for backbone in family.values()
-            for module in backbone.modules()
-            for container in (module._parameters, module._buffers, module._modules)
-            for name, part in container.items()
-        ]
-        self._tensors = [part for _, _, part in self._parts if isinstance(part, Tensor)]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         if self._device.type == "cuda":
             self._side = torch.cuda.Stream(self._device)
         if self._records:
@@ -155,14 +147,6 @@ class Engine:
                 for level, backbone in family.items()
             }
 
-    @property
-    def is_current(self) -> bool:
-        """Whether modules and tensors are what and where they were: graphs would not notice others."""
-        addresses = [tensor.data_ptr() for tensor in self._tensors]
-        return addresses == self._addresses and all(
-            container.get(name) is part for container, name, part in self._parts
-        )
-
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, packing: Packing, levels: int) -> dict[str, Tensor]:
         """Packed raw embeddings of the first `levels` backbones, valid until the next call."""
@@ -171,9 +155,13 @@ class Engine:
         if not self._records or not 0 < len(ids) <= GRAPH_TOKENS:
             return self._run(inputs, levels)
         shape = shape_for(packing)
-        recording = self._recordings.pop((shape, levels), None) or self._record(
-            shape, inputs, packing, levels
-        )
+        try:
+            recording = self._recordings.pop((shape, levels), None) or self._record(
+                shape, inputs, packing, levels
+            )
+        except torch.OutOfMemoryError:  # of graphs' own memory: without any the batch may fit
+            self._recordings.clear()
+            return self._run(inputs, levels)
         self._recordings[shape, levels] = recording
         if len(self._recordings) > MOST_RECORDINGS:
             self._recordings.popitem(last=False)
@@ -185,7 +173,7 @@ class Engine:
     def _records(self) -> bool:
         """Whether small batches are replayed as graphs: where attention needs nothing from the host."""
         sizes = (each.embed_dim // each.attention_heads for each in self._family.values())
-        return all(has_varlen(self._device, self._dtype, size) for size in sizes)
+        return all(hardware.has_varlen(self._device, self._dtype, size) for size in sizes)
 
     def _record(self, shape: Shape, inputs: Inputs, packing: Packing, levels: int) -> Recording:
         """Records the shape as a graph, after a run that compiles what is not compiled yet."""

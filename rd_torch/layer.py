@@ -11,9 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rd_torch import hardware
 from rd_torch.attention import RotaryEmbedding, Rotation, attend, attention_maps, rotate
 from rd_torch.packing import Packing, in_chunks, is_recorded
-from rd_torch.precision import ResidualNorm, onednn_has
+from rd_torch.precision import ResidualNorm
 
 Heads = tuple[Tensor, Tensor, Tensor]
 AttentionSink = Callable[[Tensor], None]
@@ -65,7 +66,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(tokens, in features)` to `(tokens, out features)`."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or not self._fits_onednn(x):
+        if torch.compiler.is_compiling() or not self._fits_onednn(x):
             return super().forward(x)
         if is_recorded(x, self.weight, self.bias):
             return _Product.apply(x, self.weight, self.bias)
@@ -73,10 +74,10 @@ class Linear(nn.Linear):
 
     def _fits_onednn(self, x: Tensor) -> bool:
         return (
-            not torch.is_autocast_enabled("cpu")
+            hardware.product_kernel(x.device, x.dtype) == "oneDNN"
+            and not torch.is_autocast_enabled("cpu")
             and len(x) > 0
             and x.dtype == self.weight.dtype
-            and onednn_has(x.dtype)
             and type(self.weight) in (Tensor, nn.Parameter)
             and x.is_contiguous()  # strides that oneDNN has no kernel for are a thousand times slower
             and self.weight.is_contiguous()
@@ -89,13 +90,11 @@ def _computed_again(tensor: Tensor, compute: Callable[[], Tensor]) -> AbstractCo
     Nothing happens where no graph is recorded, or where somebody else says what is kept: a compiler,
     checkpointing, `save_on_cpu`, `torch.func`, tensors that are spread over devices.
     """
-    graph: Any = torch._C._autograd
     if (
         torch.compiler.is_compiling()
         or type(tensor) is not Tensor
         or not is_recorded(tensor)
-        or not graph._saved_tensors_hooks_is_enabled()
-        or graph._top_saved_tensors_default_hooks(False) is not None
+        or not hardware.may_replace_saved_tensors()
     ):
         return nullcontext()
     place, shape = tensor.data_ptr(), tensor.shape

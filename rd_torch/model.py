@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rd_torch import hardware
 from rd_torch.config import ALPHABET, Level, PredictFrom, RDConfig, SpecialRows
-from rd_torch.engine import Engine
 from rd_torch.esm2 import ESM2
 from rd_torch.layer import AttentionSink
 from rd_torch.loading import Pretrained
@@ -19,6 +19,7 @@ from rd_torch.nesting import Nesting
 from rd_torch.output import RDOutput
 from rd_torch.packing import Packing
 from rd_torch.precision import at_least_float32
+from rd_torch.preparing import Prepared
 from rd_torch.stage import ConcatPCA, Maps, nest
 from rd_torch.tokens import check_tokens, is_real, is_residue, token_ids
 from rd_torch.training import Trainable
@@ -87,7 +88,7 @@ class RDModel(Pretrained, Trainable):
             got = {part: tuple(tensor.shape) for part, tensor in stage.named_buffers()}
             if got != expected:
                 raise ValueError(f"expected {expected} in the stage that leads to {name}, got {got}")
-        self._engine: Engine | None = None
+        self._prepared: Prepared | None = None
         dtype = at_least_float32(next(iter(family.values())).embed_tokens.weight.dtype)
         self.backbones = nn.ModuleDict(family)
         self.stages = nn.ModuleDict(
@@ -216,24 +217,33 @@ class RDModel(Pretrained, Trainable):
         first comes; nothing is compiled for it. Parameters stay shared and trainable; when they move
         or are replaced, what was derived from them is made again. Hooks inside the backbones do not
         run. On other devices the model is as fast as it gets, and is only put in `eval` mode.
+
+        What was made is compared with the modules themselves on two batches of unequal lengths. Where it
+        differs by more than half precision does from float32, where a compiler is missing or fails, or
+        memory runs out, the model goes on as it was, with one warning that says why. `embed`,
+        `embed_to_store` and `rd-torch embed` call this by themselves.
         """
         self.eval()
-        if next(self.parameters()).device.type == "cuda":
-            self._engine = Engine(self.family())
+        if self._prepared is None or not self._prepared.is_current:
+            self._prepared = None  # gives its memory back
+            if hardware.has_engine(next(self.backbones.parameters()).device):
+                self._prepared = Prepared(self.family())
         return self
 
-    def _ready_engine(self) -> Engine | None:
-        """The prepared engine where this call may use it, made anew if its parameters have gone."""
-        if self._engine is None or self.training or torch.is_grad_enabled():
+    def _run_prepared(self, tokens: Tensor, packing: Packing, levels: int) -> dict[str, Tensor] | None:
+        """Raw embeddings by the prepared engine, which is made anew if its parameters have gone.
+
+        None where this call may not use it, or there is none.
+        """
+        if self._prepared is None or self.training or torch.is_grad_enabled():
             return None
-        if not self._engine.is_current:
-            self._engine = None
+        if not self._prepared.is_current:
             self.prepare_inference()
-        return self._engine
+        return self._prepared(tokens, packing, levels) if self._prepared else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the engine, which belongs to these very tensors."""
-        return {**super().__getstate__(), "_engine": None}
+        return {**super().__getstate__(), "_prepared": None}
 
     def _run(
         self, tokens: Tensor, width: int | None, sink: AttentionSink | None = None
@@ -245,9 +255,9 @@ class RDModel(Pretrained, Trainable):
             backbone.require_device_of(tokens)
         packing = Packing.of(is_real(tokens))
         plain = packing.longest and sink is None and not tokens.is_floating_point()
-        engine = self._ready_engine() if plain else None
-        if engine is not None:
-            return packing, engine(tokens, packing, len(family))
+        raw = self._run_prepared(tokens, packing, len(family)) if plain else None
+        if raw is not None:
+            return packing, raw
         sinks = dict.fromkeys(family) | {list(family)[-1]: sink}
         return packing, {name: each(tokens, packing, sinks[name]) for name, each in family.items()}
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def float64_device(device: torch.device) -> torch.device:
-    """The device itself, or the CPU where it has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
+from rd_torch import hardware
 
 
 class RunningMoments:
@@ -31,7 +28,7 @@ class RunningMoments:
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         if width < 1:
             raise ValueError(f"expected a width of at least 1, got {width}")
-        device = float64_device(torch.device(device))
+        device = hardware.float64_device(torch.device(device))
         self.count = 0
         self._mean = torch.zeros(width, dtype=torch.float64, device=device)
         self._scatter = torch.zeros(width, width, dtype=torch.float64, device=device)

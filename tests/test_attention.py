@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import SHAPES, random_sequence, small_model, tokens_of
 
-from rd_torch import attention
+from rd_torch import attention, hardware
 from rd_torch.attention import attend, attend_varlen
 from rd_torch.packing import Packing
 
@@ -52,12 +52,12 @@ def reference_varlen(q, k, v, edges, _, longest, __):
 @pytest.fixture(params=["buckets", "blocks", "varlen"])
 def path(request, monkeypatch):
     """Attention forced through one kernel, on CPU tensors of any dtype."""
-    monkeypatch.setattr(attention, "_multiplies_bfloat16", lambda _: request.param == "blocks")
-    if request.param == "blocks":
+    blocks = request.param == "blocks"
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda _: blocks)
+    monkeypatch.setattr(hardware, "has_varlen", lambda *_: request.param == "varlen")
+    monkeypatch.setattr(hardware, "varlen_attn", lambda: reference_varlen)
+    if blocks:
         monkeypatch.setattr(attention, "BLOCK", 600)  # few heads, and few rows of the longest
-    if request.param == "varlen":
-        monkeypatch.setattr(attention, "has_varlen", lambda *_: True)
-        monkeypatch.setattr(attention, "varlen_attn", reference_varlen)
     return request.param
 
 
@@ -161,7 +161,7 @@ def test_a_dtype_that_no_backbone_can_have_is_refused(dtype):
 def test_varlen_attention_is_the_formula_and_its_gradients_are_the_reference_paths(lengths, dtype, size):
     parts = heads(lengths, dtype, size, "cuda")
     packing = packing_of(lengths, "cuda")
-    assert attention.has_varlen(parts[0].device, dtype, size)
+    assert hardware.has_varlen(parts[0].device, dtype, size)
     grads = []
     for kernel in (
         attention._by_buckets,
@@ -176,7 +176,7 @@ def test_varlen_attention_is_the_formula_and_its_gradients_are_the_reference_pat
 
 
 def test_frozen_heads_take_the_blocks_of_inference_in_the_middle_of_training(monkeypatch):
-    monkeypatch.setattr(attention, "_multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device: True)
     calls = []
     monkeypatch.setattr(attention, "_by_blocks", lambda q, *_: calls.append(1) or q)
     packing = Packing.of(torch.ones(2, 5, dtype=torch.bool))

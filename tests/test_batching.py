@@ -10,7 +10,7 @@ import torch
 from helpers import random_sequence, small_model
 
 import rd_torch
-from rd_torch import batching, precision
+from rd_torch import batching, hardware
 from rd_torch.batching import LEAST_TOKENS, MOST_TOKENS, bytes_per_token, find_budget, run_batches
 
 CPU = torch.device("cpu")
@@ -126,19 +126,14 @@ def test_a_fit_is_the_same_when_memory_was_short(monkeypatch):
     ("free", "expected"), [(0, LEAST_TOKENS), (None, MOST_TOKENS["cpu"]), (10**15, MOST_TOKENS["cpu"])]
 )
 def test_the_budget_has_bounds(monkeypatch, free, expected):
-    monkeypatch.setattr(batching, "free_bytes", lambda _: free)
+    monkeypatch.setattr(hardware, "free_bytes", lambda _: free)
     assert find_budget(small_model().family().values(), CPU) == expected
 
 
 def test_between_its_bounds_the_budget_is_what_half_of_the_free_memory_takes(monkeypatch):
     family = small_model().family().values()
-    monkeypatch.setattr(batching, "free_bytes", lambda _: 2 * 5_000 * bytes_per_token(family))
+    monkeypatch.setattr(hardware, "free_bytes", lambda _: 2 * 5_000 * bytes_per_token(family))
     assert find_budget(family, CPU) == 5_000
-
-
-def test_free_memory_is_what_the_system_says():
-    assert 0 < batching.free_bytes(CPU) < 2**50
-    assert batching.free_bytes(torch.device("meta")) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
@@ -190,8 +185,12 @@ print(vectors.shape, sum("too many" in str(each.message) for each in said))
     assert 1 <= int(said) <= 5
 
 
-def test_a_half_type_that_the_device_emulates_is_said_once(monkeypatch):
-    monkeypatch.setattr(precision, "onednn_has", lambda _: False)
-    with pytest.warns(UserWarning, match="cpu computes float16 in emulation, slower than float32") as said:
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_dtype_that_the_device_emulates_is_said_once_with_the_faster_one(monkeypatch, emulated):
+    monkeypatch.setattr(hardware, "is_emulated", lambda device, dtype: emulated and dtype == torch.float16)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         rd_torch.embed(small_model().half(), SEQUENCES, tokens_per_batch=70)
-    assert len(said) == 1
+        rd_torch.embed(small_model(), SEQUENCES, tokens_per_batch=70)
+    expected = "cpu computes float16 in emulation: results are right, but float32 is faster"
+    assert [str(each.message) for each in said] == emulated * [expected]

@@ -4,16 +4,18 @@ import json
 import re
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 
 import esm
 import h5py
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from helpers import random_esm2
 
-from rd_torch import RDModel
+from rd_torch import RDModel, hardware
 from rd_torch.cli import main
 from rd_torch.weights import PublishedOptions
 
@@ -47,8 +49,14 @@ def test_python_examples_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(esm.pretrained, "esm2_t12_35M_UR50D", lambda: (random_esm2(1, 48, 2), None))
     pretend_to_download(monkeypatch)
     names = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", module="(lightning|transformers|accelerate|torch)")
+        for block in blocks("python"):
+            exec(compile(block, "README.md", "exec"), names)
+    emulated = hardware.is_emulated(torch.device("cpu"), torch.bfloat16)
+    ours = [str(each.message) for each in said if each.category is UserWarning]
+    assert ours == emulated * ["cpu computes bfloat16 in emulation: results are right, but float32 is faster"]
     assert names["out"].embeddings.shape == (2, 22, 128)
     assert names["vectors"].shape == (2, 128)
     assert names["nested"].shape == (10, 128)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from helpers import random_esm2, random_sequence, tokens_of
 from torch import nn
+from torch.nn import functional
 
-from rd_torch import ESM2, ESM2_LEVELS, Level, RDModel
+from rd_torch import ESM2, ESM2_LEVELS, Level, RDModel, hardware
 from rd_torch.attention import RotaryEmbedding
 from rd_torch.config import ALPHABET
 from rd_torch.layer import Linear
@@ -319,35 +320,42 @@ def test_autocast_to_bfloat16_stays_near_float32():
     assert 0 < (out - exact).std() / exact.std() < 0.03
 
 
-ONEDNN = torch.ops.mkldnn._linear_pointwise
+ONEDNN, HAS_ONEDNN = torch.ops.mkldnn._linear_pointwise, hardware.onednn_has
+
+
+def multiply(x, weight, bias, *rest):
+    """oneDNN's product; where this CPU has none of the dtype, what stands in for it."""
+    return ONEDNN(x, weight, bias, *rest) if HAS_ONEDNN(x.dtype) else functional.linear(x, weight, bias)
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """Counts the layers that oneDNN multiplied."""
+    """Counts the layers that oneDNN multiplied, on a CPU where it has all products but those of float64."""
     calls = []
-
-    def count(*arguments):
-        calls.append(arguments[0].dtype)
-        return ONEDNN(*arguments)
-
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", count)
+    monkeypatch.setattr(hardware, "onednn_has", lambda dtype: dtype != torch.float64)
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *call: calls.append(call[0].dtype) or multiply(*call)
+    )
     return calls
 
 
+@pytest.mark.parametrize("has_onednn", [True, False], ids=["oneDNN", "PyTorch"])
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 300])
-def test_a_linear_layer_is_the_formula_and_so_are_its_gradients(products, tokens, dtype, within):
+def test_a_linear_layer_is_the_formula_and_so_are_its_gradients(
+    products, monkeypatch, tokens, dtype, within, has_onednn
+):
+    monkeypatch.setattr(hardware, "onednn_has", lambda _: has_onednn)
     layer, x = Linear(64, 48).to(dtype), torch.randn(tokens, 64, dtype=dtype)
     exact = x.double() @ layer.weight.double().T + layer.bias.double()
     with torch.no_grad():
         torch.testing.assert_close(layer(x).double(), exact, atol=within, rtol=within)
-    assert products == [dtype]
+    assert products == has_onednn * [dtype]
     trained = layer(x.requires_grad_())
     torch.testing.assert_close(trained.double(), exact, atol=within, rtol=within)
     weights = torch.randn(trained.shape).to(dtype)
     (trained * weights).sum().backward()
-    assert products == 4 * [dtype]  # the last two are the gradients
+    assert products == has_onednn * 4 * [dtype]  # the last two are the gradients
     exact = {
         "x": (x.grad, weights.double() @ layer.weight.double()),
         "weight": (layer.weight.grad, weights.double().T @ x.double()),

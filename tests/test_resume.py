@@ -14,7 +14,7 @@ import torch
 from helpers import random_sequence
 
 import rd_torch
-from rd_torch import embedding
+from rd_torch import embedding, hardware
 from rd_torch.embedding import embed_to_store
 from rd_torch.sequences import Fasta, Protein, cut_batches
 from rd_torch.store import FORMATS, Names, cut_windows, open_store
@@ -98,7 +98,7 @@ KILLING = """
     import torch
     torch.set_num_threads(1)
     import rd_torch
-    from rd_torch import embedding
+    from rd_torch import embedding, hardware
     sys.path.insert(0, sys.argv[2])
     from test_resume import PROTEINS, embed, same
 
@@ -244,7 +244,10 @@ def test_a_finished_store_is_left_as_it_is(mini, tmp_path, passes, suffix):
         ({"proteins": PROTEINS[:10]}, "expected the sequences .*, got"),
     ],
 )
-def test_a_store_of_something_else_is_refused_with_the_difference(mini, tmp_path, change, message, finished):
+def test_a_store_of_something_else_is_refused_with_the_difference(
+    mini, tmp_path, monkeypatch, change, message, finished
+):
+    monkeypatch.setattr(hardware, "is_emulated", lambda *_: False)  # elsewhere a warning comes first
     path = tmp_path / "out.h5"
     if finished:
         embed(mini, path)
@@ -384,7 +387,7 @@ def test_two_processes_do_not_write_one_store(mini, tmp_path):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_takes_too_much_memory_is_listed_and_the_rest_goes_on(mini, tmp_path, monkeypatch, suffix):
     proteins = [*PROTEINS[:30], Protein("long", "M" * 300), *PROTEINS[30:60]]
-    monkeypatch.setattr("rd_torch.batching.free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr("rd_torch.hardware.free_bytes", lambda _: 1_000_000)
     path = tmp_path / f"out.{suffix}"
     failures = embed(mini, path, proteins)
     assert list(failures) == ["long"]
@@ -398,7 +401,7 @@ def test_what_takes_too_much_memory_is_listed_and_the_rest_goes_on(mini, tmp_pat
 
 
 def test_a_window_of_nothing_but_failures_is_no_obstacle(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr("rd_torch.batching.free_bytes", lambda _: 1)
+    monkeypatch.setattr("rd_torch.hardware.free_bytes", lambda _: 1)
     with pytest.warns(UserWarning, match="too many"):
         assert len(embed(mini, tmp_path / "out.parquet", PROTEINS[:50])) == 50
     with open_store(tmp_path / "out.parquet") as store:
@@ -412,7 +415,7 @@ def test_the_command_says_by_its_status_that_proteins_are_missing(tmp_path, monk
 
     fasta = tmp_path / "in.fasta"
     fasta.write_text(">short\nMK\n>long\n" + "M" * 4000 + "\n")
-    monkeypatch.setattr("rd_torch.batching.free_bytes", lambda _: 10_000_000)
+    monkeypatch.setattr("rd_torch.hardware.free_bytes", lambda _: 10_000_000)
     arguments = ["embed", str(fasta), "-o", str(tmp_path / "out.h5"), "--level", "28K"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 3, result.output

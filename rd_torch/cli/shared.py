@@ -216,7 +216,10 @@ def place(device: str | None) -> torch.device:
     """
     import torch
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from rd_torch.hardware import best_device
+
+    if device is None:
+        return best_device()
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
