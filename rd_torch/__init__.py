@@ -10,8 +10,6 @@ Names load on first use, so that `rd-torch --help` need not wait for torch.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,22 +95,6 @@ __all__ = [
     "pretrained",
     "solve_stages",
 ]
-
-
-def _require_fair_esm() -> None:
-    """Raises an ImportError unless the installed top-level package `esm` is fair-esm's."""
-    spec = importlib.util.find_spec("esm")
-    if spec is None:
-        raise ImportError("expected the package fair-esm, got none: pip install fair-esm")
-    places = spec.submodule_search_locations or ()
-    if not any((Path(place) / "model" / "esm2.py").is_file() for place in places):
-        raise ImportError(
-            "expected the top-level package `esm` of fair-esm, got the other one of that name: "
-            "pip uninstall esm, then pip install --force-reinstall fair-esm"
-        )
-
-
-_require_fair_esm()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from numbers import Integral
 from typing import Any, Final, Literal, TypeAlias
 
-import esm
+from rd_torch.alphabet import Alphabet
 
 Regressor: TypeAlias = Literal["pcr", "ols", "ridge"]
 PredictFrom: TypeAlias = Literal["nested", "previous"]
@@ -16,11 +16,11 @@ SpecialRows: TypeAlias = Literal["maps", "larger"]
 Method: TypeAlias = Literal["rd", "naive"]
 Storage: TypeAlias = Literal["included", "referenced"]
 
-ALPHABET: Final = esm.data.Alphabet.from_architecture("ESM-1b")
-"""fair-esm's alphabet: 33 tokens, the same in every size of ESM-2."""
+ALPHABET: Final = Alphabet()
+"""The alphabet of every size of ESM-2."""
 
-RESIDUE_LETTERS: Final = "LAGVSERTIDPKQNFYMHWCXBUZO"
-"""The letters that are residues, in the order of their ids, 4 to 28."""
+RESIDUE_LETTERS: Final = "".join(token for token in ALPHABET.standard_toks if token.isalpha())
+"""The letters that are residues, LAGVSERTIDPKQNFYMHWCXBUZO, in the order of their ids, 4 to 28."""
 
 FIRST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[0])
 LAST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[-1])

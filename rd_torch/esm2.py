@@ -8,16 +8,15 @@ attention maps are built only when asked for, and the residual stream is float32
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
-from esm.model.esm2 import ESM2 as FairESM2
-from esm.modules import ContactPredictionHead, RobertaLMHead
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rd_torch.attention import Rotation
 from rd_torch.config import ALPHABET, Level, Reference
+from rd_torch.esm2_heads import ContactHead, LMHead
 from rd_torch.layer import AttentionSink, TransformerLayer
 from rd_torch.packing import Packing
 from rd_torch.precision import ResidualNorm, at_least_float32
@@ -30,6 +29,8 @@ MEAN_SHARE_KEPT = 1 - 0.15 * 0.8
 LEAST_KEPT = 1e-6
 
 EMBEDDING = "embed_tokens.weight"
+
+_FAIR_ESMS = ("esm.model.esm2", "ESM2")
 
 
 def token_dropout(tokens: Tensor, packing: Packing, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,11 @@ def _tie(module: nn.Module, _: object) -> None:
         module.lm_head.weight = module.embed_tokens.weight
 
 
+def _is_fair_esms(module: object) -> bool:
+    """Whether this is an `esm.ESM2` object; told by name, so that nothing called `esm` need be installed."""
+    return any((kind.__module__, kind.__name__) == _FAIR_ESMS for kind in type(module).__mro__)
+
+
 class MissingHead(nn.Module):
     """Stands where a checkpoint has no head, and says so to whoever asks for it."""
 
@@ -112,8 +118,8 @@ class ESM2(nn.Module):
             nn.init.normal_(self.embed_tokens.weight)
         self.layers = nn.ModuleList(TransformerLayer(embed_dim, attention_heads) for _ in range(num_layers))
         self.emb_layer_norm_after = ResidualNorm(embed_dim)
-        self.lm_head = RobertaLMHead(embed_dim, len(ALPHABET), weight=self.embed_tokens.weight)
-        self.contact_head = ContactPredictionHead(
+        self.lm_head = LMHead(embed_dim, len(ALPHABET), weight=self.embed_tokens.weight)
+        self.contact_head = ContactHead(
             num_layers * attention_heads, prepend_bos=True, append_eos=True, eos_idx=ALPHABET.eos_idx
         )
         self.register_load_state_dict_post_hook(_tie)
@@ -153,12 +159,13 @@ class ESM2(nn.Module):
         """
         if isinstance(module, cls):
             return module
-        if not isinstance(module, FairESM2):
+        if not _is_fair_esms(module):
             raise TypeError(f"expected a backbone of rd_torch.ESM2 or esm.ESM2, got {type(module).__name__}")
-        if not module.token_dropout:
+        theirs = cast(Any, module)
+        if not theirs.token_dropout:
             raise ValueError("expected an esm.ESM2 with token_dropout, as ESM-2 was trained, got one without")
         trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-        level = Level("shared", module.num_layers, module.embed_dim, module.attention_heads)
+        level = Level("shared", theirs.num_layers, theirs.embed_dim, theirs.attention_heads)
         ours = cls.from_tensors(level, module.state_dict(keep_vars=True)).train(module.training)
         for name, parameter in ours.named_parameters():
             parameter.requires_grad_(trainable[name])

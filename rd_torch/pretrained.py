@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any, Final, TypedDict, Unpack
 
 import torch
-from esm.data import Alphabet
 from torch import Tensor, nn
 
+from rd_torch.alphabet import Alphabet
 from rd_torch.config import ESM2_LEVELS, Method, check_choice
 from rd_torch.model import RDModel
 from rd_torch.weights import PUBLISHED_MAPS, Source

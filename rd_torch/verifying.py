@@ -6,12 +6,12 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Unpack
 
 import torch
-from esm.model.esm2 import ESM2 as FairESM2
-from torch import Tensor
+from torch import Tensor, nn
 
 from rd_torch.config import ALPHABET, ESM2_LEVELS
 from rd_torch.esm2 import ESM2
@@ -44,8 +44,33 @@ class Check:
     detail: str
 
 
+def require_fair_esm() -> None:
+    """Raises an ImportError unless the installed package `esm` is fair-esm's, with whose code we compare.
+
+    EvolutionaryScale's package has that name too. Installed over each other, the files of the two mix, and
+    neither works.
+    """
+    spec = find_spec("esm")
+    places = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
+    if not any((place / "model" / "esm2.py").is_file() for place in places):
+        got = "the other package called esm" if spec else "none"
+    elif any((place / "sdk").is_dir() for place in places):
+        got = "it mixed with the other package called esm"
+    else:
+        return
+    raise ImportError(
+        f"expected fair-esm for the comparison, got {got}: run rd-torch verify in an environment of its own, "
+        "with fair-esm and no other package called esm"
+    )
+
+
 def environment() -> str:
-    """The versions that a report depends on, in one line."""
+    """The versions that a report depends on, in one line.
+
+    Raises:
+        ImportError: where fair-esm is not installed.
+    """
+    require_fair_esm()
     packages = ("rd_torch", "torch", "fair-esm", "safetensors", "huggingface_hub")
     return ", ".join(
         [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
@@ -80,8 +105,10 @@ def verify_chain(
 
     Raises:
         FileNotFoundError: for a file that is not there.
+        ImportError: where fair-esm is not installed.
         ValueError: for a file that does not read, match or fit.
     """
+    require_fair_esm()
     model = RDModel.from_pretrained(
         name_or_folder, level, torch.float32, device, backbones, cache_dir=cache_dir, **published
     )
@@ -108,10 +135,10 @@ def verify_chain(
     yield Check("maps", fitted in (None, applied), told)
 
 
-def _equals_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
-    """Compares one backbone with fair-esm's code on the same tensors."""
-    if not backbone.has_lm_head:
-        return Check(f"{name} against fair-esm", False, "its checkpoint has no language-model head")
+def _oracle(backbone: ESM2) -> nn.Module:
+    """fair-esm's module around the tensors of one of ours."""
+    from esm.model.esm2 import ESM2 as FairESM2  # here, for nothing else needs it and it may be missing
+
     with torch.device("meta"):
         oracle = FairESM2(backbone.num_layers, backbone.embed_dim, backbone.attention_heads)
     tensors = backbone.tensors()
@@ -120,8 +147,15 @@ def _equals_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
     )
     for each in oracle.layers:
         each.self_attn.rot_emb.inv_freq = tensors["layers.0.self_attn.rot_emb.inv_freq"]
-    layer, heads = backbone.num_layers, "contact_head.regression.weight" in tensors
-    expected = oracle.eval()(tokens, repr_layers=[layer], return_contacts=heads)
+    return oracle.eval()
+
+
+def _equals_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
+    """Compares one backbone with fair-esm's code on the same tensors."""
+    if not backbone.has_lm_head:
+        return Check(f"{name} against fair-esm", False, "its checkpoint has no language-model head")
+    layer, heads = backbone.num_layers, "contact_head.regression.weight" in backbone.tensors()
+    expected = _oracle(backbone)(tokens, repr_layers=[layer], return_contacts=heads)
     out = RDModel({name: backbone}, [])(tokens, return_contacts=heads)
     real = tokens != ALPHABET.padding_idx
     pairs = {

@@ -289,6 +289,16 @@ def test_another_kind_of_module_is_refused():
         ESM2.sharing(nn.Linear(2, 2))
 
 
+def test_a_subclass_of_fair_esms_is_shared_and_a_namesake_is_refused():
+    reference = random_esm2(*SMALL)
+    parent = type(reference)
+    reference.__class__ = type("Tuned", (parent,), {"__module__": "elsewhere"})
+    assert ESM2.sharing(reference).embed_tokens.weight is reference.embed_tokens.weight
+    namesake = type("ESM2", (nn.Module,), {"__module__": "esm.models.esmc"})()
+    with pytest.raises(TypeError, match=r"expected a backbone of rd_torch.ESM2 or esm.ESM2, got ESM2"):
+        ESM2.sharing(namesake)
+
+
 @pytest.mark.parametrize("change", [{"layers.0.fc1.bias": None}, {"layers.0.fc1.bias": 7}, {"surplus": 7}])
 def test_tensors_of_another_shape_or_name_are_refused(change):
     tensors = random_esm2(*SMALL).state_dict()

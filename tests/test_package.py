@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -101,3 +102,11 @@ def test_lower_bounds_are_what_the_oldest_environment_installs():
     modules = {"fair-esm": "esm", "biopython": "Bio"}
     used = {modules.get(name, name) for name in names}
     assert used == {name for name in imports if name not in sys.stdlib_module_names} - {"rd_torch"}
+
+
+def test_the_readme_installs_everything_but_fair_esm_beside_the_other_esm():
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"^pip install --no-deps \.\npip install ((?:.*\\\n)*.*)$", readme, re.M)[1]
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    listed = shlex.split(command.replace("\\\n", " "))
+    assert listed == [bound for bound in dependencies if not bound.startswith("fair-esm")]

@@ -1,6 +1,8 @@
 """The rules of the house that a machine can hold."""
 
 import ast
+import importlib
+import os
 import re
 import subprocess
 import sys
@@ -83,21 +85,72 @@ assert state() == before
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_facts_and_choices_come_without_torch():
+    code = "import sys, rd_torch; rd_torch.ESM2_LEVELS; rd_torch.RDConfig; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+FILES_OF_THE_OTHER = {  # EvolutionaryScale's package of the same name; whoever imports it fails
+    "esm/__init__.py": "__version__ = '3.2.1'\nraise ImportError('somebody imported the other package')\n",
+    "esm/models/esmc.py": "class ESMC: ...\n",
+    "esm/sdk/__init__.py": "def client(): ...\n",
+    "esm/pretrained.py": "from esm.models.esmc import ESMC\n",
+}
+CURE = "run rd-torch verify in an environment of its own, with fair-esm and no other package called esm"
+
+
+def write_other_esm(folder):
+    for name, text in FILES_OF_THE_OTHER.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
 @pytest.mark.parametrize(
-    ("files", "message"),
+    ("installed", "verdict"),
     [
-        ((), "expected the package fair-esm, got none: pip install fair-esm"),
-        (("esm/__init__.py", "esm/sdk/__init__.py"), "got the other one of that name: pip uninstall esm"),
+        ("fair-esm", "PASSED"),
+        (
+            "the other",
+            f"Error: expected fair-esm for the comparison, got the other package called esm: {CURE}",
+        ),
+        ("none", f"Error: expected fair-esm for the comparison, got none: {CURE}"),
     ],
 )
-def test_the_other_package_called_esm_is_refused(tmp_path, files, message):
-    for name in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import rd_torch"
-    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: expected" in result.stderr
-    assert message in result.stderr
+def test_ordinary_use_imports_no_package_called_esm(tmp_path, installed, verdict):
+    places = [str(ROOT)]
+    if installed == "the other":
+        write_other_esm(tmp_path / "site")
+        places.insert(0, str(tmp_path / "site"))
+    command = [sys.executable, ROOT / "tests" / "ordinary_use.py"]
+    result = subprocess.run(
+        [*command, "--without-esm"] if installed == "none" else command,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().splitlines()[-1] == verdict
+    assert "Traceback" not in result.stdout
+
+
+@pytest.mark.parametrize("imported", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_verify_knows_the_other_package_from_fair_esm(tmp_path, monkeypatch, imported, mixed):
+    from rd_torch.verifying import require_fair_esm
+
+    require_fair_esm()
+    write_other_esm(tmp_path)
+    if mixed:
+        (tmp_path / "esm" / "model").mkdir()
+        (tmp_path / "esm" / "model" / "esm2.py").touch()
+    for name in [name for name in sys.modules if name.split(".")[0] == "esm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    if imported:
+        (tmp_path / "esm" / "__init__.py").write_text("")
+        monkeypatch.setitem(sys.modules, "esm", importlib.import_module("esm"))
+    got = "it mixed with the other package called esm" if mixed else "the other package called esm"
+    with pytest.raises(ImportError, match=f"^expected fair-esm for the comparison, got {got}: {CURE}$"):
+        require_fair_esm()
 
 
 def test_every_public_name_loads_and_unknown_ones_do_not():
