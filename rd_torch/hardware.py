@@ -11,9 +11,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
 
 import psutil
@@ -201,3 +203,29 @@ def has_exact_float32(device: torch.device) -> bool:
 def best_device() -> torch.device:
     """A GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and every GPU that PyTorch can use."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    mps = [torch.device("mps")] if torch.backends.mps.is_available() else []
+    return [torch.device("cpu"), *gpus, *mps]
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself; a CPU with the vector units that PyTorch uses."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+    if device.type == "mps":
+        return "Apple's GPU"
+    facts = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    named = re.search(r"model name\s*: (.*)", facts)
+    return f"{named[1] if named else platform.processor() or platform.machine()}, {cpu_capability()}"
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """Memory that the device has; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return psutil.virtual_memory().total if device.type == "cpu" else None

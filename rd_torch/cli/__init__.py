@@ -8,6 +8,7 @@ import click
 from rd_torch.cli.checkpoints import convert, download, info, verify
 from rd_torch.cli.combining import combine
 from rd_torch.cli.embedding import embed
+from rd_torch.cli.environment import env
 from rd_torch.cli.fitting import fit
 from rd_torch.cli.plotting import plot
 
@@ -25,5 +26,5 @@ def main() -> None:
     """
 
 
-for command in (embed, combine, plot, fit, info, download, convert, verify):
+for command in (embed, combine, plot, fit, info, download, convert, verify, env):
     main.add_command(command)

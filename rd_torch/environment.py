@@ -1,0 +1,83 @@
+"""What a report of a bug has to say of a machine: versions, devices, memory, which kernels run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import torch
+
+from rd_torch import hardware
+from rd_torch.config import ESM2_LEVELS
+
+PACKAGES: Final = (
+    *("torch", "numpy", "safetensors", "huggingface_hub", "h5py", "pyarrow", "biopython"),
+    *("fair-esm", "esm", "transformers", "peft", "accelerate", "lightning", "ray", "triton"),
+)
+"""Packages whose versions change what rd_torch does, the optional ones last."""
+
+VARIABLES: Final = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ATEN_CPU_CAPABILITY"),
+    *hardware.ISA_LIMITS,
+    *("TORCH_COMPILE_DISABLE", "HF_HUB_OFFLINE"),
+)
+"""Environment variables that change which kernels run, or whether files can be downloaded."""
+
+GIBI: Final = 2**30
+
+
+def installed(package: str) -> str | None:
+    """The package's version; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def describe_environment() -> dict[str, Any]:
+    """The machine and the installation as plain JSON values.
+
+    Returns:
+        `"rd_torch"`, `"python"`, `"system"`: versions; `"packages"`: version by package, None where it is not
+        installed; `"variables"`: environment variables that are set and change something; `"threads"` that
+        PyTorch uses on the CPU; `"compiler"`: whether there is a C compiler, which `prepare_inference` needs
+        on a GPU; `"devices"`: for each its name, memory in GiB, and by dtype whose matrix products and which
+        attention run and whether they are emulated.
+    """
+    return {
+        "rd_torch": installed("rd_torch"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {package: installed(package) for package in PACKAGES},
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "threads": torch.get_num_threads(),
+        "compiler": any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang", "cl")),
+        "devices": [_describe_device(device) for device in hardware.devices()],
+    }
+
+
+def _describe_device(device: torch.device) -> dict[str, Any]:
+    """One device of `describe_environment`."""
+    total, free = hardware.total_bytes(device), hardware.free_bytes(device)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return {
+        "device": str(device),
+        "name": hardware.device_name(device),
+        "memory": total and round(total / GIBI, 1),
+        "free": free and round(free / GIBI, 1),
+        "dtypes": {str(dtype).removeprefix("torch."): _describe_kernels(device, dtype) for dtype in dtypes},
+    }
+
+
+def _describe_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What runs on the device in that dtype, for the head sizes of ESM-2."""
+    sizes = {level.width // level.attention_heads for level in ESM2_LEVELS.values()}
+    kernels = sorted({hardware.attention_kernel(device, dtype, size) for size in sizes})
+    return {
+        "products": hardware.product_kernel(device, dtype),
+        "attention": " or ".join(kernels),
+        "emulated": hardware.is_emulated(device, dtype),
+    }
