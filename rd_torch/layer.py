@@ -16,6 +16,10 @@ from rd_torch.attention import RotaryEmbedding, Rotation, attend, attention_maps
 from rd_torch.packing import Packing, in_chunks, is_recorded
 from rd_torch.precision import ResidualNorm
 
+# Multiply-adds of a product below which oneDNN takes longer to set it up, some 40 microseconds, than PyTorch
+# to compute it in float32. Measured with AVX2; above, oneDNN is at most a sixth slower, and mostly faster.
+SMALL_PRODUCT = 1 << 22
+
 Heads = tuple[Tensor, Tensor, Tensor]
 AttentionSink = Callable[[Tensor], None]
 
@@ -60,8 +64,9 @@ def _differentiable(x: Tensor, weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A linear layer that on a CPU multiplies by oneDNN where PyTorch would take MKL.
 
-    In float32 that is twice as fast on AMD's CPUs, whose vector units MKL uses by half. Where a graph is
-    traced, PyTorch has its own way.
+    In float32 that is twice as fast on AMD's CPUs with AVX512, whose vector units MKL uses by half; with AVX2
+    it is up to twice as fast for few tokens and about as fast for many. Small products in float32 are
+    PyTorch's; so is everything where a graph is traced.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,6 +83,7 @@ class Linear(nn.Linear):
             and not torch.is_autocast_enabled("cpu")
             and len(x) > 0
             and x.dtype == self.weight.dtype
+            and (x.dtype != torch.float32 or x.numel() * self.out_features >= SMALL_PRODUCT)
             and type(self.weight) in (Tensor, nn.Parameter)
             and x.is_contiguous()  # strides that oneDNN has no kernel for are a thousand times slower
             and self.weight.is_contiguous()

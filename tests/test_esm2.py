@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from rd_torch import ESM2, ESM2_LEVELS, Level, RDModel, hardware
+from rd_torch import layer as layers
 from rd_torch.attention import RotaryEmbedding
 from rd_torch.config import ALPHABET
 from rd_torch.layer import Linear
@@ -343,6 +344,7 @@ def products(monkeypatch):
     """Counts the layers that oneDNN multiplied, on a CPU where it has all products but those of float64."""
     calls = []
     monkeypatch.setattr(hardware, "onednn_has", lambda dtype: dtype != torch.float64)
+    monkeypatch.setattr(layers, "SMALL_PRODUCT", 0)
     monkeypatch.setattr(
         torch.ops.mkldnn, "_linear_pointwise", lambda *call: calls.append(call[0].dtype) or multiply(*call)
     )
@@ -376,8 +378,24 @@ def test_a_linear_layer_is_the_formula_and_so_are_its_gradients(
         torch.testing.assert_close(gradient.double(), expected, atol=within * scale, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.float32, [False, True]), (torch.bfloat16, [True, True])]
+)
+def test_small_products_in_float32_are_pytorchs(products, monkeypatch, dtype, expected):
+    monkeypatch.setattr(layers, "SMALL_PRODUCT", 8 * 64 * 48)
+    layer = Linear(64, 48).to(dtype).requires_grad_(False)
+    got = []
+    for tokens in (7, 8):
+        x = torch.randn(tokens, 64, dtype=dtype)
+        exact = x.double() @ layer.weight.double().T + layer.bias.double()
+        torch.testing.assert_close(layer(x).double(), exact, atol=2e-2, rtol=2e-2)
+        got.append(bool(products))
+        products.clear()
+    assert got == [dtype == torch.bfloat16, True]
+
+
 @pytest.mark.parametrize("frozen", ["weight", "bias", "x", "weight and bias"])
-def test_a_linear_layer_keeps_what_gradients_need_and_no_more(frozen):
+def test_a_linear_layer_keeps_what_gradients_need_and_no_more(products, frozen):
     layer, x = Linear(64, 48), torch.randn(7, 64)
     wanted = {"x": x, "weight": layer.weight, "bias": layer.bias}
     for name, tensor in wanted.items():
@@ -391,7 +409,7 @@ def test_a_linear_layer_keeps_what_gradients_need_and_no_more(frozen):
     assert [name for name, tensor in wanted.items() if tensor.grad is None] == frozen.split(" and ")
 
 
-def test_a_linear_layer_has_gradients_of_gradients():
+def test_a_linear_layer_has_gradients_of_gradients(products):
     layer, x = Linear(16, 8), torch.randn(5, 16, requires_grad=True)
     slopes = {}
     for name, run in (("ours", layer), ("exact", lambda x: x @ layer.weight.T + layer.bias)):

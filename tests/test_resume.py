@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import random_sequence
+from helpers import random_esm2, random_sequence, random_stages
 
 import rd_torch
 from rd_torch import embedding, hardware
@@ -31,9 +31,29 @@ BATCHES_OF_A_WINDOW = max(
 SUFFIXES = ["h5", "parquet", "pt"]
 
 
+def chain():
+    """Two random levels of one layer: what takes time here is to be the store."""
+    backbones = {"28K": random_esm2(1, 32, 4), "90K": random_esm2(1, 48, 4)}
+    return rd_torch.RDModel(backbones, random_stages(widths={"28K": 32, "90K": 48})).eval()
+
+
 @pytest.fixture(scope="module")
 def mini():
-    return rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="90K")
+    return chain()
+
+
+@pytest.fixture(scope="module")
+def whole(mini, tmp_path_factory):
+    """The store of all proteins by its suffix, written without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def written(suffix):
+        path = folder / f"whole.{suffix}"
+        if not path.exists():
+            embed(mini, path)
+        return path
+
+    return written
 
 
 @pytest.fixture
@@ -100,10 +120,10 @@ KILLING = """
     import rd_torch
     from rd_torch import embedding, hardware
     sys.path.insert(0, sys.argv[2])
-    from test_resume import PROTEINS, embed, same
+    from test_resume import PROTEINS, chain, embed, same
 
     folder = Path(sys.argv[1])
-    model = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="90K")
+    model = chain()
     pooled = embedding._pooled
 
     def counted(rows, residues, pool):
@@ -245,7 +265,7 @@ def test_a_finished_store_is_left_as_it_is(mini, tmp_path, passes, suffix):
     ],
 )
 def test_a_store_of_something_else_is_refused_with_the_difference(
-    mini, tmp_path, monkeypatch, change, message, finished
+    mini, tmp_path, monkeypatch, whole, change, message, finished
 ):
     monkeypatch.setattr(hardware, "is_emulated", lambda *_: False)  # elsewhere a warning comes first
     path = tmp_path / "out.h5"
@@ -255,14 +275,13 @@ def test_a_store_of_something_else_is_refused_with_the_difference(
         interrupt(mini, path, 2)
     other = mini
     if "model" in change:
-        other = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="90K")
+        other = chain()
         other.bfloat16() if change["model"] == "bfloat16" else other.stages["90K"].V[3, 4].add_(1e-3)
     options = {name: value for name, value in change.items() if name != "model"}
     with pytest.raises(ValueError, match=message):
         embed(other, path, **options)
     embed(mini, path)
-    embed(mini, tmp_path / "whole.h5")
-    assert same(path, tmp_path / "whole.h5"), "the refusal has changed nothing"
+    assert same(path, whole("h5")), "the refusal has changed nothing"
 
 
 def test_records_that_were_added_are_refused_by_a_finished_store_and_embedded_by_an_unfinished_one(
@@ -278,18 +297,19 @@ def test_records_that_were_added_are_refused_by_a_finished_store_and_embedded_by
     assert same(tmp_path / "out.h5", tmp_path / "whole.h5")
 
 
-def test_the_budget_found_at_the_start_is_used_again(mini, tmp_path, monkeypatch):
-    embed(mini, tmp_path / "whole.h5")
+def test_the_budget_found_at_the_start_is_used_again(mini, tmp_path, monkeypatch, whole):
     interrupt(mini, tmp_path / "out.h5", 1)
     monkeypatch.setattr(embedding, "plan_batches", lambda *_: (9_999, torch.device("cpu")))
     embed(mini, tmp_path / "out.h5", tokens_per_batch=None)
-    assert same(tmp_path / "out.h5", tmp_path / "whole.h5")
+    assert same(tmp_path / "out.h5", whole("h5"))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("damage", ["short", "gone"])
-def test_a_file_that_a_crash_left_short_is_embedded_again_alone(mini, tmp_path, passes, suffix, damage):
-    embed(mini, tmp_path / f"whole.{suffix}")
+def test_a_file_that_a_crash_left_short_is_embedded_again_alone(
+    mini, tmp_path, passes, whole, suffix, damage
+):
+    expected = whole(suffix)
     path = tmp_path / f"out.{suffix}"
     interrupt(mini, path, 3)
     said = json.loads((tmp_path / f"out.{suffix}.part" / "windows" / "000002.json").read_text())
@@ -305,13 +325,15 @@ def test_a_file_that_a_crash_left_short_is_embedded_again_alone(mini, tmp_path, 
     passes.clear()
     embed(mini, path)
     assert sum(passes) == len(PROTEINS) - sum(map(len, done)) + len(said["names"])
-    assert same(path, tmp_path / f"whole.{suffix}")
+    assert same(path, expected)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("at", [0, 3, 6, 9])
-def test_a_write_that_fails_is_an_error_and_the_next_run_goes_on(mini, tmp_path, monkeypatch, suffix, at):
-    whole = formats.written_whole
+def test_a_write_that_fails_is_an_error_and_the_next_run_goes_on(
+    mini, tmp_path, monkeypatch, whole, suffix, at
+):
+    expected, write_whole = whole(suffix), formats.written_whole
     calls = [0]
 
     def failing(path, write, **options):
@@ -319,7 +341,7 @@ def test_a_write_that_fails_is_an_error_and_the_next_run_goes_on(mini, tmp_path,
         if calls[0] > at:
             write(path.with_name(f".{path.name}.part"))  # what was written until the disk was full
             raise OSError(errno.ENOSPC, "No space left on device")
-        whole(path, write, **options)
+        write_whole(path, write, **options)
 
     with monkeypatch.context() as patched:
         for module in ("work", "folder", "hdf5", "parquet", "fairesm"):
@@ -328,8 +350,7 @@ def test_a_write_that_fails_is_an_error_and_the_next_run_goes_on(mini, tmp_path,
             embed(mini, tmp_path / f"out.{suffix}")
     assert not (tmp_path / f"out.{suffix}").exists()
     embed(mini, tmp_path / f"out.{suffix}")
-    embed(mini, tmp_path / f"whole.{suffix}")
-    assert same(tmp_path / f"out.{suffix}", tmp_path / f"whole.{suffix}")
+    assert same(tmp_path / f"out.{suffix}", expected)
 
 
 FULL = """
