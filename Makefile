@@ -4,7 +4,17 @@ BIN := .venv/bin
 DATA := $(abspath $(wildcard ../shared/data))
 export RD_TORCH_DATA ?= $(DATA)
 
-.PHONY: setup demo test test-all test-oldest check format lint types docs clean
+# Files of tests run side by side, a process a core and one thread each; those marked `alone`, which measure
+# time, run after them. Called with an environment and with what is selected.
+define run-tests
+	OMP_NUM_THREADS=1 $(1)/bin/pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "$(2) and not alone"
+	$(1)/bin/pytest -m "$(2) and alone"
+endef
+
+# What holds PyTorch and oneDNN to the vector units that every x86-64 CPU of today has.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+
+.PHONY: setup demo test test-all test-portable test-capabilities test-oldest check format lint types docs clean
 
 setup: .venv/installed
 
@@ -19,10 +29,18 @@ demo: setup
 	$(BIN)/python benchmarks/demo.py --output demo
 
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(call run-tests,.venv,not slow)
 
 test-all: setup
-	$(BIN)/pytest
+	$(call run-tests,.venv,(slow or not slow))
+
+# The tests as a machine with AVX2 and nothing newer runs them.
+test-portable: setup
+	$(AVX2) $(MAKE) test
+
+# The part of them that depends on what the CPU has.
+test-capabilities: setup
+	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 -m "capability and not slow"
 
 # The tests on the oldest versions that the package admits.
 test-oldest:
@@ -30,10 +48,10 @@ test-oldest:
 	.venv-oldest/bin/pip install --quiet --upgrade "pip>=25.1"
 	.venv-oldest/bin/pip install --quiet --group oldest
 	.venv-oldest/bin/pip install --quiet --no-deps --no-build-isolation --editable .
-	.venv-oldest/bin/pytest -m "not slow"
+	$(call run-tests,.venv-oldest,not slow)
 
 # The documentation is executed by the tests.
-check: lint types test
+check: lint types test test-capabilities
 
 format: setup
 	$(BIN)/ruff format .

@@ -78,7 +78,7 @@ def lacks_avx512() -> bool:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether this is a CPU with AVX512-BF16, whose vector units multiply in bfloat16.
 
-    PyTorch has a public function for it from 2.12 on, and a private one before.
+    PyTorch has a public function for it from 2.11 on, and a private one before.
     """
     if device.type != "cpu" or lacks_avx512():
         return False
@@ -130,7 +130,7 @@ def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
 
 @cache
 def varlen_attn() -> Callable[..., Tensor] | None:
-    """PyTorch's attention over packed tokens, public from 2.11 on; None before."""
+    """PyTorch's attention over packed tokens, public from 2.10 on; None before."""
     try:
         from torch.nn.attention import varlen
     except ImportError:

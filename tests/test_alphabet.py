@@ -127,7 +127,7 @@ def test_batches_with_unknown_letters_name_the_same_one(batch, length):
         [("a", "M", 1), ("b", "K")], [["a", "M"]], (("a", "M"),), {"ab": 1, "cM": 2}, {"aM": 1}, [1],
         [("a", "j")],
     ],
-    ids=str,
+    ids=lambda batch: type(batch).__name__ if hasattr(batch, "__next__") else str(batch),
 )  # fmt: skip
 def test_batches_of_another_form_come_out_alike(batch):
     ours, theirs = converted(batch)

@@ -329,6 +329,7 @@ def test_nothing_there_is_said(tmp_path):
         rd_torch.RDModel.from_pretrained(tmp_path / "empty")
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 def test_loading_takes_little_memory_and_less_time_than_fair_esm(tmp_path, monkeypatch):
     """The benchmark of 650M in small; `benchmarks/results/loading.json` has the real one."""

@@ -191,6 +191,7 @@ def test_info_shows_the_shipped_family():
     assert [line.split()[0] for line in output.splitlines()[3:7]] == ["28K", "90K", "207K", "1M"]
 
 
+@pytest.mark.alone
 def test_help_comes_within_half_a_second_and_without_torch():
     command = [
         sys.executable,
