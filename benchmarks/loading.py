@@ -22,11 +22,8 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-import esm
 import torch
-from esm.model.esm2 import ESM2 as FairESM2
 from report import environment, write_result
-from transformers import EsmConfig, EsmForMaskedLM
 
 import rd_torch
 
@@ -42,6 +39,9 @@ CASES = (
 
 def write_files(folder: Path, shape: tuple[int, int, int]) -> dict[str, Path]:
     """Random weights as transformers writes safetensors and as fair-esm's `.pt` are laid out."""
+    from esm.model.esm2 import ESM2 as FairESM2  # here, for every process that loads would import them too
+    from transformers import EsmConfig, EsmForMaskedLM
+
     num_layers, width, heads = shape
     config = EsmConfig(
         vocab_size=33, pad_token_id=1, mask_token_id=32, hidden_size=width, num_hidden_layers=num_layers,
@@ -73,7 +73,10 @@ def anonymous_bytes() -> int:
 
 def load_once(library: str, path: Path, dtype: str) -> dict[str, float]:
     """Loads in this process; seconds, seconds with a forward pass, and the peak of anonymous memory."""
-    rd_torch.RDModel, rd_torch.ESM2  # imported now, not while the clock runs  # noqa: B018
+    if library == "fair-esm":
+        from esm.pretrained import load_model_and_alphabet_local as load_fair_esm
+    else:
+        rd_torch.RDModel, rd_torch.ESM2  # imported now, not while the clock runs  # noqa: B018
     before, peak, done = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -87,7 +90,7 @@ def load_once(library: str, path: Path, dtype: str) -> dict[str, float]:
     start = time.perf_counter()
     if library == "fair-esm":
         with torch.serialization.safe_globals([Namespace]):
-            model = esm.pretrained.load_model_and_alphabet_local(str(path))[0].eval()
+            model = load_fair_esm(str(path))[0].eval()
     else:
         model = rd_torch.RDModel.from_pretrained(path, dtype=getattr(torch, dtype))
     seconds = time.perf_counter() - start

@@ -70,7 +70,7 @@ def test_shell_examples_run(tmp_path, monkeypatch):
         with h5py.File(f"{level}.h5", "w") as file:
             file["P1"] = np.ones(width)
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("rd-torch")]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         result = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
         assert result.exit_code == 0, (line, result.output)
