@@ -64,3 +64,9 @@ def small_model(predict_from="nested", special_rows="maps"):
     backbones = {name: random_esm2(*shape, seed=k) for k, (name, shape) in enumerate(SHAPES.items())}
     stages = random_stages(predict_from)
     return RDModel(backbones, stages, predict_from=predict_from, special_rows=special_rows).eval()
+
+
+def any_size(name):
+    """A dimension of any size for `torch.export`, whose older versions want to know the largest."""
+    older = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
+    return torch.export.Dim(name, max=4096) if older else torch.export.Dim(name)

@@ -10,6 +10,8 @@ from rd_torch import attention, hardware
 from rd_torch.attention import attend, attend_varlen
 from rd_torch.packing import Packing
 
+pytestmark = pytest.mark.capability
+
 SEQUENCES = ("M", random_sequence(70, 1), "MK<mask>VL", random_sequence(68, 2), random_sequence(33, 3))
 LENGTHS = {"one token": [1], "alike": [40, 39, 38], "unlike": [130, 64, 63, 3, 1], "equal": [17] * 4}
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}

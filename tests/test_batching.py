@@ -185,6 +185,7 @@ print(vectors.shape, sum("too many" in str(each.message) for each in said))
     assert 1 <= int(said) <= 5
 
 
+@pytest.mark.capability
 @pytest.mark.parametrize("emulated", [True, False])
 def test_a_dtype_that_the_device_emulates_is_said_once_with_the_faster_one(monkeypatch, emulated):
     monkeypatch.setattr(hardware, "is_emulated", lambda device, dtype: emulated and dtype == torch.float16)

@@ -43,6 +43,7 @@ def pretend_to_download(monkeypatch):
     monkeypatch.setattr(RDModel, "from_pretrained", load_here)
 
 
+@pytest.mark.capability
 def test_python_examples_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(esm.pretrained, "esm2_t6_8M_UR50D", lambda: (random_esm2(1, 32, 2), None))

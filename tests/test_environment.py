@@ -9,6 +9,8 @@ from click.testing import CliRunner
 from rd_torch import hardware
 from rd_torch.cli import main
 
+pytestmark = pytest.mark.capability
+
 
 def shown(*options):
     result = CliRunner().invoke(main, ["env", *options])

@@ -351,6 +351,7 @@ def products(monkeypatch):
     return calls
 
 
+@pytest.mark.capability
 @pytest.mark.parametrize("has_onednn", [True, False], ids=["oneDNN", "PyTorch"])
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 300])
@@ -381,6 +382,7 @@ def test_a_linear_layer_is_the_formula_and_so_are_its_gradients(
 @pytest.mark.parametrize(
     ("dtype", "expected"), [(torch.float32, [False, True]), (torch.bfloat16, [True, True])]
 )
+@pytest.mark.capability
 def test_small_products_in_float32_are_pytorchs(products, monkeypatch, dtype, expected):
     monkeypatch.setattr(layers, "SMALL_PRODUCT", 8 * 64 * 48)
     layer = Linear(64, 48).to(dtype).requires_grad_(False)
@@ -418,6 +420,7 @@ def test_a_linear_layer_has_gradients_of_gradients(products):
     torch.testing.assert_close(slopes["ours"], slopes["exact"])
 
 
+@pytest.mark.capability
 def test_a_frozen_backbone_multiplies_by_onednn_although_others_train(products):
     module = ESM2.sharing(random_esm2(*SMALL)).requires_grad_(False)
     embed(module, tokens_of("MKV"))

@@ -15,6 +15,8 @@ from torch import nn
 from rd_torch import hardware
 from rd_torch.layer import Linear
 
+pytestmark = pytest.mark.capability
+
 ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CACHED = [each for each in vars(hardware).values() if hasattr(each, "cache_clear")]

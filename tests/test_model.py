@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import SHAPES, WIDTHS, random_esm2, random_stages, small_model, tokens_of
+from helpers import SHAPES, WIDTHS, any_size, random_esm2, random_stages, small_model, tokens_of
 from torch import nn
 
 from rd_torch import RDModel
@@ -396,7 +396,7 @@ def test_the_compiled_model_is_one_graph_and_agrees_with_eager(backend, tokens):
 @pytest.mark.parametrize("options", [{}, {"width": 48}, {"width": 20}], ids=str)
 @torch.no_grad()
 def test_the_exported_model_takes_any_batch_and_time(model, tokens, options):
-    shapes = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}}
+    shapes = {"tokens": {0: any_size("batch"), 1: any_size("time")}}
     shapes |= dict.fromkeys(options)
     program = torch.export.export(model, (tokens,), options, dynamic_shapes=shapes).module()
     for batch in (tokens, tokens_of("MKTAYIAKQRQISFVKSHFSRQ<mask>EERLGLI"), tokens[:, :6].repeat(2, 1)):

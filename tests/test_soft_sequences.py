@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import random_esm2, random_sequence, small_model, tokens_of
+from helpers import any_size, random_esm2, random_sequence, small_model, tokens_of
 from torch import nn
 from torch.nn import functional
 
@@ -231,7 +231,7 @@ def test_a_prepared_model_takes_distributions(model):
 def test_distributions_compile_as_one_graph_and_export(model):
     model = model.truncate("b")
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
-    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}
+    dims = {0: any_size("batch"), 1: any_size("time")}
     soft = soft_tokens("MKTAYIA", "MK", "M")
     program = torch.export.export(model, (soft,), dynamic_shapes={"tokens": dims}).module()
     for batch in (soft, soft_tokens("MKTAY<mask>IAKQRW", "MK<mask>AY")):

@@ -88,6 +88,7 @@ def test_a_stage_passes_gradcheck():
     assert torch.autograd.gradcheck(stage, (*inputs, source))
 
 
+@pytest.mark.capability
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_packed_and_padded_batches_have_the_same_gradients(monkeypatch, tokens, dtype):
     model = small_model().to(dtype)
