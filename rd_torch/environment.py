@@ -51,7 +51,7 @@ def describe_environment() -> dict[str, Any]:
         "rd_torch": installed("rd_torch"),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {package: installed(package) for package in PACKAGES},
+        "packages": {package: installed(package) for package in PACKAGES} | {"torch": torch.__version__},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "threads": torch.get_num_threads(),
         "compiler": any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang", "cl")),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from math import ceil
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class Packing:
         places = torch.arange(real.numel(), device=real.device).view(real.shape)
         index = places[order][real[order]]
         batch, time = real.shape
-        lengths = counts[order].tolist()
+        lengths = _listed(counts[order])
         return cls(
             shape=(batch, time),
             real=real,
@@ -155,6 +156,14 @@ class Packing:
             return padded.masked_fill(~real, 0)
         flat = packed.new_zeros(batch * time, *packed.shape[1:])
         return flat.index_copy(0, self.index, packed).unflatten(0, (batch, time))
+
+
+def _listed(numbers: Tensor) -> list[int]:
+    """A tensor's whole numbers; within `torch.func`, where older versions of PyTorch know no `tolist`, too."""
+    try:
+        return cast(list[int], numbers.tolist())
+    except RuntimeError:
+        return [int(number) for number in numbers]
 
 
 def _cut_buckets(lengths: Sequence[int], device: torch.device) -> tuple[Bucket, ...]:

@@ -20,6 +20,7 @@ from rd_torch.engine import Engine
 from rd_torch.esm2 import ESM2
 from rd_torch.packing import Packing
 from rd_torch.sequences import tokenize
+from rd_torch.tokens import is_real
 
 UBIQUITIN: Final = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 PROBES: Final = (
@@ -116,7 +117,7 @@ def difference_from_reference(engine: Engine, family: Mapping[str, ESM2]) -> str
         limit = LIMITS[torch.float16]  # of as many bits as TF32
     for probe in PROBES:
         tokens = tokenize(probe).to(weight.device)
-        packing = Packing.of(tokens != 1)
+        packing = Packing.of(is_real(tokens))
         got = engine(tokens, packing, len(family))
         for level, backbone in family.items():
             error, cosine = _compare(got[level], backbone(tokens, packing))

@@ -104,7 +104,7 @@ def test_the_table_of_levels_is_the_checkpoints():
         assert f"| {' | '.join(map(str, cells))} |" in README
 
 
-@pytest.mark.parametrize("name", ["README.md", "rd_torch/README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", ["README.md", "rd_torch/README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
 def test_pages_name_only_files_that_exist(name):
     text = (ROOT / name).read_text()
     for path in re.findall(r"`((?:tests|checkpoints|benchmarks|rd_torch)/[\w./-]+)`", text):

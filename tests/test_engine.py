@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
-from rd_torch import embed, embed_to_store, engine, hardware, open_store
+from rd_torch import embed, embed_to_store, engine, hardware, open_store, preparing
 from rd_torch.engine import Engine, Inputs, Shape, Slot, shape_for
 from rd_torch.esm2 import token_dropout
 from rd_torch.layer import TransformerLayer
@@ -316,6 +316,19 @@ def test_an_engine_that_fails_later_gives_way_to_the_reference(uncompiled, on_en
             got = [model(tokens).embeddings for _ in range(3)]
     assert len(said) == 1
     assert all(torch.equal(each, expected) for each in got)
+
+
+def test_a_device_without_memory_for_the_engine_runs_the_reference(on_engine, monkeypatch):
+    model, tokens = small_model(), tokens_of(*BATCHES[2])
+    with torch.no_grad():
+        expected = model(tokens).embeddings
+    monkeypatch.setattr(preparing, "Engine", fail(torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.warns(
+        UserWarning, match="because it fails with OutOfMemoryError: CUDA out of memory.; the model"
+    ):
+        on_engine(model)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).embeddings, expected)
 
 
 def test_memory_that_runs_out_later_is_said_so_that_batches_are_halved(uncompiled, on_engine, monkeypatch):

@@ -45,6 +45,8 @@ def build(kind):
     return Predictor(model, SequenceHead(width, 1, task="regression", pool="attention"))
 
 
+# Before PyTorch 2.7 FSDP2 asks streams of a CPU for what they do not have: it is for GPUs there.
+WAYS = ["DDP", "FSDP2"] if hasattr(torch.cpu.Stream, "record_event") else ["DDP"]
 KINDS = ["bare", "whole", "narrower", "partly frozen", "checkpointed"]
 
 
@@ -79,7 +81,8 @@ def work(rank, folder):
     rows = slice(rank * len(SEQUENCES) // WORLD, (rank + 1) * len(SEQUENCES) // WORLD)
     results = {}
     for kind in KINDS:
-        for way, wrap in (("DDP", DistributedDataParallel), ("FSDP2", shard)):
+        for way in WAYS:
+            wrap = shard if way == "FSDP2" else DistributedDataParallel
             loss, gradients = step(wrap(build(kind)), rows)
             distributed.all_reduce(loss)
             results[way, kind] = loss / WORLD, gradients
@@ -99,7 +102,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("way", WAYS)
 def test_two_processes_have_the_loss_and_the_gradients_of_one(results, way, kind):
     loss, gradients = results[way, kind]
     expected, alone = step(build(kind), slice(None))

@@ -23,7 +23,7 @@ from rd_torch.store.folder import Folder
 from rd_torch.store.work import Work
 
 BUDGET = 20
-PROTEINS = [Protein(f"P{i}", random_sequence(5 + 7 * i % 31, i)) for i in range(120)]
+PROTEINS = [Protein(f"P{i}", random_sequence(5 + 7 * i % 31, i)) for i in range(84)]
 BATCHES_OF_A_WINDOW = max(
     sum(1 for _ in cut_batches(window.contents, BUDGET))
     for window in cut_windows(PROTEINS, BUDGET, Names(str))
@@ -124,6 +124,8 @@ KILLING = """
 
     folder = Path(sys.argv[1])
     model = chain()
+    import h5py, pyarrow.parquet  # before the children, whose time is to be the store's
+    rd_torch.embed(model, ["MKV"])
     pooled = embedding._pooled
 
     def counted(rows, residues, pool):

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rd_torch import RDModel, layer
+from rd_torch import RDModel, hardware, layer
 from rd_torch.config import ALPHABET
 from rd_torch.packing import Packing
 
@@ -173,7 +173,8 @@ def test_what_is_computed_again_is_what_would_have_been_kept(monkeypatch, model,
     gelu = functional.gelu
     monkeypatch.setattr(functional, "gelu", lambda x: again.append(1) or gelu(x))
     ours = steps(model, tokens)
-    assert len(again) > 2  # two layers of the first backbone, and once more in the backward passes
+    # two layers of the first backbone, and once more in the backward passes where PyTorch can say who else asks
+    assert (len(again) > 2) == hardware.may_replace_saved_tensors()
     monkeypatch.setattr(layer, "_computed_again", lambda *_: nullcontext())
     again.clear()
     kept = steps(model, tokens)
