@@ -159,7 +159,7 @@ class Packing:
 
 
 def _listed(numbers: Tensor) -> list[int]:
-    """A tensor's whole numbers; within `torch.func`, where older versions of PyTorch know no `tolist`, too."""
+    """A tensor's whole numbers, also within `torch.func`, where older versions have no `tolist`."""
     try:
         return cast(list[int], numbers.tolist())
     except RuntimeError:

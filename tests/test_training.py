@@ -173,7 +173,7 @@ def test_what_is_computed_again_is_what_would_have_been_kept(monkeypatch, model,
     gelu = functional.gelu
     monkeypatch.setattr(functional, "gelu", lambda x: again.append(1) or gelu(x))
     ours = steps(model, tokens)
-    # two layers of the first backbone, and once more in the backward passes where PyTorch can say who else asks
+    # Two layers of the first backbone, and again in the backward passes where PyTorch can say who else asks.
     assert (len(again) > 2) == hardware.may_replace_saved_tensors()
     monkeypatch.setattr(layer, "_computed_again", lambda *_: nullcontext())
     again.clear()
@@ -284,7 +284,8 @@ def test_training_biases_alone_reaches_every_one(tokens):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["everything", "checkpointing", "partly frozen", "bfloat16"])
 def test_the_compiled_model_trains_as_one_graph(how, backend, tokens):
-    model = small_model().truncate("b").train()
+    backbones = {"a": random_esm2(1, 32, 4), "b": random_esm2(2, 48, 4, seed=1)}
+    model = RDModel(backbones, random_stages(widths={"a": 32, "b": 48})).train()
     if how == "checkpointing":
         model.gradient_checkpointing_enable()
     if how == "partly frozen":
