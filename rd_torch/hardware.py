@@ -15,12 +15,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
 
 import psutil
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 OLDEST_TORCH: Final = (2, 6)
 """The oldest PyTorch that the tests are run on."""
@@ -33,6 +35,9 @@ AMPERE: Final = (8, 0)
 
 VARLEN_SIZES: Final = range(16, 129, 8)
 """Head sizes that `varlen_attn` is used for."""
+
+VARLEN_TOLERANCE: Final = {torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Largest error of its output for heads of unit variance that rounding explains."""
 
 ISA_LIMITS: Final = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Environment variables that hold oneDNN to older vector units than the CPU has."""
@@ -123,9 +128,53 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -
 
 @cache
 def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether `varlen_attn` takes such heads: half precision on an Ampere GPU or a newer one."""
-    fits = device.type == "cuda" and dtype in HALF and head_size in VARLEN_SIZES
-    return fits and torch.cuda.get_device_capability(device) >= AMPERE and varlen_attn() is not None
+    """Whether `varlen_attn` takes such heads on the device, and is right there.
+
+    It is for half precision on an Ampere GPU of NVIDIA's or a newer one. Where it fails there, or differs
+    from the formula, it is not used, and one warning says so.
+    """
+    kernel = varlen_attn() if device.type == "cuda" and torch.version.hip is None else None
+    if kernel is None or torch.cuda.get_device_capability(device) < AMPERE:
+        return False
+    fits = dtype in HALF and head_size in VARLEN_SIZES
+    return fits and attends_rightly(kernel, device, dtype, head_size)
+
+
+@torch.no_grad()
+def attends_rightly(
+    kernel: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, head_size: int
+) -> bool:
+    """Whether a kernel like `varlen_attn` gives the formula's numbers; warns where it does not."""
+    edges = (0, 1, 8, 48, 177)
+    longest = max(stop - start for start, stop in pairwise(edges))
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(3, edges[-1], 2, head_size, generator=generator).to(device, dtype)
+    bounds = torch.tensor(edges, dtype=torch.int32, device=device)
+    try:
+        got = kernel(*heads, bounds, bounds, longest, longest).float()
+    except RuntimeError as error:
+        _warn_of_attention(device, dtype, str(error).strip().split("\n", maxsplit=1)[0])
+        return False
+    exact = heads.float().transpose(1, 2)  # (3, heads, tokens, size)
+    expected = torch.cat(
+        [
+            functional.scaled_dot_product_attention(*exact[:, :, start:stop]).transpose(0, 1)
+            for start, stop in pairwise(edges)
+        ]
+    )
+    difference = float((got - expected).abs().max())
+    if not difference <= VARLEN_TOLERANCE[dtype]:
+        _warn_of_attention(device, dtype, f"it is off by {difference:.2g}")
+        return False
+    return True
+
+
+def _warn_of_attention(device: torch.device, dtype: torch.dtype, reason: str) -> None:
+    warnings.warn(
+        f"varlen_attn is not used on {device} in {str(dtype).removeprefix('torch.')}: {reason}; "
+        "scaled dot-product attention runs in its place",
+        stacklevel=4,
+    )
 
 
 @cache

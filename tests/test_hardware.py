@@ -4,13 +4,15 @@ import ast
 import os
 import subprocess
 import sys
+import warnings
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import random_sequence, small_model, tokens_of
-from torch import nn
+from torch.nn import functional
 
 from rd_torch import hardware
 from rd_torch.layer import Linear
@@ -112,6 +114,7 @@ def run(code, changes=None):
 
 def make_gpu(machine, capability):
     machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    machine.setattr(hardware, "attends_rightly", lambda *_: True)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,59 @@ def test_a_gpu_takes_the_kernel_that_it_has(machine, capability, dtype, size, ke
     assert hardware.attention_kernel(CUDA, dtype, size) == kernel
     assert hardware.product_kernel(CUDA, dtype) == "PyTorch"
     assert hardware.is_emulated(CUDA, dtype) == (dtype == torch.bfloat16 and capability < (8, 0))
+
+
+def attention(q, k, v, edges, _, longest, __):
+    """What `varlen_attn` computes, on any device."""
+    parts = [slice(*pair) for pair in pairwise(edges.tolist())]
+    assert longest == max(part.stop - part.start for part in parts)
+    mixed = [
+        functional.scaled_dot_product_attention(*(each[part].transpose(0, 1) for each in (q, k, v)))
+        for part in parts
+    ]
+    return torch.cat([each.transpose(0, 1) for each in mixed])
+
+
+def leaky(q, k, v, *rest):
+    """One that lets sequences see each other."""
+    whole = torch.tensor([0, len(q)], dtype=torch.int32)
+    return attention(q, k, v, whole, whole, len(q), len(q))
+
+
+def unbuilt(*_):
+    raise RuntimeError("no kernel image is available for execution on the device\nCompile with ...")
+
+
+@pytest.mark.parametrize("dtype", hardware.HALF, ids=str)
+@pytest.mark.parametrize("size", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (attention, None),
+        (
+            leaky,
+            r"varlen_attn is not used on cpu in \w+: it is off by [\d.]+; scaled dot-product",
+        ),
+        (lambda q, *_: q * float("nan"), "it is off by nan"),
+        (unbuilt, "no kernel image is available for execution on the device; scaled dot-product"),
+    ],
+    ids=["right", "leaky", "NaN", "unbuilt"],
+)
+def test_attention_of_a_gpu_is_used_where_it_is_right(kernel, message, dtype, size):
+    if message is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert hardware.attends_rightly(kernel, CPU, dtype, size)
+        return
+    with pytest.warns(UserWarning, match=message):
+        assert not hardware.attends_rightly(kernel, CPU, dtype, size)
+
+
+def test_a_gpu_whose_attention_is_wrong_takes_buckets(machine):
+    make_gpu(machine, (12, 0))
+    machine.setattr(hardware, "varlen_attn", lambda: print)
+    machine.setattr(hardware, "attends_rightly", lambda *_: False)
+    assert hardware.attention_kernel(CUDA, torch.float16, 64) == "buckets"
 
 
 def test_an_old_gpu_is_told_that_float16_is_faster_than_bfloat16(machine):
@@ -251,7 +307,7 @@ def test_without_onednn_a_linear_layer_is_pytorchs(machine):
     layer, x = Linear(64, 48), torch.randn(7, 64)
     machine.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert hardware.product_kernel(CPU, torch.float32) == "PyTorch"
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), functional.linear(x, layer.weight, layer.bias))
 
 
 ASKED = {

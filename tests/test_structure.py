@@ -32,13 +32,12 @@ def imports(path):
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.ImportFrom)
-            and id(node) not in skipped
-            and (node.module or "").startswith("rd_torch.")
-        ):
-            parts = node.module.split(".")[1:]
-            yield f"{parts[0]}/" if (PACKAGE / parts[0]).is_dir() else f"{parts[0]}.py"
+        if not isinstance(node, ast.ImportFrom) or id(node) in skipped:
+            continue
+        package, *parts = (node.module or "").split(".")
+        if package == "rd_torch":
+            for name in parts[:1] or [alias.name for alias in node.names]:
+                yield f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
 
 
 def test_the_table_of_files_is_true():
