@@ -19,7 +19,9 @@ _ATTENTION = {
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for programs.")
 @plainly
 def env(as_json: bool) -> None:
-    """Show versions, devices, memory, and which kernels run here: what a bug report should say.
+    """Show versions, devices and which kernels run here.
+
+    A report of a bug should bring this.
 
     \b
       rd-torch env
