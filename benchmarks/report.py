@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from rd_torch import hardware
+
 HERE = Path(__file__).parent
 Row = dict[str, Any]
 
@@ -32,6 +34,7 @@ def environment() -> dict[str, Any]:
     )
     return {
         "cpu": cpu[1] if cpu else platform.processor(),
+        "vector units": hardware.cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
