@@ -4,10 +4,13 @@ BIN := .venv/bin
 DATA := $(abspath $(wildcard ../shared/data))
 export RD_TORCH_DATA ?= $(DATA)
 
-# Files of tests run side by side, a process a core and one thread each; those marked `alone`, which measure
-# time, run after them. Called with an environment and with what is selected.
+# Files of tests run side by side, each process with one thread; on two cores three keep both busy, for some wait
+# for processes of their own. Those marked `alone`, which measure time, run after them.
+WORKERS ?= 3
+
+# Called with an environment and with what is selected.
 define run-tests
-	OMP_NUM_THREADS=1 $(1)/bin/pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "$(2) and not alone"
+	OMP_NUM_THREADS=1 $(1)/bin/pytest --numprocesses $(WORKERS) --dist loadfile -m "$(2) and not alone"
 	$(1)/bin/pytest -m "$(2) and alone"
 endef
 
@@ -40,7 +43,7 @@ test-portable: setup
 
 # The part of them that depends on what the CPU has.
 test-capabilities: setup
-	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 -m "capability and not slow"
+	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) -m "capability and not slow"
 
 # The tests on the oldest versions that the package admits.
 test-oldest:
