@@ -17,6 +17,7 @@ from rd_torch.batching import ahead, plan_batches, require_memory, run_batches
 from rd_torch.config import check_choice
 from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
+from rd_torch.preparing import obstacle
 from rd_torch.sequences import normalized, normalized_proteins
 from rd_torch.store import Facts, Names, Pool, Row, SaveDtype, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
@@ -188,8 +189,11 @@ def facts_of(
 
 
 def prepare(model: RDModel) -> None:
-    """Makes a model in `eval` mode ready for inference where that makes it faster, once."""
-    if not model.training:
+    """Makes a model in `eval` mode ready for inference where that makes it faster, once.
+
+    One with modules of others in it, or with hooks, is left as it is: nobody has asked for more.
+    """
+    if not model.training and obstacle(model.family()) is None:
         model.prepare_inference()
 
 

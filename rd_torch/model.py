@@ -215,13 +215,14 @@ class RDModel(Pretrained, Trainable):
         From then on, in `eval` mode and without gradients, backbones run fused, small batches as CUDA
         graphs of a few packed sizes, smaller backbones beside the largest. A size takes longer when it
         first comes; nothing is compiled for it. Parameters stay shared and trainable; when they move
-        or are replaced, what was derived from them is made again. Hooks inside the backbones do not
-        run. On other devices the model is as fast as it gets, and is only put in `eval` mode.
+        or are replaced, what was derived from them is made again. On other devices the model is as fast
+        as it gets, and is only put in `eval` mode.
 
         What was made is compared with the modules themselves on two batches of unequal lengths. Where it
-        differs by more than half precision does from float32, where a compiler is missing or fails, or
-        memory runs out, the model goes on as it was, with one warning that says why. `embed`,
-        `embed_to_store` and `rd-torch embed` call this by themselves.
+        differs by more than half precision does from float32, where a compiler is missing or fails, memory
+        runs out, or somebody has put hooks or modules of another kind (as PEFT does) into the backbones, the
+        model goes on as it was, with one warning that says why. `embed`, `embed_to_store` and
+        `rd-torch embed` call this by themselves for backbones as they came.
         """
         self.eval()
         if self._prepared is None or not self._prepared.is_current:

@@ -9,16 +9,19 @@ something else, or fails in whatever way, is left out with one warning.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rd_torch import hardware
+from rd_torch.attention import RotaryEmbedding
 from rd_torch.engine import Engine
 from rd_torch.esm2 import ESM2
+from rd_torch.layer import Linear, SelfAttention, TransformerLayer
 from rd_torch.packing import Packing
+from rd_torch.precision import ResidualNorm
 from rd_torch.sequences import tokenize
 from rd_torch.tokens import is_real
 
@@ -54,6 +57,50 @@ The half types' are the worst of any level in `benchmarks/results/half_precision
 """
 
 
+PLAIN: Final = frozenset(
+    {
+        ESM2,
+        TransformerLayer,
+        SelfAttention,
+        Linear,
+        RotaryEmbedding,
+        ResidualNorm,
+        nn.Embedding,
+        nn.ModuleList,
+    }
+)
+"""The modules that the engine knows: others may do what it would leave out or freeze into a graph."""
+
+
+def obstacle(family: Mapping[str, ESM2]) -> str | None:
+    """What the engine would pass over in the backbones: modules of other kinds, hooks; None where nothing.
+
+    An adapter of PEFT's can be switched off without any tensor changing, which a recorded graph would not
+    notice; hooks would not run.
+    """
+    for level, backbone in family.items():
+        for name, module in _running(backbone):
+            place = f"{level}.{name}".rstrip(".")
+            kind = type(module)
+            if kind not in PLAIN:
+                return f"{place} is a {kind.__module__}.{kind.__name__}, which it does not know"
+            if any(_hooks_of(module)) or "forward" in vars(module):
+                return f"there are hooks on {place}, which it would not run"
+    return None
+
+
+def _running(backbone: ESM2) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a backbone that run for its embedding, by name: all but its heads."""
+    for name, module in backbone.named_modules():
+        if not name.startswith(("lm_head", "contact_head")):
+            yield name, module
+
+
+def _hooks_of(module: nn.Module) -> tuple[Mapping[int, object], ...]:
+    """The hooks that run when a module is called."""
+    return module._forward_hooks, module._forward_pre_hooks
+
+
 class Prepared:
     """A chain's backbones, and the engine that may run in their place while they stay as they are.
 
@@ -71,12 +118,20 @@ class Prepared:
         ]
         self._tensors = [part for _, _, part in self._parts if isinstance(part, Tensor)]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._hooks = [
+            hooks
+            for backbone in family.values()
+            for _, module in _running(backbone)
+            for hooks in _hooks_of(module)
+        ]
         self._engine: Engine | None = None
-        try:
-            engine = Engine(family)
-            reason = difference_from_reference(engine, family)
-        except Exception as error:  # compilers, drivers and allocators fail in ways of their own
-            reason = _in_one_line(error)
+        reason = obstacle(family)
+        if reason is None:
+            try:
+                engine = Engine(family)
+                reason = difference_from_reference(engine, family)
+            except Exception as error:  # compilers, drivers and allocators fail in ways of their own
+                reason = _in_one_line(error)
         if reason is None:
             self._engine = engine
         else:
@@ -84,7 +139,12 @@ class Prepared:
 
     @property
     def is_current(self) -> bool:
-        """Whether modules and tensors are what and where they were: graphs would not notice others."""
+        """Whether modules and tensors are what and where they were: graphs would not notice others.
+
+        Nor would hooks run that somebody has registered since.
+        """
+        if self._engine is not None and any(self._hooks):
+            return False
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         return addresses == self._addresses and all(
             container.get(name) is part for container, name, part in self._parts

@@ -318,6 +318,65 @@ def test_an_engine_that_fails_later_gives_way_to_the_reference(uncompiled, on_en
     assert all(torch.equal(each, expected) for each in got)
 
 
+def put_in_lora(model):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
+
+
+def register_a_hook(model):
+    model.backbones["b"].layers[1].register_forward_hook(lambda *_: None)
+
+
+def register_a_pre_hook(model):
+    model.backbones["a"].register_forward_pre_hook(lambda *_: None)
+
+
+def replace_a_forward(model):
+    """As accelerate's hooks do."""
+    layer = model.backbones["c"].layers[0]
+    layer.fc1.forward = layer.fc1.forward
+
+
+def parametrize(model):
+    torch.nn.utils.parametrizations.weight_norm(model.backbones["a"].layers[0].fc2)
+
+
+OBSTACLES = [
+    (put_in_lora, r"a.layers.0.self_attn.q_proj is a peft\.\S+\.Linear, which it does not know"),
+    (register_a_hook, "there are hooks on b.layers.1, which it would not run"),
+    (register_a_pre_hook, "there are hooks on a, which"),
+    (replace_a_forward, "there are hooks on c.layers.0.fc1, which"),
+    (parametrize, r"a.layers.0.fc2 is a \S+\.ParametrizedLinear, which it does not know"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OBSTACLES)
+def test_what_the_engine_would_pass_over_is_left_to_the_modules(uncompiled, on_engine, change, message):
+    model, tokens = small_model(), tokens_of(*BATCHES[2])
+    change(model)
+    with torch.no_grad():
+        expected = model.eval()(tokens).embeddings
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            embed(model, ["MKV", "MKVL"], tokens_per_batch=6)  # which had not been asked to prepare
+        assert model._prepared is None
+        with pytest.warns(UserWarning, match=message):
+            on_engine(model)
+        assert torch.equal(model(tokens).embeddings, expected)
+
+
+@pytest.mark.parametrize(("change", "message"), OBSTACLES[:3])
+def test_what_is_put_in_later_is_noticed(uncompiled, on_engine, change, message):
+    model, tokens = on_engine(small_model()), tokens_of(*BATCHES[2])
+    change(model)
+    with torch.no_grad(), pytest.warns(UserWarning, match=message):
+        got = model.eval()(tokens).embeddings
+    model._prepared = None
+    with torch.no_grad():
+        assert torch.equal(model(tokens).embeddings, got)
+
+
 def test_a_device_without_memory_for_the_engine_runs_the_reference(on_engine, monkeypatch):
     model, tokens = small_model(), tokens_of(*BATCHES[2])
     with torch.no_grad():
