@@ -10,7 +10,7 @@ WORKERS ?= 3
 
 # Called with an environment and with what is selected.
 define run-tests
-	OMP_NUM_THREADS=1 $(1)/bin/pytest --numprocesses $(WORKERS) --dist loadfile -m "$(2) and not alone"
+	OMP_NUM_THREADS=1 $(1)/bin/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(2) and not alone"
 	$(1)/bin/pytest -m "$(2) and alone"
 endef
 
