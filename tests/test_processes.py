@@ -45,7 +45,7 @@ def build(kind):
     return Predictor(model, SequenceHead(width, 1, task="regression", pool="attention"))
 
 
-# Before PyTorch 2.7 FSDP2 asks streams of a CPU for what they do not have: it is for GPUs there.
+# In PyTorch 2.6 FSDP2 asks streams of a CPU for what they do not have: it is for GPUs there.
 WAYS = ["DDP", "FSDP2"] if hasattr(torch.cpu.Stream, "record_event") else ["DDP"]
 KINDS = ["bare", "whole", "narrower", "partly frozen", "checkpointed"]
 
