@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -27,13 +26,8 @@ Row = dict[str, Any]
 
 def environment() -> dict[str, Any]:
     """The machine and the versions that a figure belongs to."""
-    cpu = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        if sys.platform == "linux"
-        else None
-    )
     return {
-        "cpu": cpu[1] if cpu else platform.processor(),
+        "cpu": hardware.cpu_name(),
         "vector units": hardware.cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

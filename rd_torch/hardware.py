@@ -268,9 +268,14 @@ def device_name(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
     if device.type == "mps":
         return "Apple's GPU"
+    return f"{cpu_name()}, {cpu_capability()}"
+
+
+def cpu_name() -> str:
+    """What the CPU calls itself, as far as the system tells."""
     facts = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     named = re.search(r"model name\s*: (.*)", facts)
-    return f"{named[1] if named else platform.processor() or platform.machine()}, {cpu_capability()}"
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def total_bytes(device: torch.device) -> int | None:
