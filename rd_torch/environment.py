@@ -75,9 +75,8 @@ def _describe_device(device: torch.device) -> dict[str, Any]:
 def _describe_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What runs on the device in that dtype, for the head sizes of ESM-2."""
     sizes = {level.width // level.attention_heads for level in ESM2_LEVELS.values()}
-    kernels = sorted({hardware.attention_kernel(device, dtype, size) for size in sizes})
     return {
         "products": hardware.product_kernel(device, dtype),
-        "attention": " or ".join(kernels),
+        "attention": sorted({hardware.attention_kernel(device, dtype, size) for size in sizes}),
         "emulated": hardware.is_emulated(device, dtype),
     }

@@ -41,10 +41,10 @@ def test_the_kernels_are_those_that_run(monkeypatch, fast):
     monkeypatch.setattr(hardware, "onednn_has", lambda dtype: fast or dtype == torch.float32)
     monkeypatch.setattr(hardware, "is_x86", lambda: True)
     dtypes = facts()["devices"][0]["dtypes"]
-    assert dtypes["float32"] == {"products": "oneDNN", "attention": "buckets", "emulated": False}
+    assert dtypes["float32"] == {"products": "oneDNN", "attention": ["buckets"], "emulated": False}
     assert dtypes["bfloat16"] == {
         "products": "oneDNN" if fast else "PyTorch",
-        "attention": "blocks" if fast else "buckets",
+        "attention": ["blocks" if fast else "buckets"],
         "emulated": not fast,
     }
     assert ("; emulated, slower than another dtype" in shown()) != fast
@@ -61,7 +61,7 @@ def test_a_gpu_is_shown_with_its_kernels(monkeypatch):
     gpu = facts()["devices"][1]
     hardware.has_varlen.cache_clear()
     assert (gpu["name"], gpu["memory"], gpu["free"]) == ("Tesla T4, compute capability 7.5", 15.0, 3.0)
-    assert gpu["dtypes"]["bfloat16"] == {"products": "PyTorch", "attention": "buckets", "emulated": True}
+    assert gpu["dtypes"]["bfloat16"] == {"products": "PyTorch", "attention": ["buckets"], "emulated": True}
     assert not gpu["dtypes"]["float16"]["emulated"]
 
 

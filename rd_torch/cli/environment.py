@@ -59,6 +59,6 @@ def _print_device(device: dict[str, Any]) -> None:
     click.echo(f"\n{device['device']}: {device['name']}, {memory}")
     click.echo(f"  {'dtype':<10}{'matrix products':<17}attention")
     for dtype, kernels in device["dtypes"].items():
-        attention = " or ".join(_ATTENTION[name] for name in kernels["attention"].split(" or "))
+        attention = " or ".join(_ATTENTION[name] for name in kernels["attention"])
         emulated = "; emulated, slower than another dtype" if kernels["emulated"] else ""
         click.echo(f"  {dtype:<10}{kernels['products']:<17}{attention}{emulated}")
