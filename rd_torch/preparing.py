@@ -84,7 +84,7 @@ def obstacle(family: Mapping[str, ESM2]) -> str | None:
             kind = type(module)
             if kind not in PLAIN:
                 return f"{place} is a {kind.__module__}.{kind.__name__}, which it does not know"
-            if any(_hooks_of(module)) or "forward" in vars(module):
+            if _is_hooked(module):
                 return f"there are hooks on {place}, which it would not run"
     return None
 
@@ -96,9 +96,9 @@ def _running(backbone: ESM2) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _hooks_of(module: nn.Module) -> tuple[Mapping[int, object], ...]:
-    """The hooks that run when a module is called."""
-    return module._forward_hooks, module._forward_pre_hooks
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something else than the class's own `forward` runs when the module is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 class Prepared:
@@ -118,12 +118,7 @@ class Prepared:
         ]
         self._tensors = [part for _, _, part in self._parts if isinstance(part, Tensor)]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        self._hooks = [
-            hooks
-            for backbone in family.values()
-            for _, module in _running(backbone)
-            for hooks in _hooks_of(module)
-        ]
+        self._modules = [module for backbone in family.values() for _, module in _running(backbone)]
         self._engine: Engine | None = None
         reason = obstacle(family)
         if reason is None:
@@ -143,7 +138,7 @@ class Prepared:
 
         Nor would hooks run that somebody has registered since.
         """
-        if self._engine is not None and any(self._hooks):
+        if self._engine is not None and any(map(_is_hooked, self._modules)):
             return False
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         return addresses == self._addresses and all(
