@@ -13,15 +13,18 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from esm.model.esm2 import ESM2 as FairESM2
 from torch import Tensor, nn
-from transformers import EsmConfig, EsmModel
 
 import rd_torch
 from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
 from rd_torch.sequences import SPECIAL_TOKENS, Corrections, Fasta, cut_batches, normalize, tokenize
+
+if TYPE_CHECKING:
+    from transformers import EsmConfig, EsmModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTILES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
@@ -182,6 +185,8 @@ def random_family(levels: Sequence[Level], dtype: torch.dtype, device: str) -> F
 
 def random_transformers(level: Level, dtype: torch.dtype, device: str) -> EsmModel:
     """The model of transformers, with scaled-dot-product attention."""
+    from transformers import EsmModel  # here, for it takes longer to import than some benchmarks to run
+
     with torch.device(device):
         model = EsmModel(_config(level, attn_implementation="sdpa"), add_pooling_layer=False)
     return model.eval().to(dtype)
@@ -199,6 +204,8 @@ def random_faesm(level: Level, dtype: torch.dtype, device: str) -> nn.Module:
 
 def _config(level: Level, **options: str) -> EsmConfig:
     """The level as transformers describes it."""
+    from transformers import EsmConfig
+
     return EsmConfig(
         vocab_size=33, pad_token_id=1, mask_token_id=32, hidden_size=level.width,
         intermediate_size=4 * level.width, num_hidden_layers=level.num_layers, layer_norm_eps=1e-5,

@@ -46,9 +46,9 @@ class SecondaryStructure(Problem):
         for name in ("train", "valid", "test"):
             with gzip.open(data / "residue" / f"ss3_{name}.csv.gz", "rt") as handle:
                 sets[name] = [
-                    Example.cut(row["sequence"], [classify(state) for state in row["label"]], residues)
+                    Example.cut(row["sequence"], [classify(state) for state in states], residues)
                     for row in csv.DictReader(handle)
-                    if set(row["label"][:residues]) & set(STATES)
+                    if set(states := row["label"][:residues]) & set(STATES)
                 ]
         return sets
 

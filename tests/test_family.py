@@ -104,7 +104,7 @@ def test_command_embeds_a_thousand_validation_proteins(data, tmp_path):
     fasta = tmp_path / "thousand.fasta"
     fasta.write_text("".join(f">{p.identifier}\n{p.sequence}\n" for p in proteins))
     result = CliRunner().invoke(
-        main, ["embed", str(fasta), "-o", str(tmp_path / "out.h5"), "--max-length", "100"]
+        main, ["embed", str(fasta), "-o", str(tmp_path / "out.h5"), "--max-length", "50"]
     )
     assert result.exit_code == 0, result.output
     with h5py.File(tmp_path / "out.h5") as file:

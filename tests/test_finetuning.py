@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import rd_torch
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = ["--proteins", "24", "--proteins-valid", "12", "--residues", "40", "--seeds", "1"]
 SMALL += ["--epochs", "2", "--epochs-head", "2"]
@@ -60,8 +62,9 @@ def test_every_approach_runs_at_every_level(run, tmp_path):
         assert progress["curve"][progress["best_epoch"] - 1] == max(progress["curve"])
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_end(run, finetuning, monkeypatch):
-    options = ["--approaches", "LoRA", "--model", "esm2-rd-mini"]
+def test_a_run_that_was_cut_off_goes_on_to_the_same_end(run, finetuning, monkeypatch, tmp_path):
+    rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="90K").save_pretrained(tmp_path / "small")
+    options = ["--approaches", "LoRA", "--model", str(tmp_path / "small"), "--seeds", "2"]
     whole, expected = run("finetune_residue", "whole", *options)
     save = finetuning.Run._save
     calls = []
