@@ -1,7 +1,7 @@
 """The benchmarks in small: they run, compare what they say, and leave a result that the page is made of."""
 
+import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,16 +11,23 @@ ROOT = Path(__file__).parents[1]
 SMALL = ["--level", "35M", "--layers", "1"]
 
 
-def run(tmp_path, script, *arguments):
-    path = tmp_path / "result.json"
-    command = [sys.executable, ROOT / "benchmarks" / script, *arguments, "--output", path]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(path.read_text())
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a script with arguments, in this process, which has imported torch already; its result."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def go(script, *arguments):
+        path = tmp_path / "result.json"
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments), "--output", str(path)])
+        importlib.import_module(script.removesuffix(".py")).main()
+        return json.loads(path.read_text())
+
+    return go
 
 
-def test_speed_compares_everybody_in_every_dtype(tmp_path):
+def test_speed_compares_everybody_in_every_dtype(run):
     options = ["--dtype", "float32", "bfloat16", "--lengths", "30", "--tokens", "128", "--rounds", "1"]
-    result = run(tmp_path, "speed.py", *SMALL, *options, "--budgets", "40", "128")
+    result = run("speed.py", *SMALL, *options, "--budgets", "40", "128")
     assert "no result" in result["title"]  # backbones were cut
     rows = {(row["dtype"], row["contender"]): row for row in result["rows"]}
     for dtype in ("float32", "bfloat16"):
@@ -35,18 +42,18 @@ def test_speed_compares_everybody_in_every_dtype(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_pass_takes_a_third_of_fair_esms_memory(tmp_path):
+def test_a_pass_takes_a_third_of_fair_esms_memory(run):
     options = ["--batch", "2", "--residues", "1022", "--dtype", "float32"]
-    rows = run(tmp_path, "memory.py", *SMALL, *options)["rows"]
+    rows = run("memory.py", *SMALL, *options)["rows"]
     shares = {row["contender"]: row["share of fair-esm's"] for row in rows}
     assert shares.pop("fair-esm") == 1
     assert shares
     assert max(shares.values()) < 1 / 3
 
 
-def test_the_cost_of_a_fit_is_split_into_its_parts(tmp_path, data):
+def test_the_cost_of_a_fit_is_split_into_its_parts(run, data):
     options = ["--residues", "500", "--data", str(data)]
-    rows = run(tmp_path, "fit_cost.py", *SMALL, *options)["rows"]
+    rows = run("fit_cost.py", *SMALL, *options)["rows"]
     assert len(rows) >= 3
     seconds = {row["part"]: row["seconds"] for row in rows}
     shares = {row["part"]: row["share of the forward passes"] for row in rows}
@@ -61,8 +68,8 @@ def test_the_cost_of_a_fit_is_split_into_its_parts(tmp_path, data):
     assert any(abs(a + b - together) < 0.001 for a in shares.values() for b in shares.values())
 
 
-def test_half_precision_is_given_per_added_block(tmp_path, data):
-    rows = run(tmp_path, "half_precision.py", "mini", "--residues", "500", "--data", str(data))["rows"]
+def test_half_precision_is_given_per_added_block(run, data):
+    rows = run("half_precision.py", "mini", "--residues", "500", "--data", str(data))["rows"]
     errors = {(row["level"], row["backbones"]): row["error, mean"] for row in rows}
     assert len(errors) == 4 * 4
     for level in ("28K", "90K", "207K", "1M"):
@@ -80,15 +87,15 @@ def test_the_page_holds_every_result():
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory in KiB")
-def test_embedding_fifty_thousand_records_takes_the_memory_of_two_thousand(tmp_path):
-    first, second = run(tmp_path, "proteome.py", "--memory")["rows"]
+def test_embedding_fifty_thousand_records_takes_the_memory_of_two_thousand(run):
+    first, second = run("proteome.py", "--memory")["rows"]
     assert (first["records"], second["records"]) == (2_000, 50_000)
     assert second["peak memory, MiB"] <= 1.1 * first["peak memory, MiB"]
 
 
-def test_the_share_of_the_passes_is_of_the_same_batches(tmp_path, data):
+def test_the_share_of_the_passes_is_of_the_same_batches(run, data):
     options = ["--data", data, "--proteins", "4", "--part", "2"]
-    rows = run(tmp_path, "proteome.py", *options)["rows"]
+    rows = run("proteome.py", *options)["rows"]
     assert len({row["residues"] for row in rows}) == 1
     assert {(row["model"], row["store"]) for row in rows} == {
         (model, store)
