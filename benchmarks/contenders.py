@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 import rd_torch
 from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
-from rd_torch.sequences import SPECIAL_TOKENS, Corrections, Fasta, cut_batches, normalize, tokenize
+from rd_torch.letters import Corrections
+from rd_torch.reading import Fasta
+from rd_torch.sequences import SPECIAL_TOKENS, cut_batches, normalize, tokenize
 
 if TYPE_CHECKING:
     from transformers import EsmConfig, EsmModel

@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 
 import rd_torch
-from rd_torch.sequences import Fasta
+from rd_torch.reading import Fasta
 
 FASTA = Path(__file__).with_name("demo.fasta")
 FAMILIES = {

@@ -24,8 +24,8 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torch.nn import functional
 
-from rd_torch.config import RESIDUE_LETTERS
 from rd_torch.heads import UNLABELLED, Head, ResidueHead
+from rd_torch.letters import RESIDUE_LETTERS
 
 STATES = "CHE"
 REACH = 7

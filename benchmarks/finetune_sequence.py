@@ -23,8 +23,8 @@ from finetuning import Example, Problem, Scores, main
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from rd_torch.config import RESIDUE_LETTERS
 from rd_torch.heads import Head, SequenceHead
+from rd_torch.letters import RESIDUE_LETTERS
 
 LETTERS = len(RESIDUE_LETTERS)
 CENTRE, SCALE = 50.0, 10.0

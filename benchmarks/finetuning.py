@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 import rd_torch
 from rd_torch.heads import Head
-from rd_torch.sequences import SPECIAL_TOKENS, Corrections, Protein, cut_batches, normalize, tokenize
+from rd_torch.letters import Corrections
+from rd_torch.sequences import SPECIAL_TOKENS, Protein, cut_batches, normalize, tokenize
 from rd_torch.tokens import is_residue
 
 BASELINE, FROZEN, LORA, FULL = "baseline", "frozen", "LoRA", "full"

@@ -54,7 +54,8 @@ from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
 from rd_torch.esm2 import ESM2, MEAN_SHARE_KEPT
 from rd_torch.layer import TransformerLayer
 from rd_torch.packing import Packing
-from rd_torch.sequences import Fasta, cut_batches, normalized, tokenize
+from rd_torch.reading import Fasta
+from rd_torch.sequences import cut_batches, normalized, tokenize
 from rd_torch.tokens import is_residue
 
 LEVELS = ("8M", "35M", "150M", "650M")

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import chain, islice, starmap
 from pathlib import Path
 
 import torch
@@ -33,7 +33,8 @@ from report import Row, environment, write_result
 
 import rd_torch
 from rd_torch.config import ESM2_LEVELS
-from rd_torch.sequences import Fasta, Protein, cut_batches, normalized_proteins, tokenize
+from rd_torch.reading import Fasta
+from rd_torch.sequences import Entry, Protein, cut_batches, normalized_proteins, tokenize
 from rd_torch.store import Names, cut_windows
 
 TOKENS_PER_BATCH = 8_192
@@ -64,7 +65,7 @@ def bare(model: rd_torch.RDModel, proteins: Sequence[Protein]) -> float:
     """Seconds of the forward passes alone, over the batches that the whole way takes."""
     batches = [
         tokenize([sequence for _, sequence in batch])
-        for window in cut_windows(proteins, TOKENS_PER_BATCH, Names(str))
+        for window in cut_windows(starmap(Entry, proteins), TOKENS_PER_BATCH, Names(str))
         for batch in cut_batches(window.contents, TOKENS_PER_BATCH)
     ]
     start = time.perf_counter()

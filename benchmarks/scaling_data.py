@@ -19,7 +19,7 @@ from finetune_residue import STATES, SecondaryStructure
 from finetune_sequence import MeltingTemperature
 from tqdm import tqdm
 
-from rd_torch.sequences import Fasta
+from rd_torch.reading import Fasta
 from rd_torch.store import Pool
 
 SPLITS = 5

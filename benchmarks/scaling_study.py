@@ -20,7 +20,8 @@ from scaling_tables import Record
 from tqdm import tqdm
 
 from rd_torch import RunningMoments
-from rd_torch.sequences import Fasta, normalized_proteins
+from rd_torch.reading import Fasta
+from rd_torch.sequences import normalized_proteins
 
 PROTOCOL = 1
 """Raised with every change that makes scores of before incomparable."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rd_torch.plotting import plot_store
     from rd_torch.predictor import Predictor
     from rd_torch.pretrained import TransformersEncoder
-    from rd_torch.sequences import Fasta
+    from rd_torch.reading import Fasta, Proteins
     from rd_torch.solve import concat_pca, solve_stages
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
@@ -37,11 +37,12 @@ _HOMES = {
     "ESM2": "esm2",
     "ESM2_LEVELS": "config",
     "Explained": "config",
-    "Fasta": "sequences",
+    "Fasta": "reading",
     "Level": "config",
     "MatryoshkaHead": "heads",
     "Nesting": "nesting",
     "Predictor": "predictor",
+    "Proteins": "reading",
     "RDConfig": "config",
     "RDModel": "model",
     "RDOutput": "output",
@@ -74,6 +75,7 @@ __all__ = [
     "MatryoshkaHead",
     "Nesting",
     "Predictor",
+    "Proteins",
     "RDConfig",
     "RDModel",
     "RDOutput",

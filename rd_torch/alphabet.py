@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Self, TypeAlias
+
+from rd_torch.letters import BLANKS, RESIDUE_LETTERS, Corrections, read_residues
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BEFORE: Final = ("<cls>", "<pad>", "<eos>", "<unk>")
-_STANDARD: Final = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
+_GAPS: Final = ".-"
+_STANDARD: Final = RESIDUE_LETTERS + _GAPS
 _AFTER: Final = ("<null_1>", "<mask>")
 _NAMES: Final = ("ESM-1b", "roberta_large")
+_SPELLED: Final = re.compile("|".join(map(re.escape, (*_BEFORE, *_AFTER))).join("()"))
 
 Batch: TypeAlias = tuple[list[str], list[str], "Tensor"]
 
@@ -106,6 +111,11 @@ class Alphabet:
 class BatchConverter:
     """Labelled strings in, token ids out: a function, and a `collate_fn` of a `DataLoader`.
 
+    What fair-esm's converter reads is read as it does, `-`, `.` and spelled tokens such as `<mask>` as tokens
+    of their own. Letters at which it fails with a KeyError are read as everywhere in this package: lower case
+    as upper, a `*` at the end as none, and letters that are no residue as X, with one warning that counts
+    them.
+
     Args:
         alphabet: whose ids are given, and which says whether `<cls>` and `<eos>` are set.
         truncation_seq_length: tokens of a sequence that are kept, `<cls>` and `<eos>` not counted; all
@@ -123,12 +133,17 @@ class BatchConverter:
             raw_batch: pairs of a label and a string; a string may be empty, the batch may not.
 
         Raises:
-            KeyError: with the first piece of a string that is no token.
-            ValueError: for an empty batch or for items that are no pairs.
+            ValueError: for an empty batch, items that are no pairs, or a string that is no sequence, with
+                its number, from 1, and the first character that does not belong.
         """
         import torch  # here, so that facts and choices of a model are there without waiting for torch
 
         rows = len(raw_batch)
+        if isinstance(raw_batch, str | Mapping) or any(isinstance(pair, str) for pair in raw_batch):
+            raise ValueError(
+                f"expected pairs of label and sequence, got {type(raw_batch).__name__} of strings: pass "
+                "[(label, sequence), ...]"
+            )
         columns = list(zip(*raw_batch, strict=False))
         if len(columns) != 2:
             raise ValueError(
@@ -138,8 +153,28 @@ class BatchConverter:
         alphabet, kept = self.alphabet, slice(self.truncation_seq_length or None)
         start = [alphabet.cls_idx] if alphabet.prepend_bos else []
         end = [alphabet.eos_idx] if alphabet.append_eos else []
-        encoded = [[*start, *alphabet.encode(string)[kept], *end] for string in strings]
+        corrections = Corrections()
+        encoded = [
+            [*start, *self._ids(number, string, corrections)[kept], *end]
+            for number, string in enumerate(strings, start=1)
+        ]
+        corrections.warn()
         tokens = torch.full((rows, max(map(len, encoded))), alphabet.padding_idx)
         for row, ids in zip(tokens, encoded, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         return labels, strings, tokens
+
+    def _ids(self, number: int, string: str, corrections: Corrections) -> list[int]:
+        """The ids of one string of a batch."""
+        try:
+            return self.alphabet.encode(string)
+        except KeyError:  # where fair-esm ends
+            parts = [part for part in _SPELLED.split(str(string)) if part.strip(BLANKS)]
+        try:
+            read = [
+                part if _SPELLED.match(part) else read_residues(part, corrections, gaps=_GAPS)
+                for part in parts
+            ]
+        except ValueError as error:
+            raise ValueError(f"{error} of string number {number:,}") from None
+        return self.alphabet.encode("".join(read))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rd_torch.batching import ahead
+from rd_torch.config import ESM2_LEVELS, Level
 from rd_torch.nesting import Nesting, bytes_of
 from rd_torch.store import (
     Facts,
@@ -38,6 +40,13 @@ BATCHES_PER_WINDOW: Final = 16
 
 WINDOWS_AHEAD: Final = 1
 """Windows that are read while one is nested."""
+
+_SIZE: Final = re.compile(r"(?:^|[^0-9A-Za-z])(\d+[MB])(?![0-9A-Za-z])", re.IGNORECASE)
+"""How the names of ESM-2 models tell their size, as `esm2_t33_650M_UR50D`."""
+
+_OTHER_FAMILIES: Final = re.compile(
+    r"t5|bert|xlnet|esm[-_]?(?:1|3|c|msa)|ankh|seqvec|unirep|progen|word2vec|fasttext|glove", re.IGNORECASE
+)
 
 RECORDS_READ: Final = 512
 """Pooled records that are read at once."""
@@ -113,9 +122,13 @@ class _Files:
     def __init__(self, nesting: Nesting, stores: Mapping[str, Store]) -> None:
         self._nesting, self._stores = nesting, stores
         self._widths = {level.name: level.width for level in nesting.config.levels}
-        for level, store in stores.items():
-            _require_raw(level, self._widths[level], store)
+        for level in nesting.config.levels:
+            if level.name in stores:
+                _require_raw(level, stores[level.name])
         self._first, *others = stores.values()
+        if others:
+            for store in stores.values():
+                _require_names(store)
         for other in others:
             self._require_alike(other)
 
@@ -187,6 +200,8 @@ class _Files:
                     f"{f'({width},)' if pooled else f'(residues, {width})'}, got "
                     f"{str(rows.dtype).removeprefix('torch.')} of shape {tuple(rows.shape)}"
                 )
+            if not bool(torch.isfinite(rows).all()):
+                raise ValueError(f"expected finite numbers, got NaN or infinite ones of {name!r} in {path}")
             if not pooled and len(rows) != residues:
                 raise ValueError(
                     f"expected as many residues of {name!r} in every file, got {residues:,} in "
@@ -195,17 +210,42 @@ class _Files:
                 )
 
 
-def _require_raw(level: str, width: int, store: Store) -> None:
-    """Raises a ValueError unless a file can hold the raw embeddings of the level's backbone."""
+def _require_raw(level: Level, store: Store) -> None:
+    """Raises a ValueError unless a file can hold the level's raw embeddings, by all that it states."""
+    cure = "name each file by the level of the backbone that made it"
     if store.facts is not None and len(store.facts.levels) > 1:
         raise ValueError(
-            f"expected raw embeddings of the {level} backbone in {store.path}, got nested ones of levels "
+            f"expected raw embeddings of the {level.name} backbone in {store.path}, got nested ones of "
+            "levels "
             f"{', '.join(store.facts.levels)}: embed with that backbone alone as the model"
         )
-    if store.width != width:
+    if store.width != level.width:
         raise ValueError(
-            f"expected width {width} at level {level}, got {store.width} in {store.path}: name each file by "
-            "the level of the backbone that made it"
+            f"expected width {level.width} at level {level.name}, got {store.width} in {store.path}: {cure}"
+        )
+    if store.layer not in (None, level.num_layers):
+        raise ValueError(
+            f"expected embeddings of the last layer, {level.num_layers}, at level {level.name}, got those "
+            "of layer "
+            f"{store.layer} in {store.path}: {cure}, and take its last layer"
+        )
+    said = store.model_name or ""
+    size = _SIZE.search(said)
+    other = (size and size[1].upper() != level.name) or _OTHER_FAMILIES.search(said)
+    if store.facts is None and level.name in ESM2_LEVELS and other:
+        raise ValueError(
+            f"expected embeddings of ESM-2 {level.name}, got those of {said} in {store.path}, as the file "
+            f"says: {cure}"
+        )
+
+
+def _require_names(store: Store) -> None:
+    """Raises a ValueError where another program's file has the numbers of its records and no names."""
+    if store.facts is None and len(store) > 1 and set(store.identifiers) == set(map(str, range(len(store)))):
+        raise ValueError(
+            f"expected the names of proteins in {store.path}, got the numbers 0 to {len(store) - 1:,}: "
+            "numbers say "
+            "nothing of which protein is which in another file; write names as the attribute original_id"
         )
 
 

@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any, Final, Literal, TypeAlias
 
 from rd_torch.alphabet import Alphabet
+from rd_torch.letters import RESIDUE_LETTERS
 
 Regressor: TypeAlias = Literal["pcr", "ols", "ridge"]
 PredictFrom: TypeAlias = Literal["nested", "previous"]
@@ -18,9 +19,6 @@ Storage: TypeAlias = Literal["included", "referenced"]
 
 ALPHABET: Final = Alphabet()
 """The alphabet of every size of ESM-2."""
-
-RESIDUE_LETTERS: Final = "".join(token for token in ALPHABET.standard_toks if token.isalpha())
-"""The letters that are residues, LAGVSERTIDPKQNFYMHWCXBUZO, in the order of their ids, 4 to 28."""
 
 FIRST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[0])
 LAST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[-1])

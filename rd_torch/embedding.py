@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Final, TypedDict, Unpack, cast
+from typing import Any, Final, TypedDict, Unpack, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from rd_torch import hardware
-from rd_torch.batching import ahead, plan_batches, require_memory, run_batches
+from rd_torch.batching import ahead, plan_batches
 from rd_torch.config import check_choice
+from rd_torch.embedder import Embedder, prepare
 from rd_torch.esm2 import ESM2
+from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
-from rd_torch.preparing import obstacle
-from rd_torch.sequences import normalized, normalized_proteins
+from rd_torch.pieces import Pieces
+from rd_torch.reading import entries_of, sequences_of
+from rd_torch.sequences import normalized, normalized_entries
 from rd_torch.store import Facts, Names, Pool, Row, SaveDtype, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
 from rd_torch.store.work import Compute, Progress, in_residues
-from rd_torch.tokens import is_residue
+from rd_torch.training import evaluating
 
 WINDOWS_AHEAD: Final = 1
 """Windows that are read while one is embedded."""
@@ -34,50 +35,66 @@ class EmbedOptions(TypedDict, total=False):
     pool: Pool
     width: int | None
     tokens_per_batch: int | None
+    windows: int | tuple[int, int] | None
+
+
+class StoreOptions(EmbedOptions, total=False):
+    """What `embed_to_store` may be told besides."""
+
+    strict: bool
+    max_length: int | None
 
 
 def embed(
     model: RDModel,
-    sequences: Sequence[str],
+    sequences: Iterable[Any],
     *,
     pool: Pool = "mean",
     width: int | None = None,
     tokens_per_batch: int | None = None,
+    windows: int | tuple[int, int] | None = None,
 ) -> np.ndarray | list[np.ndarray]:
     """Embeds sequences and returns arrays in their order.
 
-    Letters that are no residue are read as X, with one warning that counts them. On CUDA a model in `eval`
-    mode is prepared by `prepare_inference` first, unless the sequences fit into one batch.
+    Letters that are no residue are read as X, with one warning that counts them. The model runs in `eval`
+    mode and without gradients, and every module of it has its own mode again afterwards. On CUDA a model in
+    `eval` mode is prepared by `prepare_inference` first, unless the sequences fit into one batch.
 
     Args:
         model: the chain; batches go to its device.
-        sequences: amino-acid letters, in any case; an empty list gives an empty result.
+        sequences: amino-acid letters, in any case: a list, tuple, iterator, pandas Series or Index,
+            one-dimensional numpy array or pyarrow column of strings, `Bio.Seq` objects, records, or
+            `(identifier, sequence)` pairs; or `rd_torch.Fasta`. An empty list gives an empty result.
         pool: `"mean"` averages over residues, `"none"` keeps one row a residue.
         width: features to return; by default all.
         tokens_per_batch: tokens a batch holds at most, padding counted; by default what half of the
             free memory takes. Halved, with a warning, when memory runs out all the same.
+        windows: residues from which a longer sequence is embedded in overlapping pieces of that length,
+            blended as `Pieces` says; with a second number, residues that neighbouring pieces share, by
+            default a quarter. By default sequences stay whole.
 
     Returns:
         `(sequences, width)` for `"mean"`, a list of `(residues, width)` for `"none"`; in the maps'
         dtype, float32 unless the model is double.
 
     Raises:
-        TypeError: for one string in place of several.
-        ValueError: for an empty sequence, a pool or width that does not exist.
+        TypeError: for what has no order or more than one meaning, as a table, a set or one string, and for an
+            item that is no sequence, with its number, from 1.
+        ValueError: for an empty sequence or signs that are no letters, with the number of the sequence; a
+            pool, width or windows that cannot be.
         MemoryError: for a sequence that takes more memory than there is.
     """
-    if isinstance(sequences, str):
-        raise TypeError("expected a sequence of strings, got one string: put it in a list")
     check_choice("pool", pool, ("mean", "none"))
-    residues = list(normalized(sequences))
+    pieces = None if windows is None else Pieces.of(windows)
+    residues = list(normalized(sequences_of(sequences)))
     budget, device = plan_batches(model.family(width).values(), tokens_per_batch)
     if sum(map(len, residues)) > budget:  # one batch is done sooner than anything is compiled for it
         prepare(model)
-    arrays = {
-        index: tensor.numpy()
-        for batch in run_batches(vectors_of(model, pool, width), residues, budget, device)
-        for index, tensor in zip(batch.indices, batch.result, strict=True)
-    }
+    embedded = Embedder(model, pool, width, pieces, budget, device)
+    with evaluating(model):
+        arrays = {
+            index: tensor.numpy() for rows in embedded(dict(enumerate(residues))) for index, tensor in rows
+        }
     ordered = [arrays[index] for index in range(len(arrays))]
     if pool == "none":
         return ordered
@@ -87,14 +104,14 @@ def embed(
 
 def embed_to_store(
     model: RDModel,
-    proteins: Iterable[tuple[str, str]],
+    proteins: Iterable[Any],
     path: str | Path,
     *,
     form: str | None = None,
     save_dtype: SaveDtype = "float32",
     name: str = "",
     progress: Progress = lambda residues, before: None,
-    **options: Unpack[EmbedOptions],
+    **options: Unpack[StoreOptions],
 ) -> dict[str, Failure]:
     """Embeds proteins into an embedding file or folder, which `rd_torch.open_store` reads.
 
@@ -102,38 +119,48 @@ def embed_to_store(
     and at most one window of about 16 batches is embedded again. The store appears under its name when the
     last protein is in it; until then its parts lie in `<path>.part`. Records keep their order. A record
     whose identifier another one has is stored as `IDENTIFIER#2`, with a warning that counts them; equal
-    sequences are embedded as often as they come. A sequence that alone takes more memory than there is is
-    left out, and listed in `<path>.failed.tsv`. On CUDA a model in `eval` mode is prepared by
+    sequences are embedded as often as they come. A record that cannot be read, and a sequence that alone
+    takes more memory than there is, is left out, and listed in `<path>.failed.tsv` with its line and the
+    reason. The model runs in `eval` mode, as in `embed`; on CUDA one that is in it already is prepared by
     `prepare_inference` first.
 
     Args:
         model: the chain.
-        proteins: identifiers and sequences, as `rd_torch.Fasta` reads them; may be a generator, memory does
-            not grow with their number. Letters that are no residue are read as X, as in `embed`.
+        proteins: `rd_torch.Fasta` or `rd_torch.Proteins`, or `(identifier, sequence)` pairs, `SeqRecord`s or
+            whatever else iterates over them; may be a generator, memory does not grow with their number.
+            Letters that are no residue are read as X, as in `embed`.
         path: the store; its suffix tells the format.
         form: `"h5"`, `"parquet"` or `"pt"`, in place of the suffix.
         save_dtype: what the store holds; bfloat16 in `"pt"` alone.
         name: what the model is called in the store.
         progress: called with residues that are done, and whether they were so before.
-        **options: `pool`, `width` and `tokens_per_batch` of `embed`.
+        **options: `pool`, `width`, `tokens_per_batch` and `windows` of `embed`; `strict`, to refuse letters
+            that are no residue and stop at the first record that cannot be read; `max_length`, residues at which
+            longer sequences are cut.
 
     Returns:
-        Residues and reason of each record that could not be embedded, by name.
+        The records that could not be embedded, by name: residues, reason, file and line of each.
 
     Raises:
         FileNotFoundError: when the folder is not there.
         BlockingIOError: when another process writes the same store.
+        TypeError: for what does not iterate over records, as a table, strings or a path.
         ValueError: for no proteins, a pool, width, dtype or format that does not exist, or a store that was
-            begun with other sequences, another model or other choices.
+            begun with other sequences, another model or other choices; when strict, for a record.
     """
+    form_of_store = format_of(path, form)
+    entries, corrections = entries_of(proteins, form_of_store.identifier), Corrections()
+    strict, max_length = options.pop("strict", False), options.pop("max_length", None)
     given = options.get("tokens_per_batch")
     budget, _ = plan_batches(model.family(options.get("width")).values(), given)
-    wanted = facts_of(model, name, save_dtype, budget, **options)
-    with Work(Path(path), format_of(path, form), wanted, fixed_budget=given is not None) as work:
+    wanted = facts_of(model, name, save_dtype, budget, **cast(EmbedOptions, options))
+    with Work(Path(path), form_of_store, wanted, fixed_budget=given is not None) as work:
         names = Names(work.format.key)
-        cut = cut_windows(normalized_proteins(proteins), work.facts.tokens_per_batch, names)
+        read = normalized_entries(entries, corrections, strict=strict, max_length=max_length)
+        cut = cut_windows(read, work.facts.tokens_per_batch, names)
         with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
             failures = work.fill(windows, embed_windows(model, work.facts), in_residues(progress))
+    corrections.warn()
     warn_renamed(names.renamed)
     return failures
 
@@ -141,16 +168,19 @@ def embed_to_store(
 def embed_windows(model: RDModel, facts: Facts) -> Compute[str]:
     """What embeds a window of records for a store of these facts, batch by batch."""
     prepare(model)
-    compute = vectors_of(model, facts.pool, facts.width)
+    pieces = None if facts.windows is None else Pieces(*facts.windows)
     device = next(model.backbones.parameters()).device
+    embedded = Embedder(model, facts.pool, facts.width, pieces, facts.tokens_per_batch, device)
     dtype = getattr(torch, facts.save_dtype)
 
     def batches(window: Window[str], failures: dict[int, str]) -> Iterator[list[Row]]:
         """The rows of a window, batch by batch."""
-        budget = facts.tokens_per_batch
-        for batch in run_batches(compute, window.contents, budget, device, failures=failures):
-            rows = (array.to(dtype) for array in batch.result)
-            yield list(zip(batch.indices, rows, strict=True))
+        sound = {
+            place: letters for place, letters in enumerate(window.contents) if place not in window.faults
+        }
+        with evaluating(model):
+            for rows in embedded(sound, failures):
+                yield [(place, row.to(dtype)) for place, row in rows]
 
     return batches
 
@@ -172,7 +202,7 @@ def facts_of(
     Raises:
         ValueError: for a pool or width that does not exist.
     """
-    pool = options.get("pool", "mean")
+    pool, windows = options.get("pool", "mean"), options.get("windows")
     check_choice("pool", pool, ("mean", "none"))
     prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
     return Facts(
@@ -185,38 +215,5 @@ def facts_of(
         backbone_dtype=str(next(model.backbones.parameters()).dtype).removeprefix("torch."),
         save_dtype=save_dtype,
         tokens_per_batch=budget,
+        windows=None if windows is None else Pieces.of(windows),
     )
-
-
-def prepare(model: RDModel) -> None:
-    """Makes a model in `eval` mode ready for inference where that makes it faster, once.
-
-    One with modules of others in it, or with hooks, is left as it is: nobody has asked for more.
-    """
-    if not model.training and obstacle(model.family()) is None:
-        model.prepare_inference()
-
-
-def vectors_of(model: RDModel, pool: Pool, width: int | None) -> Callable[[Tensor], list[Tensor]]:
-    """What embeds a batch of tokens: one tensor a sequence, on the CPU."""
-    family = model.family(width).values()
-
-    @torch.inference_mode()
-    def vectors(tokens: Tensor) -> list[Tensor]:
-        """One tensor a sequence."""
-        require_memory(family, tokens)
-        return _pooled(model.encode(tokens, width=width), is_residue(tokens), pool)
-
-    return vectors
-
-
-def _pooled(embeddings: Tensor, residues: Tensor, pool: Pool) -> list[Tensor]:
-    """One tensor a sequence, over its residues alone."""
-    rows, counts = embeddings[residues], residues.sum(1)
-    if pool == "none":
-        return list(rows.cpu().split(counts.tolist()))
-    # In float64 and row after row: the mean of a prefix is the prefix of the mean, to the bit.
-    exact = hardware.float64_device(rows.device)
-    sums = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64, device=exact)
-    sums.index_add_(0, residues.nonzero()[:, 0].to(exact), rows.to(exact, torch.float64))
-    return list((sums / counts[:, None].to(exact)).to(rows.dtype).cpu())

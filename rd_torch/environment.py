@@ -14,7 +14,7 @@ from rd_torch import hardware
 from rd_torch.config import ESM2_LEVELS
 
 PACKAGES: Final = (
-    *("torch", "numpy", "safetensors", "huggingface_hub", "h5py", "pyarrow", "biopython"),
+    *("torch", "numpy", "safetensors", "huggingface_hub", "h5py", "pyarrow"),
     *("fair-esm", "esm", "transformers", "peft", "accelerate", "lightning", "ray", "triton"),
 )
 """Packages whose versions change what rd_torch does, the optional ones last."""

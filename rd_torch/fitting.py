@@ -15,12 +15,14 @@ from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.packing import Packing
-from rd_torch.sequences import Protein, normalized
+from rd_torch.reading import sequences_of
+from rd_torch.sequences import Entry, normalized
 from rd_torch.solve import check_options
 from rd_torch.store import cut_windows
 from rd_torch.store.work import Progress
 from rd_torch.sums import SolveOptions, Sums
 from rd_torch.tokens import is_real, is_residue
+from rd_torch.training import evaluating
 
 
 def fit(
@@ -38,7 +40,8 @@ def fit(
     Args:
         backbones: the family by level name, smallest first, on one device: `rd_torch.ESM2` or
             `esm.ESM2`. Tensors are shared with the model that comes back.
-        sequences: amino-acid letters; may be a generator, memory does not grow with their number.
+        sequences: amino-acid letters, in whatever `embed` takes them in; may be a generator, memory does not
+            grow with their number.
         tokens_per_batch: tokens a batch holds at most, padding counted; by default what half of the
             free memory takes. Halved, with a warning, when memory runs out all the same.
         progress: called with residues that are done, and whether they were so before.
@@ -50,19 +53,24 @@ def fit(
             taken when a fit goes on.
 
     Returns:
-        The fitted model in `eval` mode; its provenance counts sequences and residues.
+        The fitted model in `eval` mode, but that `rd_torch.ESM2` backbones, which are parts of it, keep
+        theirs; while residues are embedded all are in `eval`. Its provenance counts sequences and residues.
 
     Raises:
         BlockingIOError: when another process works in the folder.
         ValueError: for fewer than two residues, options that cannot be, hidden states that are not finite,
             or a folder that was begun with other backbones or sequences.
-        TypeError: for a backbone of another kind.
+        TypeError: for a backbone of another kind, or what holds no sequences.
     """
+    letters = normalized(sequences_of(sequences))
     family = shared_family(backbones, **options)
     budget, device = plan_batches(family.values(), tokens_per_batch)
-    with Sums(family, budget, device, work_folder, fixed_budget=tokens_per_batch is not None) as sums:
+    with (
+        evaluating(*family.values()),
+        Sums(family, budget, device, work_folder, fixed_budget=tokens_per_batch is not None) as sums,
+    ):
         windows = 0
-        for window in cut_windows((Protein("", one) for one in normalized(sequences)), sums.tokens_per_batch):
+        for window in cut_windows((Entry("", one) for one in letters), sums.tokens_per_batch):
             windows = window.number + 1
             if window in sums.done:
                 progress(window.residues, True)
@@ -96,10 +104,11 @@ def add_moments(
     """Adds the residues of normalised sequences to the family's joint moments; returns how many came."""
     device = next(iter(family.values())).embed_tokens.weight.device
     count = 0
-    for batch in run_batches(partial(_residues, family), sequences, tokens_per_batch, device):
-        moments.update(batch.result)
-        progress(len(batch.result), False)
-        count += len(batch.indices)
+    with evaluating(*family.values()):
+        for batch in run_batches(partial(_residues, family), sequences, tokens_per_batch, device):
+            moments.update(batch.result)
+            progress(len(batch.result), False)
+            count += len(batch.indices)
     return count
 
 

@@ -1,14 +1,31 @@
-"""What training asks of a chain: freezing by level and by layer, gradient checkpointing."""
+"""What training asks of a chain: freezing by level and by layer, gradient checkpointing, modes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self, cast
 
 from torch import nn
 
 from rd_torch.config import RDConfig
 from rd_torch.esm2 import ESM2
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Puts every module inside the given ones into `eval` mode, and back into its own at the end.
+
+    Backbones have no dropout of their own, but what others put into them, such as LoRA, may.
+    """
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for part in modes:
+            part.training = False
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 class Trainable(nn.Module):

@@ -112,6 +112,7 @@ def verify_chain(
     model = RDModel.from_pretrained(
         name_or_folder, level, torch.float32, device, backbones, cache_dir=cache_dir, **published
     )
+    model.eval()
     tokens = ALPHABET.get_batch_converter()([("", sequence) for sequence in SEQUENCES])[2].to(device)
     for each in model.config.levels:
         backbone = model.backbones[each.name]

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from rd_torch.alphabet import Alphabet
-from rd_torch.config import ALPHABET, FIRST_RESIDUE, LAST_RESIDUE, RESIDUE_LETTERS
+from rd_torch.config import ALPHABET, FIRST_RESIDUE, LAST_RESIDUE
+from rd_torch.letters import LETTERS, RESIDUE_LETTERS
 
 OURS, THEIRS = Alphabet.from_architecture("ESM-1b"), FairAlphabet.from_architecture("ESM-1b")
 
@@ -24,6 +26,7 @@ UNKNOWN = st.sampled_from(
 TOKENS = st.sampled_from(THEIRS.all_toks)
 KNOWN = st.lists(TOKENS | WHITESPACE, max_size=30).map("".join)
 ANYTHING = st.lists(TOKENS | WHITESPACE | UNKNOWN | st.characters(), max_size=20).map("".join) | st.text()
+READABLE = LETTERS | set("".join(THEIRS.all_toks))
 LENGTHS = st.sampled_from([None, 0, 1, 3, 10, -1])
 MANY = settings(max_examples=500, deadline=None)
 
@@ -89,7 +92,7 @@ def test_strings_of_tokens_and_whitespace_have_fair_esms_ids(text):
 
 @pytest.mark.parametrize(
     "text",
-    [Seq("MK<mask>V"), Seq("MJV"), MutableSeq("MKV"), np.str_("MK V"), "", "  ", "A" * 3000],
+    [Seq("MK<mask>V"), MutableSeq("MKV"), np.str_("MK V"), "", "  ", "A" * 3000],
     ids=lambda text: type(text).__name__ + str(len(text)),
 )
 def test_whatever_behaves_as_a_string_is_read(text):
@@ -115,17 +118,52 @@ def test_batches_are_those_of_fair_esm(batch, length):
 
 @MANY
 @given(st.lists(st.tuples(st.text(max_size=3), ANYTHING), min_size=1, max_size=3), LENGTHS)
-def test_batches_with_unknown_letters_name_the_same_one(batch, length):
-    ours, theirs = converted(batch, length)
-    assert ours == theirs
+def test_batches_at_which_fair_esm_fails_are_read_as_everywhere_here_or_refused(batch, length):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, theirs = converted(batch, length)
+    if theirs[0] is not KeyError:
+        assert ours == theirs
+    elif ours[0] is not ValueError:
+        signs = {sign for _, text in batch for sign in text if not sign.isspace()}
+        assert signs <= READABLE
+        spelled = ["".join(map(OURS.get_tok, row[1:])).partition("<eos>")[0] for row in ours[2]]
+        again = converted([(label, text) for (label, _), text in zip(batch, spelled, strict=True)])
+        assert again[1][2] == ours[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("mkv", "MKV"),
+        ("MKV*", "MKV"),
+        ("MK*V", "MKXV"),
+        ("MJ", "MX"),
+        ("mk-v.", "MK-V."),
+        ("m<mask>k*", "M<mask>K"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:letters that are no residue", "ignore:sequences whose")
+def test_letters_at_which_fair_esm_fails_are_read_as_embed_reads_them(text, read):
+    assert (
+        OURS.get_batch_converter()([("a", text)])[2].tolist()
+        == THEIRS.get_batch_converter()([("a", read)])[2].tolist()
+    )
+
+
+def test_changes_are_counted_in_one_warning():
+    with pytest.warns(
+        UserWarning, match="was dropped: 2; letters that are no residue, read as X: 1"
+    ) as caught:
+        OURS.get_batch_converter()([("a", "mkv*"), ("b", "MJ*"), ("c", "MK")])
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
     "batch",
     [
-        [], (), iter([("a", "M")]), None, "ab", [("a",)], [("a", "M", 1)], [("a", "M"), ("b",)], [[]],
-        [("a", "M", 1), ("b", "K")], [["a", "M"]], (("a", "M"),), {"ab": 1, "cM": 2}, {"aM": 1}, [1],
-        [("a", "j")],
+        [], (), iter([("a", "M")]), None, [("a",)], [("a", "M", 1)], [("a", "M"), ("b",)], [[]],
+        [("a", "M", 1), ("b", "K")], [["a", "M"]], (("a", "M"),), [1],
     ],
     ids=lambda batch: type(batch).__name__ if hasattr(batch, "__next__") else str(batch),
 )  # fmt: skip
@@ -139,6 +177,9 @@ def test_wrong_input_is_said_in_a_sentence():
         OURS.get_batch_converter()([])
     with pytest.raises(ValueError, match="pair of label and sequence, got 2 items of 3 parts"):
         OURS.get_batch_converter()([("a", "M", 1), ("b", "K", 2)])
+    for strings in ("ab", ["aM", "bK"], {"aM": 1, "bK": 2}):  # which fair-esm parts into labels and letters
+        with pytest.raises(ValueError, match="expected pairs of label and sequence, got .* of strings"):
+            OURS.get_batch_converter()(strings)
     for name in ("ESM-1", "MSA Transformer", "nothing", None):
         with pytest.raises(ValueError, match=r"ESM-2's alphabet, ESM-1b or roberta_large, got .*only that"):
             Alphabet.from_architecture(name)

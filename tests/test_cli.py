@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import rd_torch
 from rd_torch import fitting, sums
 from rd_torch.cli import main
-from rd_torch.sequences import Fasta
+from rd_torch.reading import Fasta
 
 DEMO = Path(__file__).parents[1] / "benchmarks" / "demo.fasta"
 
@@ -97,7 +97,7 @@ def test_corrections_are_counted_in_one_warning_and_refused_when_strict(tmp_path
         in result.stderr
     )
     error = refused("embed", fasta, "-o", tmp_path / "strict.h5", "--strict")
-    assert "got 'J' at position 3 of record b" in error
+    assert "got 'J' at position 3, in record b (line 3 of" in error
     assert not (tmp_path / "strict.h5").exists()
 
 

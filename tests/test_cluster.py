@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import starmap
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,9 @@ from rd_torch import cluster, sums
 from rd_torch.cli import main
 from rd_torch.cluster import Records, Workers, jobs, steps
 from rd_torch.embedding import embed_to_store
-from rd_torch.sequences import Fasta, normalized_proteins
+from rd_torch.letters import Corrections
+from rd_torch.reading import Fasta
+from rd_torch.sequences import Entry, normalized_entries, normalized_proteins
 from rd_torch.store import FORMATS, Names, cut_windows, open_store
 from rd_torch.store.folder import Folder
 
@@ -108,7 +111,7 @@ def begun_locally(model, fasta, path, windows):
             raise Kill
 
     proteins = list(normalized_proteins(Fasta(fasta)))
-    cut = list(cut_windows(proteins, BUDGET, Names(str)))
+    cut = list(cut_windows(starmap(Entry, proteins), BUDGET, Names(str)))
     assert len(cut) > windows + 1
     enough = 1 + sum(window.residues for window in cut[:windows])
     with pytest.raises(Kill):
@@ -271,15 +274,17 @@ def test_wrong_options_get_one_clear_line(fasta, tmp_path, output, arguments, me
 
 
 def test_records_are_read_as_locally(fasta):
-    with pytest.raises(ValueError, match="got 'J' at position 3 of record odd"):
+    with pytest.raises(ValueError, match="got 'J' at position 3, in record odd"):
         list(Records(fasta, strict=True).windows(BUDGET, Names(str)))
     (*_, (window, known)) = Records(fasta, max_length=9).windows(BUDGET, Names(str))
     assert max(map(len, window.contents)) == 9
     cut = sum(len(sequence) > 9 for sequence in SEQUENCES)
-    assert known == {"read": 0, "fraction": 1, "corrections": [0, 1, cut]} | {"read": known["read"]}
-    proteins = normalized_proteins(Fasta(fasta))
+    assert known["fraction"] == 1
+    assert known["corrections"] == [0, 1, cut]
+    assert known["left_out"] == "[]"
+    entries = normalized_entries(Fasta(fasta).entries(), Corrections())
     ours = [each for each, _ in Records(fasta).windows(BUDGET, Names(str))]
-    assert ours == list(cut_windows(proteins, BUDGET, Names(str)))
+    assert ours == list(cut_windows(entries, BUDGET, Names(str)))
 
 
 def test_an_address_where_nothing_answers_is_refused_at_once(monkeypatch, ray):
@@ -347,7 +352,7 @@ def test_columns_that_cannot_be_are_refused():
         step(pa.table({"id": [1], "letters": ["MKV"]}))
     with pytest.raises(ValueError, match="expected no column '28K' yet, got one: rename it"):
         step(pa.table({"sequence": ["MKV"], "28K": [0]}))
-    with pytest.raises(ValueError, match="expected a sequence in record number 2, got none"):
+    with pytest.raises(ValueError, match="expected a sequence, got none, in record number 2"):
         step(pa.table({"sequence": ["MKV", None]}))
 
 

@@ -294,14 +294,18 @@ AA, BB = np.zeros((3, 32), np.float32), np.zeros((3, 48), np.float32)
         ({"P1": A}, {"P1": B, "P3": B, "P2": B}, "got 'P2' in .*90K.h5 but not in .*28K.h5 .2 such.: embed"),
         ({"P1": AA}, {"P1": B}, "one vector a residue in every file, .* got one vector a protein in .*90K"),
         ({"P1": AA}, {"P1": BB[:2]}, "residues of 'P1' in every file, got 3 in .*28K.* and 2 in .*90K"),
-        ({"P1": A, "P2": B}, {"P1": B, "P2": B}, r"'P2' in .*28K.h5 as .* of shape \(32,\), got .*\(48,\)"),
+        (
+            {"P1": A, "P2": B},
+            {"P1": B, "P2": B},
+            r"all alike and of one width, in .*28K.h5, got 'P2' of float32 \(48,\)",
+        ),
         (
             {"P1": AA, "P2": A},
             {"P1": BB, "P2": BB},
-            r"'P2' .* shape \(residues, 32\), got float32 of .*\(32,\)",
+            r"all alike and of one width, in .*28K.h5, got 'P2' of float32 \(32,\) beside others",
         ),
-        ({"P1": A.astype(int)}, {"P1": B}, "'P1' in .*28K.h5 as floating-point numbers .*, got int64"),
-        ({}, {}, "one dataset a protein, of 1 or 2 dimensions, in .*28K.h5, got None"),
+        ({"P1": A.astype(int)}, {"P1": B}, "of floating-point numbers .* in .*28K.h5, got 'P1' of int64"),
+        ({}, {}, "one dataset a protein, .* in .*28K.h5, got none"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path, first, second, message):

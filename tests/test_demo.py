@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import image
 
-from rd_torch.sequences import Fasta
+from rd_torch.reading import Fasta
 
 ROOT = Path(__file__).parents[1]
 

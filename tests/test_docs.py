@@ -70,8 +70,11 @@ def test_shell_examples_run(tmp_path, monkeypatch):
     for level, width in (("28K", 32), ("90K", 48)):  # what people already have
         with h5py.File(f"{level}.h5", "w") as file:
             file["P1"] = np.ones(width)
+    Path("others").mkdir()
+    shutil.copy("proteins.fasta", "others")
+    Path("table.csv").write_text("clone,heavy,light\nc1,MKTAYIAKQRQ,GSHMLEDPVDA\n")
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("rd-torch")]
-    assert len(lines) == 8
+    assert len(lines) == 11
     for line in lines:
         result = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
         assert result.exit_code == 0, (line, result.output)

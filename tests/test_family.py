@@ -98,7 +98,7 @@ def test_command_embeds_a_thousand_validation_proteins(data, tmp_path):
     from click.testing import CliRunner
 
     from rd_torch.cli import main
-    from rd_torch.sequences import Fasta
+    from rd_torch.reading import Fasta
 
     proteins = list(Fasta(data / "natural50_valid.fasta.xz"))[:1000]
     fasta = tmp_path / "thousand.fasta"

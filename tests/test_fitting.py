@@ -8,7 +8,7 @@ from helpers import random_esm2, random_sequence, tokens_of
 from torch import nn
 
 from rd_torch import ESM2, RDModel, RunningMoments, fit, fitting, solve_stages, sums
-from rd_torch.sequences import Protein
+from rd_torch.sequences import Entry
 from rd_torch.store import cut_windows
 
 WIDTHS = {"small": 32, "large": 48}
@@ -276,7 +276,7 @@ def test_a_killed_fit_goes_on_to_the_same_bits(residues, saving, tmp_path):
         assert torch.equal(tensor, maps_of(whole)[name]), name
     assert model.config == whole.config
     assert sum(seen.values()) == RESIDUES
-    windows = list(cut_windows([Protein("", one) for one in SEQUENCES], BUDGET))
+    windows = list(cut_windows([Entry("", one) for one in SEQUENCES], BUDGET))
     assert seen[True] == max(end for end in accumulate(w.residues for w in windows) if end <= residues)
 
 

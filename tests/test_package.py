@@ -99,7 +99,7 @@ def test_lower_bounds_are_what_the_oldest_environment_installs():
             else []
         )
     }
-    modules = {"fair-esm": "esm", "biopython": "Bio"}
+    modules = {"fair-esm": "esm"}
     used = {modules.get(name, name) for name in names}
     assert used == {name for name in imports if name not in sys.stdlib_module_names} - {"rd_torch"}
 

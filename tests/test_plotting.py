@@ -216,7 +216,8 @@ def test_equal_vectors_are_drawn_without_a_warning(tmp_path, recwarn):
         (("gone.h5", "-o", "a.png"), "expected an embedding file or folder at gone.h5, got nothing there"),
         (
             ("empty.h5", "-o", "a.png"),
-            "expected one dataset a protein, of 1 or 2 dimensions, in empty.h5, got",
+            "expected one dataset a protein, of floating-point numbers of 1 or 2 dimensions, all alike and "
+            "of one width, in empty.h5, got",
         ),
         (("one.h5", "-o", "a.png"), "expected at least two records to draw, got 1 in one.h5"),
         (("two.h5", "-o", "a.png", "--width", "9"), "expected a width from 1 to 8, got 9"),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from helpers import random_esm2, random_sequence, random_stages
 
 import rd_torch
-from rd_torch import embedding, hardware
+from rd_torch import embedder, hardware
 from rd_torch.embedding import embed_to_store
-from rd_torch.sequences import Fasta, Protein, cut_batches
+from rd_torch.reading import Fasta
+from rd_torch.sequences import Entry, Protein, cut_batches
 from rd_torch.store import FORMATS, Names, cut_windows, open_store
 from rd_torch.store import format as formats
 from rd_torch.store.folder import Folder
@@ -26,7 +28,7 @@ BUDGET = 20
 PROTEINS = [Protein(f"P{i}", random_sequence(5 + 7 * i % 31, i)) for i in range(120)]
 BATCHES_OF_A_WINDOW = max(
     sum(1 for _ in cut_batches(window.contents, BUDGET))
-    for window in cut_windows(PROTEINS, BUDGET, Names(str))
+    for window in cut_windows(starmap(Entry, PROTEINS), BUDGET, Names(str))
 )
 SUFFIXES = ["h5", "parquet", "pt"]
 
@@ -60,9 +62,9 @@ def whole(mini, tmp_path_factory):
 def passes(monkeypatch):
     """The sequences of every forward pass."""
     seen = []
-    pooled = embedding._pooled
+    pooled = embedder._pooled
     monkeypatch.setattr(
-        embedding,
+        embedder,
         "_pooled",
         lambda rows, residues, pool: seen.append(len(residues)) or pooled(rows, residues, pool),
     )
@@ -118,7 +120,7 @@ KILLING = """
     import torch
     torch.set_num_threads(1)
     import rd_torch
-    from rd_torch import embedding
+    from rd_torch import embedder
     sys.path.insert(0, sys.argv[2])
     from test_resume import PROTEINS, chain, embed, same
 
@@ -126,14 +128,14 @@ KILLING = """
     model = chain().truncate("28K")
     import h5py, pyarrow.parquet  # before the children, whose time is to be the store's
     rd_torch.embed(model, ["MKV"])
-    pooled = embedding._pooled
+    pooled = embedder._pooled
 
     def counted(rows, residues, pool):
         with (folder / "passes").open("a") as log:
             log.write("x")
         return pooled(rows, residues, pool)
 
-    embedding._pooled = counted
+    embedder._pooled = counted
 
     def run(path, seconds=None):
         # A child of its own, killed after so many seconds; how long it took.
@@ -301,7 +303,7 @@ def test_records_that_were_added_are_refused_by_a_finished_store_and_embedded_by
 
 def test_the_budget_found_at_the_start_is_used_again(mini, tmp_path, monkeypatch, whole):
     interrupt(mini, tmp_path / "out.h5", 1)
-    monkeypatch.setattr(embedding, "plan_batches", lambda *_: (9_999, torch.device("cpu")))
+    monkeypatch.setattr(rd_torch.embedding, "plan_batches", lambda *_: (9_999, torch.device("cpu")))
     embed(mini, tmp_path / "out.h5", tokens_per_batch=None)
     assert same(tmp_path / "out.h5", whole("h5"))
 
@@ -417,7 +419,7 @@ def test_what_takes_too_much_memory_is_listed_and_the_rest_goes_on(mini, tmp_pat
     with open_store(path) as store:
         assert list(store) == [each.identifier for each in proteins if each.identifier != "long"]
     header, line = (tmp_path / f"out.{suffix}.failed.tsv").read_text().splitlines()
-    assert header.split("\t") == ["identifier", "residues", "reason"]
+    assert header.split("\t") == ["identifier", "residues", "reason", "file", "line"]
     assert line.split("\t")[:2] == ["long", "300"]
     assert "expected memory for one sequence of 300 residues" in line
     assert embed(mini, path, proteins) == failures, "they are said again when nothing is left to do"

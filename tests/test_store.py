@@ -185,7 +185,9 @@ def test_what_is_no_store_is_refused(mini, tmp_path):
         open_store(tmp_path / "text.h5")
     with h5py.File(tmp_path / "group.h5", "w") as file:
         file.create_group("P1")
-    with pytest.raises(ValueError, match="one dataset a protein, of 1 or 2 dimensions"):
+    with pytest.raises(
+        ValueError, match="one dataset a protein, of floating-point numbers of 1 or 2 dimensions"
+    ):
         open_store(tmp_path / "group.h5")
     with pytest.raises(ValueError, match=r"a folder of \.pt files, got none"):
         open_store(tmp_path / "gone.h5.part")

@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rd_torch.cli.reading import (
+    how_to_read,
+    list_failures,
+    proteins_argument,
+    reading_options,
+    records_of,
+    strict_option,
+)
 from rd_torch.cli.shared import (
     budget_option,
     cluster_options,
     device_option,
-    fasta_argument,
     format_option,
     given,
     joined,
@@ -27,19 +34,15 @@ from rd_torch.cli.shared import (
     require_one,
     save_dtype_option,
     stop_option,
-    strict_option,
 )
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel
-    from rd_torch.sequences import Fasta
-
-INCOMPLETE = 3
-"""Exit status when some proteins could not be embedded."""
+    from rd_torch.reading import Proteins
 
 
 @click.command()
-@fasta_argument
+@proteins_argument
 @output_option
 @format_option
 @model_option
@@ -54,13 +57,20 @@ INCOMPLETE = 3
 )
 @save_dtype_option
 @option("--max-length", type=click.IntRange(min=1), metavar="N", help="Cut longer sequences to N residues.")
+@option(
+    "--windows",
+    metavar="LENGTH[,OVERLAP]",
+    help="Embed a longer sequence in windows of LENGTH residues and blend them where they overlap, instead "
+    "of as a whole; OVERLAP is a quarter of LENGTH unless it is given.  [default: sequences stay whole]",
+)
+@reading_options
 @strict_option
 @device_option
 @cluster_options
 @published_options
 @plainly
 def embed(
-    fasta: Path,
+    proteins: tuple[str, ...],
     output: Path,
     model: str | None,
     width: int | None,
@@ -69,29 +79,40 @@ def embed(
     device: str | None,
     strict: bool,
     max_length: int | None,
+    windows: str | None,
     **options: Any,
 ) -> None:
-    """Embed the proteins of a FASTA file (plain, gzipped or xz), however many they are.
+    """Embed the proteins of FASTA files and tables, however many they are.
 
-    The output's name tells the format: .h5, one dataset a protein, named by the first word of its
-    header ('/' as %2F); .parquet, a folder of tables with a column for what each level adds; .pt, a
-    folder as fair-esm's extract.py writes it. Nothing is cut unless --max-length says so.
+    PROTEINS are files, folders, or - for standard input. Each file may be FASTA, comma- or tab-separated text
+    or Parquet, and packed by gzip, xz, bzip2 or zstd: its content tells, not its name.
 
-    Run the same command again after a kill, a full disk or a crash: it goes on where it was. A sequence
-    that takes more memory than there is is left out and listed in OUTPUT.failed.tsv, and the exit
+    The output's name tells the format: .h5, one dataset a protein, named by its identifier ('/' as %2F);
+    .parquet, a folder of tables with a column for what each level adds; .pt, a folder as fair-esm's
+    extract.py writes it, named by whole headers. Nothing is cut unless --max-length says so.
+
+    A record that cannot be read without doubt, and a sequence that takes more memory than there is, is left
+    out and listed with its line and the reason in OUTPUT.failed.tsv; the rest is embedded, and the exit
     status is 3.
 
+    Run the same command again after a kill, a full disk or a crash: it goes on where it was. It reads the
+    proteins again to compare them, so pipe the same ones in again where they came from a pipe.
+
+    ESM-2 was trained on 1,022 residues and runs beyond. --windows 1022 is worth trying for proteins several
+    times as long, which also take much memory; it changes their embeddings.
+
     With --cluster the same job runs on all machines of a Ray cluster, for .parquet and .pt; they must see
-    FASTA file, model and output under the same paths.
+    files, model and output under the same paths.
 
     \b
       rd-torch embed proteins.fasta -o mean.h5
+      zcat part*.fasta.gz | rd-torch embed - -o mean.h5
       rd-torch embed proteins.fasta.gz -o residues.h5 --pool none --width 64
       rd-torch embed proteome.fasta -o proteome.parquet --save-dtype float16
       rd-torch embed proteome.fasta -o proteome.parquet --cluster 10.0.0.1:6379
     """
     from rd_torch.cli.progress import Progress
-    from rd_torch.sequences import Fasta
+    from rd_torch.reading import Proteins
     from rd_torch.store import format_of
     from rd_torch.store.format import require_folder
     from rd_torch.weights import DEFAULT_MODEL, read_checkpoint
@@ -99,7 +120,8 @@ def embed(
     require_one(width, level)
     require_folder(output)
     format_of(output, options["form"])
-    file = Fasta(fasta)
+    file = Proteins(*proteins, **how_to_read(options))
+    options["windows"] = _pieces(windows)
     name, published = model or DEFAULT_MODEL, given(options)
     if width is not None:
         level = read_checkpoint(name, **published).config.levels_for(width)[-1]
@@ -114,32 +136,48 @@ def embed(
     with Progress(file) as progress:
         options |= {"name": name, "width": width, "progress": progress}
         reading = {"strict": strict, "max_length": max_length}
+        if file.is_read_once:
+            click.echo(
+                "Read once, from a pipe: to go on after a kill, pipe the same proteins in again", err=True
+            )
         if workers:
             again = partial(load, on_all_machines(name), level, dtype, **published)
             failures = _on_cluster(chain, again, file, output, reading, workers=workers, **options)
         else:
             failures = _here(chain, file, output, reading, **options)
     click.echo(f"Embeddings in {output}", err=True)
-    if failures:
-        click.echo(
-            f"{len(failures):,} proteins could not be embedded: {output}.failed.tsv says why", err=True
-        )
-        raise SystemExit(INCOMPLETE)
+    list_failures(output.with_name(f"{output.name}.failed.tsv"), len(failures))
 
 
-def _here(chain: RDModel, file: Fasta, output: Path, reading: dict[str, Any], **options: Any) -> Any:
+def _pieces(text: str | None) -> tuple[int, int] | None:
+    """The numbers of `--windows`."""
+    from rd_torch.pieces import Pieces
+
+    if text is None:
+        return None
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"expected --windows as LENGTH or LENGTH,OVERLAP, got {text!r}") from error
+    if len(numbers) > 2:
+        raise ValueError(f"expected --windows as LENGTH or LENGTH,OVERLAP, got {text!r}")
+    return Pieces.of(numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1]))
+
+
+def _here(chain: RDModel, file: Proteins, output: Path, reading: dict[str, Any], **options: Any) -> Any:
     """Embeds in this process."""
     from rd_torch.embedding import embed_to_store
-    from rd_torch.sequences import normalized_proteins
+    from rd_torch.store import format_of
 
-    proteins = options["progress"].counted(normalized_proteins(file, **reading))
-    return embed_to_store(chain, proteins, output, **options)
+    rule = format_of(output, options["form"]).identifier
+    entries = options["progress"].counted(file.entries(rule))
+    return embed_to_store(chain, entries, output, **reading, **options)
 
 
 def _on_cluster(
-    chain: RDModel, again: Any, file: Fasta, output: Path, reading: dict[str, Any], **options: Any
+    chain: RDModel, again: Any, file: Proteins, output: Path, reading: dict[str, Any], **options: Any
 ) -> Any:
     """Embeds on a cluster; `again` loads the chain in every worker."""
-    from rd_torch.cluster import Records, embed_to_store
+    from rd_torch.cluster import embed_to_store
 
-    return embed_to_store(chain, again, Records(file.path.resolve(), **reading), output, **options)
+    return embed_to_store(chain, again, records_of(file, **reading), output, **options)

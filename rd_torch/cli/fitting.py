@@ -8,29 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rd_torch.cli.reading import (
+    how_to_read,
+    list_failures,
+    proteins_argument,
+    reading_options,
+    records_of,
+    strict_option,
+)
 from rd_torch.cli.shared import (
     backbone_option,
     budget_option,
     by_level,
     cluster_options,
     device_option,
-    fasta_argument,
     joined,
     load,
     on_all_machines,
     option,
     plainly,
     print_levels,
-    strict_option,
 )
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel
-    from rd_torch.sequences import Fasta
+    from rd_torch.reading import Proteins
+    from rd_torch.sequences import Entry
 
 
 @click.command()
-@fasta_argument
+@proteins_argument
 @option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
 @option("--backbones", metavar="MODEL", help="Checkpoint that has them.  [default: the shipped family]")
 @backbone_option
@@ -42,12 +49,13 @@ if TYPE_CHECKING:
 )
 @option("--predict-from", type=click.Choice(["nested", "previous"]), default="nested", help="W's input.")
 @budget_option
+@reading_options
 @strict_option
 @device_option
 @cluster_options
 @plainly
 def fit(
-    fasta: Path,
+    proteins: tuple[str, ...],
     output: Path,
     backbones: str | None,
     sources: tuple[str, ...],
@@ -57,7 +65,10 @@ def fit(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Fit a reverse-distilled chain on the proteins of a FASTA file, in one pass.
+    """Fit a reverse-distilled chain on the proteins of FASTA files and tables, in one pass.
+
+    PROTEINS are what rd-torch embed takes. A record that cannot be read without doubt is left out and listed
+    with its line and the reason in OUTPUT.failed.tsv, and the exit status is 3.
 
     Run again after a kill, it goes on from the moments in OUTPUT.part.
 
@@ -69,11 +80,14 @@ def fit(
     """
     from rd_torch.cli.progress import Progress
     from rd_torch.config import check_choice
-    from rd_torch.sequences import Fasta
+    from rd_torch.reading import Proteins
+    from rd_torch.store.folder import failure_of
+    from rd_torch.store.work import write_failures
     from rd_torch.sums import clear
 
     counts = _added(added)
-    file = Fasta(fasta)
+    file = Proteins(*proteins, **how_to_read(options))
+    left_out: list[Entry] = []
     work_folder = output.resolve().with_name(f"{output.resolve().name}.part")
     work_folder.parent.mkdir(parents=True, exist_ok=True)
     workers = joined(options, device)
@@ -84,37 +98,48 @@ def fit(
     with Progress(file) as progress:
         options |= {
             "progress": progress,
-            "provenance": {"backbones": origin, "fasta": fasta.name},
+            "provenance": {
+                "backbones": origin,
+                "fasta": ", ".join(Path(source).name for source in file.sources),
+            },
             "work_folder": work_folder,
             "added": counts,
         }
         if workers:
             named = (f"{level}={on_all_machines(source)}" for level, source in by_level(sources).items())
             again = partial(_chosen, backbones and on_all_machines(backbones), tuple(named), wanted)
-            chain = _on_cluster(again, file, strict, workers=workers, **options)
+            chain = _on_cluster(again, file, strict, workers=workers, left_out=left_out, **options)
         else:
-            chain = _here({level: family[level] for level in wanted}, file, strict, **options)
+            chain = _here({level: family[level] for level in wanted}, file, strict, left_out, **options)
     chain.save_pretrained(output)
     clear(work_folder)
     print_levels(chain.config)
     click.echo(f"Written to {output}", err=True)
+    failed = output.with_name(f"{output.name}.failed.tsv")
+    write_failures(failed, [(entry.identifier, failure_of(entry)) for entry in left_out])
+    list_failures(failed, len(left_out))
 
 
-def _here(family: dict[str, Any], file: Fasta, strict: bool, **options: Any) -> RDModel:
+def _here(
+    family: dict[str, Any], file: Proteins, strict: bool, left_out: list[Entry], **options: Any
+) -> RDModel:
     """Fits in this process."""
     from rd_torch.fitting import fit as fit_chain
-    from rd_torch.sequences import normalized_proteins
+    from rd_torch.letters import Corrections
+    from rd_torch.sequences import normalized_entries, sound
 
-    proteins = options["progress"].counted(normalized_proteins(file, strict=strict))
-    return fit_chain(family, (protein.sequence for protein in proteins), **options)
+    corrections = Corrections()
+    entries = sound(normalized_entries(file.entries(), corrections, strict=strict), left_out)
+    chain = fit_chain(family, (entry.sequence for entry in options["progress"].counted(entries)), **options)
+    corrections.warn()
+    return chain
 
 
-def _on_cluster(again: Any, file: Fasta, strict: bool, **options: Any) -> RDModel:
+def _on_cluster(again: Any, file: Proteins, strict: bool, **options: Any) -> RDModel:
     """Fits on a cluster; `again` loads the family in every worker."""
-    from rd_torch.cluster import Records
     from rd_torch.cluster import fit as fit_chain
 
-    return fit_chain(again, Records(file.path.resolve(), strict), **options)
+    return fit_chain(again, records_of(file, strict=strict), **options)
 
 
 def _chosen(

@@ -11,7 +11,8 @@ import click
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from rd_torch.sequences import Fasta, Protein
+    from rd_torch.reading import Proteins
+    from rd_torch.sequences import Entry
 
 SECONDS_BETWEEN_LINES = 60
 LINE = "{n_fmt} of about {total_fmt} {unit}s, {rate_fmt}, {remaining} left"
@@ -67,26 +68,27 @@ class Bar:
 
 
 class Progress(Bar):
-    """Shows residues while a FASTA file is worked through.
+    """Shows residues while files of proteins are worked through.
 
-    How many residues there will be is reckoned from those in the part of the file that is read.
+    How many residues there will be is reckoned from those in the part of the files that is read; a pipe does
+    not say how long it is.
     """
 
-    def __init__(self, file: Fasta) -> None:
+    def __init__(self, proteins: Proteins) -> None:
         super().__init__("residue")
-        self._file, self._read, self._reached = file, 0, 0.0
+        self._proteins, self._read, self._reached = proteins, 0, 0.0
 
     @property
     def total(self) -> int | None:
         """About how many residues there are."""
-        fraction = self._reached or self._file.fraction
+        fraction = self._reached or self._proteins.fraction
         return round(self._read / fraction) if fraction else None
 
-    def counted(self, proteins: Iterable[Protein]) -> Iterator[Protein]:
-        """The same proteins; counts what is read of them."""
-        for protein in proteins:
-            self._read += len(protein.sequence)
-            yield protein
+    def counted(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """The same records; counts what is read of them."""
+        for entry in entries:
+            self._read += len(entry.sequence)
+            yield entry
 
     def reach(self, residues: int, fraction: float) -> None:
         """Where another process reads: so many residues, from this share of the file."""

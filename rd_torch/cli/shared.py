@@ -75,15 +75,12 @@ def require_one(width: int | None, level: str | None) -> None:
         raise ValueError("expected --width or --level, got both")
 
 
-fasta_argument = click.argument("fasta", type=click.Path(path_type=Path))
 budget_option = option(
     "--tokens-per-batch",
     type=click.IntRange(min=1),
     metavar="N",
     help="Tokens a batch holds at most.  [default: what half of the free memory takes]",
 )
-strict_option = option("--strict", is_flag=True, help="Refuse letters that are no residue, don't read X.")
-
 _PUBLISHED = {
     "method": (["rd", "naive"], "Reverse distillation, or the baseline.  [default: rd]"),
     "regressor": (["pcr", "linear", "ridge"], "Kind of regression.  [default: pcr]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,9 +30,10 @@ from rd_torch.cluster.steps import (
 from rd_torch.cluster.workers import Worker, Workers, run, stream
 from rd_torch.embedding import EmbedOptions, facts_of, warn_renamed
 from rd_torch.fitting import shared_family
+from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
-from rd_torch.sequences import Corrections
+from rd_torch.sequences import Entry
 from rd_torch.store import Format, Names, SaveDtype, Work, format_of
 from rd_torch.store.folder import Failure, Folder
 from rd_torch.store.work import in_residues
@@ -115,10 +117,11 @@ def embed_to_store(
         path: the store, on a file system that all machines see.
         workers: how many, with what.
         progress: hears how far it is.
-        **options: `form`, `save_dtype`, `name`, `width` and `tokens_per_batch` of `rd_torch.embed_to_store`.
+        **options: `form`, `save_dtype`, `name`, `width`, `tokens_per_batch` and `windows` of
+            `rd_torch.embed_to_store`.
 
     Returns:
-        Residues and reason of each record that could not be embedded, by name.
+        The records that could not be embedded, by name.
 
     Raises:
         ValueError, OSError: as `rd_torch.embed_to_store`; for HDF5, and without pooling.
@@ -128,11 +131,11 @@ def embed_to_store(
     workers, given = workers.placed(), options.get("tokens_per_batch")
     budget = given or MOST_TOKENS[workers.device]
     saved, name = options.get("save_dtype", "float32"), options.get("name", "")
-    facts = facts_of(model, name, saved, budget, width=options.get("width"))
+    facts = facts_of(model, name, saved, budget, width=options.get("width"), windows=options.get("windows"))
     with Work(path.resolve(), form, facts, fixed_budget=given is not None) as work:
         folder = Folder(work.path, form, work.facts)
         if work.is_finished:
-            windows = records.windows(work.facts.tokens_per_batch, Names(form.key))
+            windows = records.windows(work.facts.tokens_per_batch, Names(form.key), form.identifier)
             return work.fill((window for window, _ in windows), lambda *_: (), in_residues(progress))
         forget_deaths(folder)
         limits = Limits(given is None, MOST_DEATHS)
@@ -142,7 +145,7 @@ def embed_to_store(
         return work.finish(last["number"] + 1, last["checksum"])
 
 
-def fit(
+def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cluster's
     load: LoadFamily,
     records: Records,
     *,
@@ -151,6 +154,7 @@ def fit(
     progress: Progress = QUIET,
     provenance: Mapping[str, Any] | None = None,
     work_folder: str | Path | None = None,
+    left_out: list[Entry] | None = None,
     **options: Unpack[SolveOptions],
 ) -> RDModel:
     """Fits a chain to a FASTA file as `rd_torch.fit` does, on the cluster that this process is in.
@@ -164,6 +168,7 @@ def fit(
         provenance: where backbones and sequences come from; saved with the model.
         work_folder: as for `rd_torch.fit`, on the driver's machine: what one of the two has begun the other
             can finish.
+        left_out: if given, receives the records that could not be read.
         **options: as for `rd_torch.fit`.
 
     Raises:
@@ -175,7 +180,10 @@ def fit(
     with Sums(family, budget, folder=work_folder, fixed_budget=is_given) as sums:
         read = partial(summing_tables, records, sums.tokens_per_batch, sums.done)
         begin = partial(gatherer, load, workers.device, "contents", tokens_per_batch)
-        last = _follow(run(stream(read), begin, workers), progress, partial(_add, sums))
+        lost: list[Entry] = []
+        last = _follow(run(stream(read), begin, workers), progress, partial(_add, sums, lost))
+        if left_out is not None:
+            left_out += sorted(lost, key=lambda entry: (entry.source, entry.line))
         sums.finish(last["number"] + 1)
         return sums.solved(provenance, **options)
 
@@ -257,8 +265,9 @@ def fit_dataset(
     return sums.solved(provenance, **options)
 
 
-def _add(sums: Sums, row: Mapping[str, Any]) -> None:
-    """Adds what `gatherer` made of a window, unless its moments were there before."""
+def _add(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
+    """Adds what `gatherer` made of a window, unless its moments were there before, and what it left out."""
+    lost += [Entry(*entry) for entry in json.loads(str(row["left_out"]))]
     if not row["before"]:
         _merge(sums, row)
         sums.add(row["number"], row["checksum"])

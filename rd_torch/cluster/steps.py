@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -17,9 +18,11 @@ from rd_torch.batching import find_budget, plan_batches
 from rd_torch.cluster.workers import Step
 from rd_torch.embedding import EmbedOptions, embed, embed_windows
 from rd_torch.fitting import add_moments, shared_family
+from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
-from rd_torch.sequences import Corrections, Fasta, normalize, normalized
+from rd_torch.reading import Proteins
+from rd_torch.sequences import Entry, normalized, normalized_entries, sound
 from rd_torch.store import Names, Window, cut_windows
 from rd_torch.store.folder import Folder
 from rd_torch.store.parquet import level_columns
@@ -32,37 +35,79 @@ Load: TypeAlias = Callable[[str], RDModel]
 LoadFamily: TypeAlias = Callable[[str], Mapping[str, nn.Module]]
 """Called by every worker with its device."""
 
-_BULK = ("names", "contents", "lengths")
+_BULK = ("names", "contents", "lengths", "marks")
 """Columns of a window that no driver needs."""
 
 
 @dataclass(frozen=True)
 class Records:
-    """The proteins of a FASTA file that every machine sees.
+    """The proteins of files that every machine sees.
 
     Attributes:
-        path: the file.
-        strict: refuse letters that are no residue.
+        path: a file or folder, or several.
+        strict: refuse letters that are no residue, and stop at the first record that cannot be read.
         max_length: residues to keep of each; by default all.
+        identifier: what is taken of a header as the identifier, as for `rd_torch.Proteins`.
+        columns: the columns of sequences and identifiers in tables, likewise.
     """
 
-    path: Path
+    path: Path | Sequence[Path]
     strict: bool = False
     max_length: int | None = None
+    identifier: str | None = None
+    columns: tuple[str | None, str | None] = (None, None)
+
+    def proteins(self) -> Proteins:
+        """The proteins as they are read on this machine.
+
+        Raises:
+            ValueError: for standard input and pipes, which no other machine can read.
+        """
+        paths = [self.path] if isinstance(self.path, str | Path) else self.path
+        proteins = Proteins(
+            *paths,
+            identifier=self.identifier,
+            sequence_column=self.columns[0],
+            identifier_column=self.columns[1],
+        )
+        if proteins.is_read_once:
+            raise ValueError(
+                "expected files that every machine of the cluster sees, got standard input or a pipe: "
+                "write it to a "
+                "file first"
+            )
+        return proteins
 
     def windows(
-        self, tokens_per_batch: int, names: Names | None = None
+        self, tokens_per_batch: int, names: Names | None = None, identifier: str = "word"
     ) -> Iterator[tuple[Window[str], dict[str, Any]]]:
-        """The windows of a local run, each with what is known when its last record has been read."""
-        file, corrections, read = Fasta(self.path), Corrections(), 0
-        proteins = (
-            normalize(protein, corrections, strict=self.strict, max_length=self.max_length)
-            for protein in file
+        """The windows of a local run, each with what is known when its last record has been read.
+
+        Without names, for a fit, records that cannot be read are left out of them, and said beside them.
+
+        Args:
+            tokens_per_batch: tokens a batch holds at most.
+            names: gives records that share an identifier names of their own.
+            identifier: the rule for headers where none was chosen.
+        """
+        proteins, corrections, read = self.proteins(), Corrections(), 0
+        entries = normalized_entries(
+            proteins.entries(identifier), corrections, strict=self.strict, max_length=self.max_length
         )
-        for window in cut_windows(proteins, tokens_per_batch, names):
+        lost: list[Entry] = []
+        if names is None:
+            entries = sound(entries, lost)
+        last: tuple[Window[str], dict[str, Any]] | None = None
+        for window in cut_windows(entries, tokens_per_batch, names):
+            if last is not None:
+                yield last
             read += window.residues
-            changed = list(astuple(corrections))
-            yield window, {"read": read, "fraction": file.fraction, "corrections": changed}
+            known = {"read": read, "fraction": proteins.fraction, "corrections": list(astuple(corrections))}
+            last = window, known | {"left_out": json.dumps(lost)}
+            lost.clear()
+        if last is not None:
+            last[1]["left_out"] = json.dumps([*json.loads(last[1]["left_out"]), *lost])
+            yield last
 
 
 def embedding_tables(records: Records, folder: Folder) -> Iterator[pa.Table]:
@@ -72,7 +117,7 @@ def embedding_tables(records: Records, folder: Folder) -> Iterator[pa.Table]:
         ValueError: for records that cannot be read, or other ones than the store was begun with.
     """
     names = Names(folder.format.key)
-    for window, known in records.windows(folder.facts.tokens_per_batch, names):
+    for window, known in records.windows(folder.facts.tokens_per_batch, names, folder.format.identifier):
         yield _table(window, known | {"renamed": names.renamed}, folder.done(window) is not None)
 
 
@@ -92,7 +137,8 @@ def _table(window: Window[str], known: Mapping[str, Any], before: bool) -> pa.Ta
         "checksum": window.checksum,
         "residues": window.residues,
         "before": before,
-        **{name: [] if before else getattr(window, name) for name in _BULK},
+        **{name: [] if before else getattr(window, name) for name in _BULK[:-1]},
+        "marks": json.dumps([] if before else [window.places, list(window.faults.items())]),
         **known,
     }
     return pa.table({name: [value] for name, value in row.items()})
@@ -138,10 +184,14 @@ def window_embedder(load: Load, device: str, folder: Folder, limits: Limits) -> 
     def step(table: pa.Table) -> pa.Table:
         """The row of the window, when its files are there."""
         row = table.to_pylist()[0]
-        window = Window(row["number"], row["names"], row["contents"], row["lengths"], row["checksum"])
+        places, faults = json.loads(row["marks"]) or ([], [])
+        window = Window(
+            row["number"], row["names"], row["contents"], row["lengths"], row["checksum"],
+            places=list(map(tuple, places)), faults=dict(faults),
+        )  # fmt: skip
         if not row["before"] and folder.done(window) is None:
             _outlive(folder, window, limits.most_deaths)
-            failures: dict[int, str] = {}
+            failures = dict(window.faults)
             rows = (each for batch in compute(window, failures) for each in batch)
             folder.write(window, rows, failures, apart=True)
         return table.drop_columns(_BULK)

@@ -7,10 +7,11 @@ from typing import Final
 
 from rd_torch.store.facts import Facts, Pool, SaveDtype
 from rd_torch.store.fairesm import FairESM
-from rd_torch.store.format import Format, Row, Store
+from rd_torch.store.format import Format, Row
 from rd_torch.store.hdf5 import HDF5
 from rd_torch.store.naming import Names
 from rd_torch.store.parquet import Parquet
+from rd_torch.store.store import Store
 from rd_torch.store.windows import Record, Window, cut_windows, gather
 from rd_torch.store.work import Work
 

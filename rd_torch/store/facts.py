@@ -28,6 +28,8 @@ class Facts:
         save_dtype: what the store holds.
         tokens_per_batch: the budget that batches and windows were cut by; in vectors where no backbone ran.
         rd_torch_version: of the program that wrote the store.
+        windows: residues of the pieces in which longer sequences were embedded, and of their overlap; None
+            where all stayed whole.
     """
 
     model: str
@@ -40,6 +42,7 @@ class Facts:
     save_dtype: SaveDtype
     tokens_per_batch: int
     rd_torch_version: str = version("rd_torch")
+    windows: tuple[int, int] | None = None
 
     @property
     def width(self) -> int:
@@ -52,6 +55,10 @@ class Facts:
         starts = (0, *self.widths)
         return {name: end - start for name, start, end in zip(self.levels, starts, self.widths, strict=False)}
 
+    def is_windowed(self, length: int | None) -> bool:
+        """Whether a record of so many residues was embedded in windows; not where nobody counted them."""
+        return self.windows is not None and length is not None and length > self.windows[0]
+
     def to_json(self) -> str:
         """The facts as text."""
         return json.dumps(asdict(self))
@@ -61,7 +68,7 @@ class Facts:
         """The facts from their text; what a later version has written beside them is left out."""
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {name: value for name, value in json.loads(text).items() if name in known}
-        values |= {name: tuple(values[name]) for name in ("levels", "widths")}
+        values |= {name: tuple(values[name]) for name in ("levels", "widths", "windows") if values.get(name)}
         return cls(**values)
 
     def require_same(self, other: Facts, place: str) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from rd_torch.store.facts import Facts, Pool
-from rd_torch.store.format import Array, Format, Row, Store, missing, written_whole
+from rd_torch.store.format import Format, Row, written_whole
 from rd_torch.store.naming import file_name
+from rd_torch.store.store import Array, Store, missing
 from rd_torch.store.windows import Window
 
 FACTS: Final = "rd_torch.json"
@@ -35,6 +36,7 @@ class FairESM(Format):
     name = "pt"
     dtypes = ("float32", "float16", "bfloat16")
     pools = ("mean", "none")
+    identifier = "header"
 
     @staticmethod
     def key(name: str) -> str:
@@ -47,7 +49,9 @@ class FairESM(Format):
         for place, row in rows:
             name = window.names[place]
             path = folder / f"{file_name(name)}.pt"
-            kept = {"label": name, _KEYS[facts.pool]: {facts.num_layers: row.clone()}}
+            kept: dict[str, Any] = {"label": name, _KEYS[facts.pool]: {facts.num_layers: row.clone()}}
+            if facts.is_windowed(window.lengths[place]):
+                kept["windows"] = list(facts.windows or ())
             buffer = io.BytesIO()  # torch would hide what the disk says
             torch.save(kept, buffer)
             written_whole(path, partial(Path.write_bytes, data=buffer.getvalue()), durable=False)
@@ -74,9 +78,11 @@ class FairESM(Format):
 class FairESMStore(Store):
     """A folder of `.pt` files, opened one at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.facts = self.checksum = None
+    _layer_of_all: int | None = None
+
+    def _open(self) -> None:
+        path = self._home
+        self.facts = self.checksum = self.model_name = self.layer = None
         said = path / FACTS
         if said.is_file():
             kept = json.loads(said.read_text())
@@ -84,15 +90,17 @@ class FairESMStore(Store):
             self._identifiers: list[str] = kept["identifiers"]
             self._paths = {name: path / f"{file_name(name)}.pt" for name in self._identifiers}
             self.pool, self.width = self.facts.pool, self.facts.width
+            self.model_name, self.layer = self.facts.model, self.facts.num_layers
         else:
             self._paths = {
                 str(each.relative_to(path).with_suffix("")): each for each in sorted(path.rglob("*.pt"))
             }
             self._identifiers = list(self._paths)
             if not self._paths:
-                raise ValueError(f"expected a folder of .pt files, got none in {path}")
+                raise ValueError(f"expected a folder of .pt files, got none in {self.path}")
             first = self._load(self._identifiers[0])
             self.pool, self.width = ("mean", "none")[first.ndim - 1], first.shape[-1]
+            self.layer = self._layer_of_all
 
     @property
     def identifiers(self) -> list[str]:
@@ -106,19 +114,51 @@ class FairESMStore(Store):
         names = [self._identifiers[key] for key in keys] if isinstance(keys, range) else keys
         return [self._load(name)[..., :width].clone() for name in names]
 
-    def _load(self, identifier: str) -> Tensor:
-        """The embedding of a record: of the highest layer where there are several."""
+    def _read(self, identifier: str) -> tuple[Path, dict[str, Any]]:
+        """The file of a record, and what is in it."""
         path = self._paths.get(identifier)
         if path is None:
             raise missing(identifier, self.path)
         try:
-            kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return path, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, UnpicklingError) as error:
+            raise ValueError(f"expected a file of torch.save, got {path}: {error}") from error
+
+    def _load(self, identifier: str) -> Tensor:
+        """The embedding of a record: of the highest layer where there are several."""
+        path, kept = self._read(identifier)
+        try:
             layers = kept.get("representations") or kept["mean_representations"]
-        except (RuntimeError, KeyError, UnpicklingError) as error:
+        except KeyError as error:
             raise ValueError(
                 f"expected a file with representations or mean_representations, got {path}: {error}"
             ) from error
+        self._check(identifier, path, kept.get("label"), max(layers))
         return layers[max(layers)]
 
-    def close(self) -> None:
+    def _check(self, identifier: str, path: Path, label: str | None, layer: int) -> None:
+        """Raises a ValueError where a file states another record, or another layer, than the others do."""
+        if label not in (None, identifier):
+            raise ValueError(
+                f"expected the record {identifier!r} in {path}, got that of {label!r}, as its label says: "
+                "name the "
+                "file as its record is called"
+            )
+        if self.facts is None:
+            self._layer_of_all = self._layer_of_all or layer
+            if layer != self._layer_of_all:
+                raise ValueError(
+                    f"expected the embedding of layer {self._layer_of_all} in {path}, as in the folder's "
+                    "other files, "
+                    f"got that of layer {layer}"
+                )
+
+    @property
+    def windowed(self) -> list[str]:
+        """Identifiers of the records that were embedded in windows, as their files say."""
+        if self.facts is None or self.facts.windows is None:
+            return []
+        return [name for name in self._identifiers if "windows" in self._read(name)[1]]
+
+    def _shut(self) -> None:
         """Nothing is open between reads."""

@@ -8,14 +8,34 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, NamedTuple, Self
 
+from rd_torch.sequences import Entry
 from rd_torch.store.facts import Facts
 from rd_torch.store.format import Format, Row, sync, written_whole
 from rd_torch.store.windows import Window
 
-Failure: TypeAlias = tuple[int, str]
-"""Residues of a record that could not be embedded, and the reason."""
+
+class Failure(NamedTuple):
+    """A record that could not be embedded.
+
+    Attributes:
+        residues: how many it has; 0 where it could not be read.
+        reason: why.
+        source: the file it is from, if any.
+        line: the line where it stands there, or its number among what was given, from 1; 0 where that is not
+            known.
+    """
+
+    residues: int
+    reason: str
+    source: str = ""
+    line: int = 0
+
+
+def failure_of(entry: Entry) -> Failure:
+    """What is listed of a record that cannot be read."""
+    return Failure(0, entry.fault, entry.source, entry.line)
 
 
 @dataclass(frozen=True)
@@ -27,7 +47,7 @@ class Done:
         residues: of all of them.
         checksum: the window's.
         files: their sizes in bytes, by name.
-        failures: residues and reason, by name, of records that could not be embedded.
+        failures: records that could not be embedded, by name.
     """
 
     names: list[str]
@@ -40,7 +60,7 @@ class Done:
     def from_json(cls, text: str) -> Self:
         """What is known, from its text."""
         known = json.loads(text)
-        known["failures"] = {name: (residues, why) for name, (residues, why) in known["failures"].items()}
+        known["failures"] = {name: Failure(*why) for name, why in known["failures"].items()}
         return cls(**known)
 
 
@@ -115,7 +135,9 @@ class Folder:
                 checksum=window.checksum,
                 files={path.name: path.stat().st_size for path in paths},
                 failures={
-                    window.names[where]: (window.lengths[where] or 0, reason)
+                    window.names[where]: Failure(
+                        window.lengths[where] or 0, reason, *(window.places[where] if window.places else ())
+                    )
                     for where, reason in failures.items()
                 },
             )

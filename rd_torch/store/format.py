@@ -1,140 +1,21 @@
-"""What every format of a store can do: write a window, be finished, be opened and read."""
+"""What every format of a store can do: write a window, be finished, be opened."""
 
 from __future__ import annotations
 
 import os
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from rd_torch.store.facts import Facts, Pool
-from rd_torch.store.windows import Length, Window
+from rd_torch.store.store import Store
+from rd_torch.store.windows import Window
 
 Row: TypeAlias = tuple[int, Tensor]
 """The place of a record in its window, and its `(width,)` or `(residues, width)` embedding as it is saved."""
-
-Array: TypeAlias = np.ndarray | Tensor
-
-
-class Store(ABC):
-    """Embeddings on disk, read as they are asked for.
-
-    `store["P1"]`, `store[3]`, `store[10:20]` and `store[["P1", "P2"]]` read at full width; `read` at any.
-    Iterating gives the identifiers in FASTA order.
-
-    Attributes:
-        path: where it lies.
-        facts: what was embedded with what; None in files of other programs.
-        checksum: of the identifiers and sequences of all records, likewise.
-        width: features of a vector.
-        pool: `"mean"`, a vector a protein, or `"none"`, a vector a residue.
-    """
-
-    path: Path
-    facts: Facts | None
-    checksum: str | None
-    width: int
-    pool: Pool
-
-    @property
-    @abstractmethod
-    def identifiers(self) -> Sequence[str]:
-        """Names of the records, in FASTA order."""
-
-    @abstractmethod
-    def _rows(self, keys: Sequence[str] | range, width: int) -> list[Array]:
-        """The first `width` features of records by identifier, or by place in FASTA order."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Closes what is open; the store cannot be read any more."""
-
-    def __len__(self) -> int:
-        return len(self.identifiers)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.identifiers)
-
-    def __contains__(self, identifier: object) -> bool:
-        return identifier in self.identifiers
-
-    def __getitem__(self, key: str | int | slice | Sequence[str]) -> Any:
-        return self.read(key)
-
-    def read(
-        self,
-        key: str | int | slice | Sequence[str],
-        *,
-        width: int | None = None,
-        as_torch: bool = False,
-    ) -> Array | list[Array]:
-        """The embeddings of one record, or of several.
-
-        Args:
-            key: an identifier or a place in FASTA order for one; several identifiers or a slice for more.
-            width: features from the first on; by default all.
-            as_torch: give tensors, on the CPU, in place of arrays; bfloat16 comes as float32 in arrays.
-
-        Returns:
-            Of one record `(width,)`, or `(residues, width)` without pooling; of more `(records, width)`, or
-            a list without pooling.
-
-        Raises:
-            KeyError: for an identifier that is not there.
-            IndexError: for a place that is not there.
-            ValueError: for a width below 1 or above the store's.
-        """
-        width = self.width if width is None else width
-        if not 1 <= width <= self.width:
-            raise ValueError(f"expected a width from 1 to {self.width}, got {width}")
-        convert = _tensor if as_torch else _array
-        if isinstance(key, str):
-            return convert(self._rows([key], width)[0])
-        if isinstance(key, slice):
-            chosen: Sequence[str] | range = range(len(self))[key]
-        elif isinstance(key, int):
-            chosen = range(len(self))[key : key + 1 or None]
-            if not chosen:
-                raise IndexError(f"expected a place below {len(self):,}, got {key}")
-            return convert(self._rows(chosen, width)[0])
-        else:
-            chosen = key
-        rows = [convert(row) for row in self._rows(chosen, width)]
-        if self.pool == "none":
-            return rows
-        if as_torch:
-            return torch.stack(rows) if rows else torch.zeros(0, width)  # type: ignore[arg-type]  # all tensors
-        return np.stack(rows) if rows else np.zeros((0, width), np.float32)
-
-    def tensors(self, identifiers: Sequence[str]) -> list[Tensor]:
-        """The embeddings of several records, whole and as they are stored, each a tensor of its own.
-
-        Raises:
-            KeyError: for an identifier that is not there.
-        """
-        return [_tensor(row) for row in self._rows(identifiers, sys.maxsize)]
-
-    def lengths(self, key: slice = slice(None)) -> list[Length]:
-        """Residues of the records of a slice; None of pooled ones, where the store does not say them."""
-        chosen = range(len(self))[key]
-        return [None if self.pool == "mean" else len(row) for row in self._rows(chosen, 1)]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def missing(identifier: str, path: Path) -> KeyError:
-    """What is raised for an identifier that is not there."""
-    return KeyError(f"expected an identifier that is in {path}, got {identifier!r}")
 
 
 class Format(ABC):
@@ -144,11 +25,13 @@ class Format(ABC):
         name: what `--format` calls it, and the suffix without its dot.
         dtypes: what it can hold.
         pools: how residues can be pooled in it.
+        identifier: what is taken of a FASTA header unless somebody chooses, as `rd_torch.Proteins` says.
     """
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     pools: ClassVar[tuple[Pool, ...]]
+    identifier: ClassVar[str] = "word"
 
     @staticmethod
     @abstractmethod
@@ -226,13 +109,3 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _tensor(row: Array) -> Tensor:
-    return row if isinstance(row, Tensor) else torch.from_numpy(np.ascontiguousarray(row))
-
-
-def _array(row: Array) -> np.ndarray:
-    if isinstance(row, np.ndarray):
-        return row
-    return (row.float() if row.dtype == torch.bfloat16 else row).numpy()

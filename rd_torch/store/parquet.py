@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import torch
 
 from rd_torch.store.facts import Facts
-from rd_torch.store.format import Array, Format, Row, Store, missing, written_whole
+from rd_torch.store.format import Format, Row, written_whole
+from rd_torch.store.store import Array, Store, missing
 from rd_torch.store.windows import Length, Window
 
 ROWS_PER_GROUP: Final = 512
@@ -94,18 +95,19 @@ class ParquetStore(Store):
 
     pool = "mean"
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._paths = sorted(path.glob("part-*.parquet"))
-        if not self._paths:
-            raise ValueError(f"expected a folder of part-*.parquet files, got none in {path}")
-        self._files = [pq.ParquetFile(each) for each in self._paths]
+    facts: Facts
+
+    def _open(self) -> None:
+        paths = sorted(self._home.glob("part-*.parquet"))
+        if not paths:
+            raise ValueError(f"expected a folder of part-*.parquet files, got none in {self.path}")
+        self._files = [pq.ParquetFile(each) for each in paths]
         metadata = self._files[-1].schema_arrow.metadata or {}
         if b"rd_torch" not in metadata:
-            raise ValueError(f"expected parquet files of rd_torch, got others in {path}")
-        self.facts: Facts = Facts.from_json(metadata[b"rd_torch"].decode())
+            raise ValueError(f"expected parquet files of rd_torch, got others in {self.path}")
+        self.facts = Facts.from_json(metadata[b"rd_torch"].decode())
         self.checksum = metadata[b"checksum"].decode()
-        self.width = self.facts.width
+        self.width, self.model_name, self.layer = self.facts.width, self.facts.model, self.facts.num_layers
         # The first record of each row group, with its file and its number there.
         self._groups = [
             (file, group) for file in self._files for group in range(file.metadata.num_row_groups)
@@ -120,6 +122,7 @@ class ParquetStore(Store):
 
     def lengths(self, key: slice = slice(None)) -> list[Length]:
         """Residues of the records of a slice, as the files say them."""
+        self._require_open()
         return [length for file in self._files for length in file.read(["length"])[0].to_pylist()][key]
 
     @cached_property
@@ -156,7 +159,12 @@ class ParquetStore(Store):
         ]
         return np.concatenate(blocks, axis=1)[:, :width]
 
-    def close(self) -> None:
-        """Closes the files."""
+    @property
+    def windowed(self) -> list[str]:
+        """Identifiers of the records that were embedded in windows, by their lengths."""
+        pairs = zip(self.identifiers, self.lengths(), strict=True)
+        return [identifier for identifier, length in pairs if self.facts.is_windowed(length)]
+
+    def _shut(self) -> None:
         for file in self._files:
             file.close()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, Self, TypeAlias, TypeVar
 
-from rd_torch.sequences import SPECIAL_TOKENS, WINDOW_BATCHES, Protein
+from rd_torch.sequences import SPECIAL_TOKENS, WINDOW_BATCHES, Entry
 from rd_torch.store.naming import Names
 
 Content = TypeVar("Content")
 
 Length: TypeAlias = int | None
 """Residues of a record; None where nobody counted them."""
+
+Place: TypeAlias = tuple[str, int]
+"""The file and the line where a record stands; no file and its number where it came from elsewhere."""
 
 
 class Record(NamedTuple, Generic[Content]):
@@ -25,6 +28,8 @@ class Record(NamedTuple, Generic[Content]):
         length: its residues.
         size: what it counts when windows are cut.
         digested: what the checksum is taken of.
+        place: where it stands.
+        fault: why it cannot be embedded; empty where it can.
     """
 
     identifier: str
@@ -32,6 +37,8 @@ class Record(NamedTuple, Generic[Content]):
     length: Length
     size: int
     digested: Iterable[bytes | memoryview]
+    place: Place = ("", 0)
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Window(Generic[Content]):
         lengths: their residues.
         checksum: of the identifiers and contents of all records up to the end of this window.
         kind: what the contents are called.
+        places: where the records stand, as far as that is known.
+        faults: why records cannot be embedded that came in so, by their number in the window.
     """
 
     number: int
@@ -53,6 +62,8 @@ class Window(Generic[Content]):
     lengths: list[Length]
     checksum: str
     kind: str = "sequences"
+    places: list[Place] = field(default_factory=list)
+    faults: dict[int, str] = field(default_factory=dict)
 
     @property
     def residues(self) -> int:
@@ -61,12 +72,12 @@ class Window(Generic[Content]):
 
 
 def cut_windows(
-    proteins: Iterable[Protein], tokens_per_batch: int, names: Names | None = None
+    entries: Iterable[Entry], tokens_per_batch: int, names: Names | None = None
 ) -> Iterator[Window[str]]:
     """The records in windows of about 16 batches, as they come; the same records give the same windows.
 
     Args:
-        proteins: normalised records.
+        entries: normalised records; those with a fault take a name and stay without an embedding.
         tokens_per_batch: tokens a batch holds at most.
         names: gives records that share an identifier names of their own; without, they have none, and the
             checksums are of the sequences alone.
@@ -77,16 +88,16 @@ def cut_windows(
     if tokens_per_batch < 1:
         raise ValueError(f"expected tokens_per_batch of at least 1, got {tokens_per_batch}")
     if names is None:
-        proteins = (Protein("", protein.sequence) for protein in proteins)
-    return gather(map(_record_of, proteins), WINDOW_BATCHES * tokens_per_batch, names)
+        entries = (entry._replace(identifier="") for entry in entries)
+    return gather(map(_record_of, entries), WINDOW_BATCHES * tokens_per_batch, names)
 
 
-def _record_of(protein: Protein) -> Record[str]:
-    """A protein on its way; as many tokens as it has count."""
-    name, letters = protein.identifier, protein.sequence
-    return Record(
-        name, letters, len(letters), len(letters) + SPECIAL_TOKENS, [f"{name}\n{letters}\n".encode()]
-    )
+def _record_of(entry: Entry) -> Record[str]:
+    """A record on its way; as many tokens as it has count."""
+    name, letters, fault = entry.identifier, entry.sequence, entry.fault
+    digested = f"{name}\n{letters}\n{fault}".encode(errors="surrogatepass")
+    size = len(letters) + SPECIAL_TOKENS
+    return Record(name, letters, len(letters), size, [digested], (entry.source, entry.line), fault)
 
 
 def gather(
@@ -101,19 +112,22 @@ def gather(
         kind: what the contents are called.
     """
     checksum = hashlib.blake2b(digest_size=16)
-    number, full, taken = 0, 0, _Taken[Content]([], [], [])
+    number, full, taken = 0, 0, _Taken[Content].empty()
     for record in records:
         for part in record.digested:
             checksum.update(part)
         taken.names.append(names.unique(record.identifier) if names else record.identifier)
         taken.contents.append(record.content)
         taken.lengths.append(record.length)
+        taken.places.append(record.place)
+        if record.fault:
+            taken.faults[len(taken.names) - 1] = record.fault
         full += record.size
         if full >= size:
-            yield Window(number, *taken, checksum.hexdigest(), kind)
-            number, full, taken = number + 1, 0, _Taken([], [], [])
+            yield taken.window(number, checksum.hexdigest(), kind)
+            number, full, taken = number + 1, 0, _Taken.empty()
     if taken.names:
-        yield Window(number, *taken, checksum.hexdigest(), kind)
+        yield taken.window(number, checksum.hexdigest(), kind)
 
 
 class _Taken(NamedTuple, Generic[Content]):
@@ -122,3 +136,16 @@ class _Taken(NamedTuple, Generic[Content]):
     names: list[str]
     contents: list[Content]
     lengths: list[Length]
+    places: list[Place]
+    faults: dict[int, str]
+
+    @classmethod
+    def empty(cls) -> Self:
+        """None yet."""
+        return cls([], [], [], [], {})
+
+    def window(self, number: int, checksum: str, kind: str) -> Window[Content]:
+        """The window of them."""
+        return Window(
+            number, self.names, self.contents, self.lengths, checksum, kind, self.places, self.faults
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 from rd_torch.batching import ahead
 from rd_torch.store.facts import Facts
 from rd_torch.store.folder import Failure, Folder
-from rd_torch.store.format import Format, Row, Store, require_fitting, require_folder, sync, written_whole
+from rd_torch.store.format import Format, Row, require_fitting, require_folder, sync, written_whole
+from rd_torch.store.store import Store
 from rd_torch.store.windows import Content, Length, Window
 
 Compute: TypeAlias = Callable[[Window[Content], dict[int, str]], Iterable[list[Row]]]
@@ -27,6 +28,9 @@ Progress: TypeAlias = Callable[[int, bool], object]
 
 LOCK: Final = "lock"
 """The file by which a folder of work is held."""
+
+_COLUMNS: Final = ("identifier", "residues", "reason", "file", "line")
+"""Of the list of what could not be embedded."""
 
 BATCHES_AHEAD: Final = 2
 """Batches that are computed while one is written."""
@@ -101,7 +105,7 @@ class Work(Folder):
             report: called with the lengths of records that are done, and whether they were so before.
 
         Returns:
-            Residues and reason of each record that could not be embedded.
+            The records that could not be embedded, by name.
 
         Raises:
             ValueError: for no windows, or others than the store was begun with.
@@ -112,7 +116,7 @@ class Work(Folder):
             if self.is_finished or self.done(window):
                 report(window.lengths, True)
                 continue
-            failures: dict[int, str] = {}
+            failures = dict(window.faults)
             with closing(ahead(compute(window, failures), BATCHES_AHEAD)) as batches:
                 self.write(window, _reported(window, batches, report), failures)
         if last is None:
@@ -143,30 +147,24 @@ class Work(Folder):
                 "another output"
             )
         failures = {name: why for done in self.all(windows) for name, why in done.failures.items()}
-        self._list(failures)
+        write_failures(self.failed, failures.items())
         self.format.finish(self.folder / "data", self.names(windows), self.facts, checksum, self.path)
         sync(self.path.parent)
         self._leave()
         return failures
-
-    def _list(self, failures: Mapping[str, Failure]) -> None:
-        """Writes `<output>.failed.tsv`, or nothing where nothing failed."""
-        path = self.failed
-        path.unlink(missing_ok=True)
-        if failures:
-            with path.open("w", newline="", encoding="utf-8") as handle:
-                lines = csv.writer(handle, delimiter="\t", lineterminator="\n")
-                lines.writerow(("identifier", "residues", "reason"))
-                lines.writerows((name, *why) for name, why in failures.items())
 
     def _listed(self) -> dict[str, Failure]:
         """What the file beside the store lists."""
         if not self.failed.is_file():
             return {}
         with self.failed.open(newline="", encoding="utf-8") as handle:
-            lines = csv.reader(handle, delimiter="\t")
-            next(lines)
-            return {name: (int(residues), reason) for name, residues, reason in lines}
+            lines = csv.DictReader(handle, delimiter="\t")  # earlier versions named no file and no line
+            return {
+                each["identifier"]: Failure(
+                    int(each["residues"]), each["reason"], each.get("file", ""), int(each.get("line") or 0)
+                )
+                for each in lines
+            }
 
     @property
     def failed(self) -> Path:
@@ -188,6 +186,18 @@ class Work(Folder):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def write_failures(path: Path, failures: Collection[tuple[str, Failure]]) -> None:
+    """Writes the list of records that could not be embedded, as a table; removes it where there are none."""
+    path.unlink(missing_ok=True)
+    if failures:
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle:
+            lines = csv.writer(handle, delimiter="\t", lineterminator="\n")
+            lines.writerow(_COLUMNS)
+            lines.writerows(
+                (name, why.residues, why.reason, why.source, why.line or "") for name, why in failures
+            )
 
 
 def locked(folder: Path, path: Path) -> FileLock:
