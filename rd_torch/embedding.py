@@ -135,8 +135,8 @@ def embed_to_store(
         name: what the model is called in the store.
         progress: called with residues that are done, and whether they were so before.
         **options: `pool`, `width`, `tokens_per_batch` and `windows` of `embed`; `strict`, to refuse letters
-            that are no residue and stop at the first record that cannot be read; `max_length`, residues at which
-            longer sequences are cut.
+            that are no residue and stop at the first record that cannot be read; `max_length`, residues at
+            which longer sequences are cut.
 
     Returns:
         The records that could not be embedded, by name: residues, reason, file and line of each.

@@ -297,12 +297,12 @@ AA, BB = np.zeros((3, 32), np.float32), np.zeros((3, 48), np.float32)
         (
             {"P1": A, "P2": B},
             {"P1": B, "P2": B},
-            r"all alike and of one width, in .*28K.h5, got 'P2' of float32 \(48,\)",
+            r"and one width, in .*28K.h5, got 'P2' of float32 \(48,\)",
         ),
         (
             {"P1": AA, "P2": A},
             {"P1": BB, "P2": BB},
-            r"all alike and of one width, in .*28K.h5, got 'P2' of float32 \(32,\) beside others",
+            r"and one width, in .*28K.h5, got 'P2' of float32 \(32,\) beside others",
         ),
         ({"P1": A.astype(int)}, {"P1": B}, "of floating-point numbers .* in .*28K.h5, got 'P1' of int64"),
         ({}, {}, "one dataset a protein, .* in .*28K.h5, got none"),

@@ -1,7 +1,6 @@
 """A store as a data set: for PyTorch, numpy and scikit-learn, in every format alike."""
 
 import copy
-import multiprocessing
 import os
 import pickle
 
@@ -65,8 +64,12 @@ def test_a_pickled_store_is_opened_anew_by_its_path(store, tmp_path, monkeypatch
     assert same(store[:3], store[[0, 1, 2]]), "the first one is still open"
 
 
-@pytest.mark.parametrize("start", multiprocessing.get_all_start_methods())
-def test_a_data_loader_reads_it_in_other_processes(store, start):
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [*((kind, "fork") for kind in KINDS), (KINDS[0], "spawn"), (KINDS[1], "spawn"), (KINDS[2], "forkserver")],
+)
+def test_a_data_loader_reads_it_in_other_processes(stores, kind, start):
+    store = open_store(stores(*kind))
     store[0]  # something is open and read before
     loader = DataLoader(
         store, batch_size=7, num_workers=2, multiprocessing_context=start, collate_fn=list, shuffle=False

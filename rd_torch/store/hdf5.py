@@ -278,7 +278,9 @@ class HDF5Store(Store):
         self._file.close()
 
 
-_LAYOUT: Final = "expected one dataset a protein, of floating-point numbers of 1 or 2 dimensions, all alike and of one width,"
+_LAYOUT: Final = (
+    "expected one dataset a protein, of floating-point numbers of 1 or 2 dimensions and one width,"
+)
 
 
 def _is_embedding(dataset: Any) -> bool:
