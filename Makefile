@@ -4,9 +4,9 @@ BIN := .venv/bin
 DATA := $(abspath $(wildcard ../shared/data))
 export RD_TORCH_DATA ?= $(DATA)
 
-# Files of tests run side by side, each process with one thread; on two cores three keep both busy, for some wait
+# Files of tests run side by side, each process with one thread; on two cores four keep both busy, for some wait
 # for processes of their own. Those marked `alone`, which measure time, run after them.
-WORKERS ?= 3
+WORKERS ?= 4
 
 # Called with an environment and with what is selected.
 define run-tests

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rd_torch.batching import ahead
-from rd_torch.config import ESM2_LEVELS, Level
+from rd_torch.matching import require_names, require_raw
 from rd_torch.nesting import Nesting, bytes_of
 from rd_torch.store import (
     Facts,
@@ -40,13 +39,6 @@ BATCHES_PER_WINDOW: Final = 16
 
 WINDOWS_AHEAD: Final = 1
 """Windows that are read while one is nested."""
-
-_SIZE: Final = re.compile(r"(?:^|[^0-9A-Za-z])(\d+[MB])(?![0-9A-Za-z])", re.IGNORECASE)
-"""How the names of ESM-2 models tell their size, as `esm2_t33_650M_UR50D`."""
-
-_OTHER_FAMILIES: Final = re.compile(
-    r"t5|bert|xlnet|esm[-_]?(?:1|3|c|msa)|ankh|seqvec|unirep|progen|word2vec|fasttext|glove", re.IGNORECASE
-)
 
 RECORDS_READ: Final = 512
 """Pooled records that are read at once."""
@@ -124,11 +116,11 @@ class _Files:
         self._widths = {level.name: level.width for level in nesting.config.levels}
         for level in nesting.config.levels:
             if level.name in stores:
-                _require_raw(level, stores[level.name])
+                require_raw(level, stores[level.name])
         self._first, *others = stores.values()
         if others:
             for store in stores.values():
-                _require_names(store)
+                require_names(store)
         for other in others:
             self._require_alike(other)
 
@@ -147,7 +139,18 @@ class _Files:
             backbone_dtype=", ".join(sorted(set(map(_dtype_of, self._stores.values())))),
             save_dtype=save_dtype,
             tokens_per_batch=max(1, BATCH_BYTES // row_bytes),
+            windows=self._windows(),
         )
+
+    def _windows(self) -> tuple[int, int] | None:
+        """The windows in which long sequences were embedded, which must be those of all files."""
+        said = {
+            level: store.facts.windows for level, store in self._stores.items() if store.facts is not None
+        }
+        if len(set(said.values())) > 1:
+            listed = ", ".join(f"{windows} at level {level}" for level, windows in said.items())
+            raise ValueError(f"expected files of the same --windows, got {listed}: embed with one choice")
+        return next(iter(said.values()), None)
 
     def records(self) -> Iterator[Record[Raw]]:
         """All records in the first file's order.
@@ -208,45 +211,6 @@ class _Files:
                     f"{self._first.path} and {len(rows):,} in {path}: embed whole sequences, or cut to one "
                     "length, without special tokens"
                 )
-
-
-def _require_raw(level: Level, store: Store) -> None:
-    """Raises a ValueError unless a file can hold the level's raw embeddings, by all that it states."""
-    cure = "name each file by the level of the backbone that made it"
-    if store.facts is not None and len(store.facts.levels) > 1:
-        raise ValueError(
-            f"expected raw embeddings of the {level.name} backbone in {store.path}, got nested ones of "
-            "levels "
-            f"{', '.join(store.facts.levels)}: embed with that backbone alone as the model"
-        )
-    if store.width != level.width:
-        raise ValueError(
-            f"expected width {level.width} at level {level.name}, got {store.width} in {store.path}: {cure}"
-        )
-    if store.layer not in (None, level.num_layers):
-        raise ValueError(
-            f"expected embeddings of the last layer, {level.num_layers}, at level {level.name}, got those "
-            "of layer "
-            f"{store.layer} in {store.path}: {cure}, and take its last layer"
-        )
-    said = store.model_name or ""
-    size = _SIZE.search(said)
-    other = (size and size[1].upper() != level.name) or _OTHER_FAMILIES.search(said)
-    if store.facts is None and level.name in ESM2_LEVELS and other:
-        raise ValueError(
-            f"expected embeddings of ESM-2 {level.name}, got those of {said} in {store.path}, as the file "
-            f"says: {cure}"
-        )
-
-
-def _require_names(store: Store) -> None:
-    """Raises a ValueError where another program's file has the numbers of its records and no names."""
-    if store.facts is None and len(store) > 1 and set(store.identifiers) == set(map(str, range(len(store)))):
-        raise ValueError(
-            f"expected the names of proteins in {store.path}, got the numbers 0 to {len(store) - 1:,}: "
-            "numbers say "
-            "nothing of which protein is which in another file; write names as the attribute original_id"
-        )
 
 
 def _dtype_of(store: Store) -> str:

@@ -137,7 +137,10 @@ def test_lengths_are_said_where_they_are_known(nesting, raw, raw_residues, tmp_p
         assert store.lengths(slice(2, 5)) == [len(sequence) for sequence in SEQUENCES[2:5]]
     combine_stores(nesting, raw, tmp_path / "out.parquet")
     with open_store(tmp_path / "out.parquet") as store, open_store(raw["28K"]) as means:
-        assert store.lengths() == means.lengths() == [None] * len(NAMES)
+        assert store.lengths() == means.lengths() == list(map(len, SEQUENCES))
+    put(tmp_path / "28K.h5", {"P1": np.zeros(32, np.float32)})  # another program's
+    with open_store(tmp_path / "28K.h5") as store:
+        assert store.lengths() == [None]
 
 
 @pytest.mark.parametrize("width", [20, 32, 40, 48])

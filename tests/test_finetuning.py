@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,21 +25,30 @@ def finetuning(monkeypatch):
 
 @pytest.fixture
 def run(finetuning, monkeypatch, tmp_path, data):
-    """Runs a script with arguments; its rows, and the states it left."""
+    """Runs a script with arguments, tested on so many proteins; its rows, and the states it left."""
 
-    def go(script, folder, *arguments):
+    def go(script, folder, *arguments, tested=None):
         output = tmp_path / "result.json"
         command = [script, "--data", str(data), "--folder", str(tmp_path / folder), *SMALL, *arguments]
         monkeypatch.setattr(sys, "argv", [*command, "--output", str(output)])
         module = __import__(script)
-        problem = next(
+        kind = next(
             each for each in vars(module).values() if isinstance(each, type) and hasattr(each, "title")
         )
-        finetuning.main(problem(), module.__doc__)
+        problem = kind()
+        if tested is not None:
+            monkeypatch.setattr(problem, "read", partial(shortened, problem.read, tested))
+        finetuning.main(problem, module.__doc__)
         states = {path.stem: torch.load(path) for path in (tmp_path / folder).glob("*.pt")}
         return json.loads(output.read_text())["rows"], states
 
     return go
+
+
+def shortened(read, tested, *given):
+    """What is read, with fewer proteins to test on."""
+    sets = read(*given)
+    return sets | {"test": sets["test"][:tested]}
 
 
 LEVELS = ["28K", "90K", "207K", "1M"]
@@ -46,7 +56,7 @@ LEVELS = ["28K", "90K", "207K", "1M"]
 
 def test_every_approach_runs_at_every_level(run, tmp_path):
     picture = tmp_path / "curves.png"
-    rows, states = run("finetune_sequence", "a", "--plot", str(picture))
+    rows, states = run("finetune_sequence", "a", "--plot", str(picture), tested=50)
     assert [(row["approach"], row["level"]) for row in rows] == [
         ("training mean", ""),
         ("composition", ""),
@@ -65,7 +75,7 @@ def test_every_approach_runs_at_every_level(run, tmp_path):
 def test_a_run_that_was_cut_off_goes_on_to_the_same_end(run, finetuning, monkeypatch, tmp_path):
     rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="90K").save_pretrained(tmp_path / "small")
     options = ["--approaches", "LoRA", "--model", str(tmp_path / "small"), "--seeds", "2"]
-    whole, expected = run("finetune_residue", "whole", *options)
+    whole, expected = run("finetune_residue", "whole", *options, tested=50)
     save = finetuning.Run._save
     calls = []
 
@@ -78,7 +88,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_end(run, finetuning, monkeyp
     monkeypatch.setattr(finetuning.Run, "_save", cut_off)
     for _ in range(40):
         try:
-            rows, states = run("finetune_residue", "cut", *options)
+            rows, states = run("finetune_residue", "cut", *options, tested=50)
             break
         except KeyboardInterrupt:
             continue

@@ -242,6 +242,16 @@ def test_several_files_and_folders_are_one_input(checkpoint, tmp_path):
     assert [row.split("\t")[4] for row in rows] == ["line", "3", "4"]
 
 
+def test_a_file_that_cannot_be_read_ends_the_command_before_others_are_embedded(checkpoint, tmp_path):
+    for bad in ("archive.zip", "bare.fasta", "cut_off.gz"):
+        files = [str(FOLDER / "plain.fasta"), str(FOLDER / bad)]
+        out = tmp_path / f"{bad}.h5"
+        result = CliRunner().invoke(main, ["embed", *files, "-o", str(out), "--model", checkpoint])
+        assert result.exit_code == 1
+        assert bad in result.stderr.splitlines()[-1]
+        assert not list(tmp_path.glob(f"{bad}.h5.part/windows/*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

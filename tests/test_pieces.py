@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import rd_torch
 from rd_torch import batching
 from rd_torch.cli import main
+from rd_torch.nesting import Nesting
 from rd_torch.pieces import Pieces
 from rd_torch.store import open_store
 
@@ -153,3 +154,24 @@ def test_a_piece_without_memory_leaves_its_whole_protein_out(model, tmp_path, mo
 def test_windows_that_cannot_be_are_refused(model, windows):
     with pytest.raises(ValueError, match="expected windows of at least 1 residue with an overlap from 0"):
         rd_torch.embed(model, [SHORT], windows=windows)
+
+
+def test_combined_stores_say_which_proteins_were_windowed(model, tmp_path):
+    proteins = [("long", LONG), ("short", SHORT)]
+    model.save_pretrained(tmp_path / "maps")
+    nesting = Nesting.from_pretrained(tmp_path / "maps")
+    inputs = {}
+    for level, backbone in model.backbones.items():
+        inputs[level] = tmp_path / f"{level}.h5"
+        alone = rd_torch.RDModel({level: backbone}, []).eval()
+        rd_torch.embed_to_store(alone, proteins, inputs[level], windows=(20, 5))
+        rd_torch.embed_to_store(alone, proteins, tmp_path / f"{level}-whole.h5")
+    rd_torch.combine_stores(nesting, inputs, tmp_path / "out.parquet")
+    with open_store(tmp_path / "out.parquet") as store:
+        assert store.windowed == ["long"]
+        np.testing.assert_allclose(
+            store["long"], rd_torch.embed(model, [LONG], windows=(20, 5))[0], atol=2e-5
+        )
+    mixed = inputs | {"b": tmp_path / "b-whole.h5"}
+    with pytest.raises(ValueError, match=r"of the same --windows, got \(20, 5\) at level a, None at"):
+        rd_torch.combine_stores(nesting, mixed, tmp_path / "mixed.h5")

@@ -476,11 +476,11 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
     def cut_off(self, *arguments):
         add(self, *arguments)
         calls.append(arguments)
-        if len(calls) % 100 == 0:
+        if len(calls) % 150 == 0:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(scaling_cache.Scores, "add", cut_off)
-    for _ in range(len(every) // 100):
+    for _ in range(len(every) // 150):
         with pytest.raises(KeyboardInterrupt):
             run("cut")
     assert run("cut")[:2] == (whole, every)

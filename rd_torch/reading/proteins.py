@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 from rd_torch.reading.fasta import COMMENTS, MARKS, naming, read_fasta
 from rd_torch.reading.tables import Columns, delimiter_of, read_parquet, read_text_table
@@ -72,13 +72,10 @@ class Proteins:
         self.identifier = identifier
         self.table_columns = (sequence_column, identifier_column)
         naming(identifier or "word")
-        self._sizes = [0 if self._is_pipe(each) else Path(each).stat().st_size for each in self.sources]
-        self._behind, self._file, self._used = 0, cast(Opened | None, None), False
-        self._ended = False
-
-    @staticmethod
-    def _is_pipe(source: str) -> bool:
-        return is_read_once(source)
+        self._sizes = [0 if is_read_once(each) else Path(each).stat().st_size for each in self.sources]
+        self._file: Opened | None = None
+        self._behind = 0
+        self._used = self._ended = False
 
     @property
     def is_read_once(self) -> bool:
@@ -110,10 +107,19 @@ class Proteins:
         if self._used and self.is_read_once:
             raise ValueError("expected to read standard input or a pipe once, got a second time")
         self._used, self._ended, self._behind = True, False, 0
+        if len(self.sources) > 1:
+            self._require_readable(identifier)
         for source, size in zip(self.sources, self._sizes, strict=True):
             yield from self._of(source, self.identifier or identifier)
             self._behind += size
         self._ended = True
+
+    def _require_readable(self, identifier: str) -> None:
+        """Raises now for a file that cannot be read, not when those before it have been worked through."""
+        for source in self.sources:
+            if not is_read_once(source):
+                with opened(source) as file:
+                    next(self._parsed(file, source, self.identifier or identifier), None)
 
     def _of(self, source: str, identifier: str) -> Iterator[Entry]:
         """The records of one source."""
@@ -121,9 +127,12 @@ class Proteins:
         with opened(source) as self._file:
             file = self._file
             try:
-                for entry in self._parsed(file, identifier):
-                    count += 1
-                    yield entry
+                for each in self._parsed(file, source, identifier):
+                    if isinstance(each, Entry):
+                        count += 1
+                        yield each
+                    elif each.said:
+                        warnings.warn(each.said, stacklevel=2)
             except BROKEN as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # what the system says
@@ -136,11 +145,12 @@ class Proteins:
         if not count:
             raise ValueError(f"expected at least one record, got none in {file.name}")
 
-    def _parsed(self, file: Opened, identifier: str) -> Iterator[Entry]:
-        """The records of one file, whatever it is."""
+    def _parsed(self, file: Opened, source: str, identifier: str) -> Iterator[Entry | Columns]:
+        """The records of one file, whatever it is; of a table first which columns are read."""
         name = naming(identifier) if self.identifier else None
         if file.is_parquet:
-            yield from _records(read_parquet(file.body, file.name, self.table_columns, name))
+            body = file.body if file.is_packed or is_read_once(source) else Path(source)
+            yield from read_parquet(body, file.name, self.table_columns, name)
             return
         beginning = file.beginning()
         delimiter = None if _begins_a_record(beginning) else delimiter_of(beginning)
@@ -148,7 +158,7 @@ class Proteins:
             yield from read_fasta(file.text(), file.name, naming(identifier))
         else:
             text = file.text(newline="")
-            yield from _records(read_text_table(text, file.name, delimiter, self.table_columns, name))
+            yield from read_text_table(text, file.name, delimiter, self.table_columns, name)
 
 
 class Fasta(Proteins):
@@ -172,7 +182,7 @@ class Fasta(Proteins):
             raise FileNotFoundError(f"expected a FASTA file at {path}, got nothing there")
         super().__init__(path, identifier=identifier)
 
-    def _parsed(self, file: Opened, identifier: str) -> Iterator[Entry]:
+    def _parsed(self, file: Opened, source: str, identifier: str) -> Iterator[Entry | Columns]:
         """The records of the file."""
         yield from read_fasta(file.text(), file.name, naming(identifier))
 
@@ -213,12 +223,3 @@ def _begins_a_record(beginning: str) -> bool:
     lines = (line.strip(MARKS) for line in beginning.splitlines())
     first = next((line for line in lines if line and not line.startswith(COMMENTS)), "")
     return first.startswith(">")
-
-
-def _records(read: Iterator[Entry | Columns]) -> Iterator[Entry]:
-    """The records of a table; says which columns were guessed."""
-    for each in read:
-        if isinstance(each, Entry):
-            yield each
-        elif each.said:
-            warnings.warn(each.said, stacklevel=2)

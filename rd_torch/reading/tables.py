@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
+from rd_torch import letters
 from rd_torch.letters import require_letters
 from rd_torch.reading.fasta import COMMENTS, MARKS, MISSING, Naming
 from rd_torch.reading.text import as_latin_1
@@ -22,7 +24,7 @@ IDENTIFIER_NAMES: Final = frozenset(
     ("identifier", "id", "ids", "name", "entry", "accession", "protein_id", "proteinid", "protein",
     "protein_name",
      "uniprot", "uniprot_id", "uniprotid", "uniprot_accession", "uniprotkb", "seq_id", "seqid", "sequence_id",
-     "header", "label")
+     "header")
 )  # fmt: skip
 """How columns are called in the files of databases and other programs, in lower case with `_` for blanks."""
 
@@ -74,43 +76,30 @@ def read_text_table(
     reader = csv.reader(handle, delimiter=delimiter, strict=True)
     rows = ((reader.line_num, row) for row in reader if any(map(str.strip, row)))
     try:
-        _, top = next((number, row) for number, row in rows if not row[0].strip(MARKS).startswith(COMMENTS))
-        header = [cell.strip(MARKS) for cell in top]
+        tops = (row for _, row in rows if not row[0].strip(MARKS).startswith(COMMENTS))
+        header = [cell.strip(MARKS) for cell in next(tops, [])]
         head = list(islice(rows, ROWS_GUESSED_FROM))
         samples = [[row[place] for _, row in head if place < len(row)] for place in range(len(header))]
         columns = choose(dict(zip(header, samples, strict=True)), header, source, wanted)
         yield columns
         places = [header.index(each) if each is not None else None for each in columns[:2]]
-        for number, row in chain(head, rows):
-            yield _row(number, row, places, len(header), source, name)
+        for count, (line, row) in enumerate(chain(head, rows), start=1):
+            if len(row) == len(header):
+                identifier, sequence = (str(count) if place is None else row[place] for place in places[::-1])
+                yield entry(identifier, sequence, source, line, name)
+            else:
+                fault = f"expected {len(header):,} columns, as in the header row, got {len(row):,}"
+                yield Entry(f"line {line}", "", source, line, fault)
     except csv.Error as error:
         raise ValueError(
             f"expected a table, got one that does not read in line {reader.line_num:,} of {source}: {error}"
         ) from error
 
 
-def _row(
-    number: int,
-    row: Sequence[str],
-    places: Sequence[int | None],
-    width: int,
-    source: str,
-    name: Naming | None,
-) -> Entry:
-    """The record of a row of text."""
-    sequence_place, identifier_place = places
-    if len(row) != width:
-        fault = f"expected {width:,} columns, as in the header row, got {len(row):,}"
-        return Entry(f"row {number}", "", source, number, fault)
-    assert sequence_place is not None
-    identifier = str(number) if identifier_place is None else row[identifier_place]
-    return entry(identifier, row[sequence_place], source, number, name)
-
-
 def read_parquet(
-    body: IO[bytes], source: str, wanted: Sequence[str | None], name: Naming | None
+    body: Path | IO[bytes], source: str, wanted: Sequence[str | None], name: Naming | None
 ) -> Iterator[Entry | Columns]:
-    """The same of a Parquet file, whose rows are counted from 1.
+    """The same of a Parquet file, whose rows are counted from 1; one that is packed is held in memory.
 
     Raises:
         ValueError: for columns that cannot be told.
@@ -119,7 +108,7 @@ def read_parquet(
     import pyarrow.parquet as pq  # load only for such a file
 
     try:
-        table = pq.ParquetFile(body if body.seekable() else pa.BufferReader(body.read()))
+        table = pq.ParquetFile(body if isinstance(body, Path) else pa.BufferReader(body.read()))
     except pa.ArrowInvalid as error:
         raise ValueError(f"expected a Parquet file, got one that is broken: {source}: {error}") from error
     texts = [field.name for field in table.schema_arrow if _is_text(field.type)]
@@ -151,10 +140,18 @@ def _text(cell: object) -> str:
 
 
 def entry(identifier: str, sequence: str, source: str, number: int, name: Naming | None) -> Entry:
-    """The record of a row, checked for an identifier and a sequence."""
+    """The record of a row, checked for an identifier and a sequence.
+
+    Args:
+        identifier: what stands in its column.
+        sequence: likewise.
+        source: what the table is called.
+        number: the line or row.
+        name: makes an identifier of what stands there; None takes it as it is.
+    """
     identifier, fault = as_latin_1(identifier.strip(MARKS)), ""
-    if identifier in _NOTHING:
-        identifier, fault = f"row {number}", "expected an identifier, got none"
+    if identifier in _NOTHING or identifier in letters.MISSING:
+        identifier, fault = f"line {number}", "expected an identifier, got none"
     elif name is not None:
         try:
             identifier = name(identifier)
@@ -190,11 +187,12 @@ def choose(
         sequence = _only(_of_sequences(samples), "--sequence-column", "sequences", listed, source)
         if sequence.isupper() and _are_sequences([sequence]):
             raise ValueError(f"expected a header row with the names of columns, got {listed} in {source}")
-    others = [each for each in header if each != sequence]
-    if identifier is None and others:
-        meant = [each for each in others if _called(each) in IDENTIFIER_NAMES]
-        chosen = others if len(others) == 1 else meant
-        identifier = _only(chosen, "--identifier-column", "identifiers", listed, source)
+    if identifier is None:
+        others = {each: cells for each, cells in samples.items() if each != sequence}
+        meant = [each for each in header if each != sequence and _called(each) in IDENTIFIER_NAMES]
+        meant = meant or [each for each, cells in others.items() if _are_names(cells)]
+        if meant:
+            identifier = _only(meant, "--identifier-column", "identifiers", listed, source)
     guessed = [
         f"{what} from column {column!r}" if column is not None else "rows numbered, for want of identifiers"
         for what, column, told in zip(
@@ -221,6 +219,16 @@ def _are_sequences(cells: Iterable[str]) -> bool:
     except ValueError:
         return False
     return bool(found) and min(map(len, found)) >= 10
+
+
+def _are_names(cells: Sequence[str]) -> bool:
+    """Whether cells can name records: all there and different, each with a letter in it."""
+    return (
+        len(set(cells)) == len(cells) > 0
+        and not _NOTHING.intersection(cells)
+        and all(any(map(str.isalpha, cell)) for cell in cells)
+        and not _are_sequences(cells)
+    )
 
 
 def _only(chosen: Sequence[str], flag: str, what: str, listed: str, source: str) -> str:

@@ -88,10 +88,12 @@ class Opened:
         name: what it is called in messages.
         head: its first bytes, unpacked.
         body: all of its bytes, unpacked, the first ones too.
+        is_packed: whether they were packed.
     """
 
     def __init__(self, name: str, raw: IO[bytes], stack: ExitStack) -> None:
         self.name = name
+        self.is_packed = False
         self._raw = raw
         body: IO[bytes] = raw
         while True:
@@ -101,6 +103,7 @@ class Opened:
             if unpack is None:
                 break
             body = stack.enter_context(unpack(body))
+            self.is_packed = True
         self.body = body
         for mark, what in _REFUSED:
             if self.head.lstrip().startswith(mark):

@@ -17,7 +17,7 @@ from rd_torch.store.facts import Facts, Pool
 from rd_torch.store.format import Format, Row, written_whole
 from rd_torch.store.naming import file_name
 from rd_torch.store.store import Array, Store, missing
-from rd_torch.store.windows import Window
+from rd_torch.store.windows import Length, Window
 
 FACTS: Final = "rd_torch.json"
 """What says the facts and the identifiers in FASTA order, beside the records."""
@@ -50,8 +50,8 @@ class FairESM(Format):
             name = window.names[place]
             path = folder / f"{file_name(name)}.pt"
             kept: dict[str, Any] = {"label": name, _KEYS[facts.pool]: {facts.num_layers: row.clone()}}
-            if facts.is_windowed(window.lengths[place]):
-                kept["windows"] = list(facts.windows or ())
+            if window.lengths[place] is not None:
+                kept["length"] = window.lengths[place]
             buffer = io.BytesIO()  # torch would hide what the disk says
             torch.save(kept, buffer)
             written_whole(path, partial(Path.write_bytes, data=buffer.getvalue()), durable=False)
@@ -153,12 +153,8 @@ class FairESMStore(Store):
                     f"got that of layer {layer}"
                 )
 
-    @property
-    def windowed(self) -> list[str]:
-        """Identifiers of the records that were embedded in windows, as their files say."""
-        if self.facts is None or self.facts.windows is None:
-            return []
-        return [name for name in self._identifiers if "windows" in self._read(name)[1]]
+    def _length_of(self, identifier: str) -> Length:
+        return self._read(identifier)[1].get("length")
 
     def _shut(self) -> None:
         """Nothing is open between reads."""

@@ -19,7 +19,7 @@ from rd_torch.store.facts import Facts, Pool
 from rd_torch.store.format import Format, Row, written_whole
 from rd_torch.store.naming import dataset_name, identifier_of
 from rd_torch.store.store import Array, Store, missing
-from rd_torch.store.windows import Window
+from rd_torch.store.windows import Length, Window
 
 LEAST_COLUMNS: Final = 16
 """Features a chunk holds at the least: thinner ones cost more in bookkeeping than they save."""
@@ -31,8 +31,8 @@ releases."""
 MODEL_NAME: Final = "model_name"
 """The attribute of a file that has the model's name, for ProtSpace."""
 
-WINDOWS: Final = "windows"
-"""The attribute of a dataset that was embedded in windows: their length and overlap."""
+LENGTH: Final = "length"
+"""The attribute of a dataset that has the protein's residues, where somebody counted them."""
 
 _CREATE: Final[Mapping[str, Any]] = {"libver": ("v110", "v110"), "track_order": True}
 
@@ -64,8 +64,8 @@ class HDF5(Format):
             with _created(part) as file:
                 for place, row in rows:
                     dataset = _add(file, window.names[place], row, columns(facts.widths))
-                    if facts.is_windowed(window.lengths[place]):
-                        dataset.attrs[WINDOWS] = facts.windows
+                    if window.lengths[place] is not None:
+                        dataset.attrs[LENGTH] = window.lengths[place]
 
         written_whole(path, fill)
         return [path]
@@ -135,7 +135,7 @@ def _add(file: h5py.File, name: str, row: Tensor, chunk: int) -> h5py.Dataset:
     array = row.numpy()
     chunks = (len(array), chunk) if array.ndim == 2 else None
     dataset = file.create_dataset(dataset_name(name), data=array, chunks=chunks)
-    dataset.attrs[ORIGINAL_ID] = name
+    dataset.attrs[ORIGINAL_ID] = name.replace("\x00", "%00")  # HDF5 would end there
     return dataset
 
 
@@ -245,13 +245,9 @@ class HDF5Store(Store):
         found = dict(zip(known or map(identifier_of, names), names, strict=True))
         return found if len(found) == len(names) else dict(zip(names, names, strict=True))
 
-    @property
-    def windowed(self) -> list[str]:
-        """Identifiers of the records that were embedded in windows, as their datasets say."""
-        if self.facts is None or self.facts.windows is None:
-            return []
-        self._require_open()
-        return [name for name in self.identifiers if WINDOWS in self._file[self._name(name)].attrs]
+    def _length_of(self, identifier: str) -> Length:
+        length = self._file[self._name(identifier)].attrs.get(LENGTH)
+        return None if length is None else int(length)
 
     def __contains__(self, identifier: object) -> bool:
         self._require_open()

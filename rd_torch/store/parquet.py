@@ -159,12 +159,6 @@ class ParquetStore(Store):
         ]
         return np.concatenate(blocks, axis=1)[:, :width]
 
-    @property
-    def windowed(self) -> list[str]:
-        """Identifiers of the records that were embedded in windows, by their lengths."""
-        pairs = zip(self.identifiers, self.lengths(), strict=True)
-        return [identifier for identifier, length in pairs if self.facts.is_windowed(length)]
-
     def _shut(self) -> None:
         for file in self._files:
             file.close()

@@ -123,7 +123,11 @@ class Store(ABC):
     @property
     def windowed(self) -> list[str]:
         """Identifiers of the records that were embedded in windows, in FASTA order."""
-        return []
+        facts = self.facts
+        if facts is None or facts.windows is None:
+            return []
+        pairs = zip(self.identifiers, self.lengths(), strict=True)
+        return [identifier for identifier, length in pairs if facts.is_windowed(length)]
 
     def __len__(self) -> int:
         return len(self.identifiers)
@@ -218,8 +222,13 @@ class Store(ABC):
     def lengths(self, key: slice = slice(None)) -> list[Length]:
         """Residues of the records of a slice; None of pooled ones, where the store does not say them."""
         self._require_open()
-        chosen = range(len(self))[key]
-        return [None if self.pool == "mean" else len(row) for row in self._rows(chosen, 1)]
+        if self.pool == "mean":
+            return [self._length_of(identifier) for identifier in self.identifiers[key]]
+        return [len(row) for row in self._rows(range(len(self))[key], 1)]
+
+    def _length_of(self, identifier: str) -> Length:
+        """Residues of a pooled record, where the store says them."""
+        return None
 
     def __enter__(self) -> Self:
         return self

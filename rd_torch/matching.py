@@ -1,0 +1,55 @@
+"""Which files may be of a level's raw embeddings, by all that they state of themselves."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from rd_torch.config import ESM2_LEVELS, Level
+from rd_torch.store import Store
+
+_SIZE: Final = re.compile(r"(?:^|[^0-9A-Za-z])(\d+[MB])(?![0-9A-Za-z])", re.IGNORECASE)
+"""How the names of ESM-2 models tell their size, as `esm2_t33_650M_UR50D`."""
+
+_OTHER_FAMILIES: Final = re.compile(
+    r"t5|bert|xlnet|esm[-_]?(?:1|3|c|msa)|ankh|seqvec|unirep|progen|word2vec|fasttext|glove", re.IGNORECASE
+)
+
+
+def require_raw(level: Level, store: Store) -> None:
+    """Raises a ValueError unless a file can hold the level's raw embeddings, by all that it states."""
+    cure = "name each file by the level of the backbone that made it"
+    if store.facts is not None and len(store.facts.levels) > 1:
+        raise ValueError(
+            f"expected raw embeddings of the {level.name} backbone in {store.path}, got nested ones of "
+            "levels "
+            f"{', '.join(store.facts.levels)}: embed with that backbone alone as the model"
+        )
+    if store.width != level.width:
+        raise ValueError(
+            f"expected width {level.width} at level {level.name}, got {store.width} in {store.path}: {cure}"
+        )
+    if store.layer not in (None, level.num_layers):
+        raise ValueError(
+            f"expected embeddings of the last layer, {level.num_layers}, at level {level.name}, got those "
+            "of layer "
+            f"{store.layer} in {store.path}: {cure}, and take its last layer"
+        )
+    said = store.model_name or ""
+    size = _SIZE.search(said)
+    other = (size and size[1].upper() != level.name) or _OTHER_FAMILIES.search(said)
+    if store.facts is None and level.name in ESM2_LEVELS and other:
+        raise ValueError(
+            f"expected embeddings of ESM-2 {level.name}, got those of {said} in {store.path}, as the file "
+            f"says: {cure}"
+        )
+
+
+def require_names(store: Store) -> None:
+    """Raises a ValueError where another program's file has the numbers of its records and no names."""
+    if store.facts is None and len(store) > 1 and set(store.identifiers) == set(map(str, range(len(store)))):
+        raise ValueError(
+            f"expected the names of proteins in {store.path}, got the numbers 0 to {len(store) - 1:,}: "
+            "numbers say "
+            "nothing of which protein is which in another file; write names as the attribute original_id"
+        )
