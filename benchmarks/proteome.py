@@ -81,7 +81,7 @@ def whole(model: rd_torch.RDModel, fasta: Path, suffix: str, pool: str) -> float
         start = time.perf_counter()
         rd_torch.embed_to_store(
             model,
-            normalized_proteins(Fasta(fasta)),
+            Fasta(fasta),
             Path(folder) / f"out.{suffix}",
             pool=pool,
             tokens_per_batch=TOKENS_PER_BATCH,
@@ -129,7 +129,7 @@ def measured(records: int) -> None:
             file.writelines(f">P{number}\n{'MKTAYIAKQRQISFVKSHFS' * 3}\n" for number in range(records))
         rd_torch.embed_to_store(
             model,
-            normalized_proteins(Fasta(fasta)),
+            Fasta(fasta),
             Path(folder) / "out.h5",
             pool="none",
             tokens_per_batch=2_048,

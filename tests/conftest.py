@@ -35,8 +35,18 @@ def data():
     return Path(folder).resolve()
 
 
+LONGEST_FIRST = (
+    "cluster", "benchmarks", "resume", "esm2", "training", "scaling", "inputs", "family", "dataset",
+    "structure", "finetuning", "model", "frameworks", "backbone_files", "processes", "engine",
+    "soft_sequences", "store", "docs",
+)  # fmt: skip
+"""Files of tests that take long: no process is to work through one when the others have ended."""
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked `cuda` run wherever CUDA is."""
+    """Files that take long come first; tests marked `cuda` run wherever CUDA is."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

@@ -216,7 +216,7 @@ def test_what_was_begun_from_a_pipe_goes_on_with_the_same_proteins_piped_again(c
 def test_several_files_and_folders_are_one_input(checkpoint, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    for name in ("b.fa.gz", "a.fasta", "ignored.txt", ".hidden.fasta", "c.csv"):
+    for name in ("b.fa.gz", "a.fasta", "ignored.txt", ".hidden.fasta", "c.csv", "out.h5.failed.tsv"):
         source = "table.csv" if name == "c.csv" else "plain.fasta"
         (folder / name).write_bytes((FOLDER / source).read_bytes())
     result = CliRunner().invoke(
@@ -275,11 +275,6 @@ def test_a_file_that_cannot_be_read_ends_the_command_before_others_are_embedded(
 )
 def test_wrong_sources_are_said_in_a_sentence(arguments, message, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "--cluster" in arguments:
-        pytest.importorskip("ray")
-        with pytest.raises(ValueError, match=message):
-            Records(Path("-")).proteins()
-        return
     result = CliRunner().invoke(main, ["embed", *arguments, "-o", "out.h5", "--model", checkpoint])
     assert result.exit_code == 1
     assert message in result.stderr.splitlines()[-1]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rd_torch.cli.reading import (
-    how_to_read,
     list_failures,
     proteins_argument,
     reading_options,
     records_of,
     strict_option,
+    take_proteins,
 )
 from rd_torch.cli.shared import (
     budget_option,
@@ -112,7 +112,6 @@ def embed(
       rd-torch embed proteome.fasta -o proteome.parquet --cluster 10.0.0.1:6379
     """
     from rd_torch.cli.progress import Progress
-    from rd_torch.reading import Proteins
     from rd_torch.store import format_of
     from rd_torch.store.format import require_folder
     from rd_torch.weights import DEFAULT_MODEL, read_checkpoint
@@ -120,7 +119,7 @@ def embed(
     require_one(width, level)
     require_folder(output)
     format_of(output, options["form"])
-    file = Proteins(*proteins, **how_to_read(options))
+    file = take_proteins(proteins, options)
     options["windows"] = _pieces(windows)
     name, published = model or DEFAULT_MODEL, given(options)
     if width is not None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rd_torch.cli.reading import (
-    how_to_read,
     list_failures,
     proteins_argument,
     reading_options,
     records_of,
     strict_option,
+    take_proteins,
 )
 from rd_torch.cli.shared import (
     backbone_option,
@@ -80,13 +80,10 @@ def fit(
     """
     from rd_torch.cli.progress import Progress
     from rd_torch.config import check_choice
-    from rd_torch.reading import Proteins
-    from rd_torch.store.folder import failure_of
-    from rd_torch.store.work import write_failures
     from rd_torch.sums import clear
 
     counts = _added(added)
-    file = Proteins(*proteins, **how_to_read(options))
+    file = take_proteins(proteins, options)
     left_out: list[Entry] = []
     work_folder = output.resolve().with_name(f"{output.resolve().name}.part")
     work_folder.parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +112,16 @@ def fit(
     clear(work_folder)
     print_levels(chain.config)
     click.echo(f"Written to {output}", err=True)
-    failed = output.with_name(f"{output.name}.failed.tsv")
-    write_failures(failed, [(entry.identifier, failure_of(entry)) for entry in left_out])
-    list_failures(failed, len(left_out))
+    _list(left_out, output.with_name(f"{output.name}.failed.tsv"))
+
+
+def _list(left_out: list[Entry], path: Path) -> None:
+    """Lists what could not be read, and ends the command with the status for that."""
+    from rd_torch.store.folder import failure_of
+    from rd_torch.store.work import write_failures
+
+    write_failures(path, [(entry.identifier, failure_of(entry)) for entry in left_out])
+    list_failures(path, len(left_out))
 
 
 def _here(

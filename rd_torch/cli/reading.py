@@ -51,9 +51,19 @@ def reading_options(command: Command) -> Command:
     return reduce(lambda inner, add: add(inner), reversed(_READING), command)
 
 
-def how_to_read(options: dict[str, Any]) -> dict[str, Any]:
-    """Takes those options out of a command's."""
-    return {name: options.pop(name) for name in ("identifier", "sequence_column", "identifier_column")}
+def take_proteins(sources: tuple[str, ...], options: dict[str, Any]) -> Proteins:
+    """The proteins of a command, whose options on reading are taken out of its others.
+
+    Raises:
+        ValueError, FileNotFoundError: as `Proteins`; with a cluster, for standard input and pipes.
+    """
+    from rd_torch.reading import Proteins
+
+    how = {name: options.pop(name) for name in ("identifier", "sequence_column", "identifier_column")}
+    proteins = Proteins(*sources, **how)
+    if options["cluster"]:
+        proteins.require_files()
+    return proteins
 
 
 def records_of(proteins: Proteins, **reading: Any) -> Records:

@@ -70,12 +70,7 @@ class Records:
             sequence_column=self.columns[0],
             identifier_column=self.columns[1],
         )
-        if proteins.is_read_once:
-            raise ValueError(
-                "expected files that every machine of the cluster sees, got standard input or a pipe: "
-                "write it to a "
-                "file first"
-            )
+        proteins.require_files()
         return proteins
 
     def windows(

@@ -82,9 +82,17 @@ class Proteins:
         """Whether one of the sources can be read a single time, as standard input can."""
         return any(map(is_read_once, self.sources))
 
+    def require_files(self) -> None:
+        """Raises a ValueError for standard input and pipes, which no other machine can read."""
+        if self.is_read_once:
+            raise ValueError(
+                "expected files that every machine of the cluster sees, got standard input or a pipe: write "
+                "it to a file first"
+            )
+
     @property
     def fraction(self) -> float | None:
-        """Share of the files' bytes that the latest iteration has read; None of pipes, which say no size."""
+        """Share of the bytes that the latest iteration has read; None of pipes, which say no size."""
         if self._ended:
             return 1.0
         if self.is_read_once:
@@ -215,7 +223,8 @@ def _is_of_sequences(path: Path) -> bool:
     suffixes = [each.lower() for each in path.suffixes]
     if suffixes and suffixes[-1] in PACKED_SUFFIXES:
         suffixes.pop()
-    return bool(suffixes) and suffixes[-1] in SUFFIXES and not path.name.startswith(".")
+    hidden = path.name.startswith(".") or path.name.endswith(".failed.tsv")  # which is our own list
+    return bool(suffixes) and suffixes[-1] in SUFFIXES and not hidden
 
 
 def _begins_a_record(beginning: str) -> bool:
