@@ -50,7 +50,7 @@ def test_no_sequences_give_empty_results(mini):
 
 
 def test_misuse_is_refused_with_the_cure(mini):
-    with pytest.raises(TypeError, match="got one: put it in a list"):
+    with pytest.raises(TypeError, match="got one string: put it in a list"):
         rd_torch.embed(mini, "MKT")
     with pytest.raises(ValueError, match=r"width from 1 to 128 \(levels: 28K 32, .*1M 128\), got 129"):
         rd_torch.embed(mini, ["MKT"], width=129)

@@ -67,7 +67,7 @@ def test_a_fasta_file_is_embedded(model, expected, tmp_path):
 
 
 REFUSED = {
-    "one string": (A, "several sequences, got one: put it in a list"),
+    "one string": (A, "several sequences, got one string: put it in a list; a file is read with"),
     "one Seq": (Seq(A), "several sequences, got one: put it in a list"),
     "one record": (SeqRecord(Seq(A)), "several sequences, got one: put it in a list"),
     "one Protein": (Protein("p1", A), "several sequences, got one: put it in a list"),
@@ -142,7 +142,7 @@ def test_numbers_are_identifiers_too(model, tmp_path):
         ({"p1": A, "p2": B}, "got a mapping: pass sequences.items()"),
         ({("p1", A), ("p2", B)}, "got a set, which has no order"),
         (Path("in.fasta"), "got a path: read it with rd_torch.Fasta(path)"),
-        ("in.fasta", "got one: put it in a list"),
+        ("in.fasta", "got one string: put it in a list; a file is read with rd_torch.Fasta(path)"),
         ([("p1", A), ("p2", B, 3)], "got tuple of 3 parts as item number 2"),
         ([("p1", A), (None, B)], "expected a string as identifier, got NoneType in item number 2"),
         ([("p1", A), (1.5, B)], "expected a string as identifier, got float in item number 2"),

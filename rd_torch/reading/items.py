@@ -59,7 +59,9 @@ def require_ordered(given: Any, of_a_frame: str, of_a_mapping: str) -> None:
         of_a_mapping: what to pass of a dictionary.
     """
     cure = None
-    if isinstance(given, str | Protein) or _is_biopython(given):
+    if isinstance(given, str):
+        cure = "one string: put it in a list; a file is read with rd_torch.Fasta(path)"
+    elif isinstance(given, Protein) or _is_biopython(given):
         cure = "one: put it in a list"
     elif isinstance(given, bytes | bytearray):
         cure = "bytes: decode them and put the string in a list"
