@@ -243,7 +243,7 @@ def test_several_files_and_folders_are_one_input(checkpoint, tmp_path):
 
 
 def test_a_file_that_cannot_be_read_ends_the_command_before_others_are_embedded(checkpoint, tmp_path):
-    for bad in ("archive.zip", "bare.fasta", "cut_off.gz"):
+    for bad in ("archive.zip", "bare.fasta", "cut_off.gz", "cut_off.xz", "nothing.fasta", "only_blank.fasta"):
         files = [str(FOLDER / "plain.fasta"), str(FOLDER / bad)]
         out = tmp_path / f"{bad}.h5"
         result = CliRunner().invoke(main, ["embed", *files, "-o", str(out), "--model", checkpoint])

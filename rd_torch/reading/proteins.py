@@ -9,26 +9,12 @@ from typing import Final
 
 from rd_torch.reading.fasta import COMMENTS, MARKS, naming, read_fasta
 from rd_torch.reading.tables import Columns, delimiter_of, read_parquet, read_text_table
-from rd_torch.reading.text import BROKEN, STANDARD_INPUT, Opened, is_read_once, opened
+from rd_torch.reading.text import STANDARD_INPUT, Opened, is_read_once, opened
 from rd_torch.sequences import Entry, Protein, said
 
 SUFFIXES: Final = frozenset(
-    (
-        ".fasta",
-        ".fa",
-        ".faa",
-        ".fas",
-        ".fsa",
-        ".fst",
-        ".pep",
-        ".aa",
-        ".seq",
-        ".csv",
-        ".tsv",
-        ".tab",
-        ".parquet",
-    )
-)
+    (".fasta", ".fa", ".faa", ".fas", ".fsa", ".fst", ".pep", ".aa", ".seq", ".csv", ".tsv", ".tab", ".parquet")
+)  # fmt: skip
 """Files that are taken from a folder, packed or not."""
 
 PACKED_SUFFIXES: Final = frozenset((".gz", ".bgz", ".xz", ".bz2", ".zst"))
@@ -115,10 +101,11 @@ class Proteins:
         if self._used and self.is_read_once:
             raise ValueError("expected to read standard input or a pipe once, got a second time")
         self._used, self._ended, self._behind = True, False, 0
+        identifier = self.identifier or identifier
         if len(self.sources) > 1:
             self._require_readable(identifier)
         for source, size in zip(self.sources, self._sizes, strict=True):
-            yield from self._of(source, self.identifier or identifier)
+            yield from self._of(source, identifier)
             self._behind += size
         self._ended = True
 
@@ -126,32 +113,21 @@ class Proteins:
         """Raises now for a file that cannot be read, not when those before it have been worked through."""
         for source in self.sources:
             if not is_read_once(source):
-                with opened(source) as file:
-                    next(self._parsed(file, source, self.identifier or identifier), None)
+                next(self._of(source, identifier, quietly=True))
 
-    def _of(self, source: str, identifier: str) -> Iterator[Entry]:
-        """The records of one source."""
-        count = 0
-        with opened(source) as self._file:
-            file = self._file
-            try:
-                for each in self._parsed(file, source, identifier):
-                    if isinstance(each, Entry):
-                        count += 1
-                        yield each
-                    elif each.said:
-                        warnings.warn(each.said, stacklevel=2)
-            except BROKEN as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise  # what the system says
-                raise ValueError(
-                    "expected a file of sequences, got one that is broken or cut off behind record "
-                    f"{count:,}: "
-                    f"{file.name}: {error}"
-                ) from error
+    def _of(self, source: str, identifier: str, *, quietly: bool = False) -> Iterator[Entry]:
+        """The records of one source; says which columns of a table are guessed, unless it is only tried."""
+        with opened(source) as file:
+            self._file = file
+            for each in self._parsed(file, source, identifier):
+                if isinstance(each, Entry):
+                    file.records += 1
+                    yield each
+                elif each.said and not quietly:
+                    warnings.warn(each.said, stacklevel=2)
+            if not file.records:
+                raise ValueError(f"expected at least one record, got none in {file.name}")
         self._file = None
-        if not count:
-            raise ValueError(f"expected at least one record, got none in {file.name}")
 
     def _parsed(self, file: Opened, source: str, identifier: str) -> Iterator[Entry | Columns]:
         """The records of one file, whatever it is; of a table first which columns are read."""

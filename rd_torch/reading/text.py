@@ -89,11 +89,13 @@ class Opened:
         head: its first bytes, unpacked.
         body: all of its bytes, unpacked, the first ones too.
         is_packed: whether they were packed.
+        records: how many records have been read of it, which its reader counts.
     """
 
     def __init__(self, name: str, raw: IO[bytes], stack: ExitStack) -> None:
         self.name = name
         self.is_packed = False
+        self.records = 0
         self._raw = raw
         body: IO[bytes] = raw
         while True:
@@ -106,7 +108,7 @@ class Opened:
             self.is_packed = True
         self.body = body
         for mark, what in _REFUSED:
-            if self.head.lstrip().startswith(mark):
+            if self.head.lstrip().lower().startswith(mark.lower()):
                 raise ValueError(f"expected a file of sequences, got {what}: {name}")
 
     @property
@@ -141,7 +143,8 @@ def opened(source: str | Path) -> Iterator[Opened]:
     Gzip, xz, bzip2 and zstd are told by their first bytes, not by the name, and one inside the other too.
 
     Raises:
-        ValueError: for a file of a kind that holds no sequences, or one that is broken or cut off.
+        ValueError: for a file of a kind that holds no sequences, or one that is broken or cut off, then or
+            while it is read.
     """
     name = "standard input" if str(source) == STANDARD_INPUT else str(source)
     with ExitStack() as stack:
@@ -150,15 +153,18 @@ def opened(source: str | Path) -> Iterator[Opened]:
             if str(source) == STANDARD_INPUT
             else stack.enter_context(Path(source).open("rb"))
         )
+        file: Opened | None = None
         try:
             file = Opened(name, raw, stack)
+            yield file
         except BROKEN as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # what the system says of the file itself
+            count = file.records if file else 0
             raise ValueError(
-                f"expected a file of sequences, got one that is broken or cut off: {name}: {error}"
+                f"expected a file of sequences, got one that is broken or cut off behind record {count:,}: "
+                f"{name}: {error}"
             ) from error
-        yield file
 
 
 def as_latin_1(text: str) -> str:
