@@ -49,14 +49,13 @@ class Embedder(NamedTuple):
         Raises:
             MemoryError: where one sequence alone takes more than there is, without `failures`.
         """
-        longest = (
-            len(max(sequences.values(), key=len, default="")) if self.pieces is None else self.pieces.length
-        )
-        whole = {number: letters for number, letters in sequences.items() if len(letters) <= longest}
-        yield from self._whole(whole, self.pool, failures)
-        if self.pieces is not None and len(whole) < len(sequences):
-            long = {number: letters for number, letters in sequences.items() if number not in whole}
-            yield from self._in_pieces(self.pieces, long, failures)
+        if self.pieces is None:
+            yield from self._whole(sequences, self.pool, failures)
+            return
+        long = {number: each for number, each in sequences.items() if len(each) > self.pieces.length}
+        short = {number: each for number, each in sequences.items() if number not in long}
+        yield from self._whole(short, self.pool, failures)
+        yield from self._in_pieces(self.pieces, long, failures)
 
     def _whole(
         self, sequences: Mapping[int, str], pool: Pool, failures: dict[int, str] | None

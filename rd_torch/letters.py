@@ -70,8 +70,8 @@ def _are_blocks(pieces: list[str]) -> bool:
 def read_residues(text: str, corrections: Corrections, *, strict: bool = False, gaps: str = "") -> str:
     """The residues of a sequence as people write it.
 
-    Blanks and line breaks are dropped, lower case is read as upper, and so is a `*` at the end dropped. Every
-    other letter that is no residue (J, `-`, `.`, an inner `*`) becomes X.
+    Blanks, line breaks and a `*` at the end are dropped, and lower case is read as upper. Every other letter
+    that is no residue (J, `-`, `.`, an inner `*`) becomes X.
 
     Args:
         text: the sequence.

@@ -37,8 +37,7 @@ class Pieces(NamedTuple):
         if length < 1 or not 0 <= overlap < length:
             raise ValueError(
                 "expected windows of at least 1 residue with an overlap from 0 to below their length, got "
-                f"{length} "
-                f"with {overlap}"
+                f"{length} with {overlap}"
             )
         return cls(length, overlap)
 

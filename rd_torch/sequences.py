@@ -67,10 +67,9 @@ def normalize(
         ValueError: for a sequence without residues or with signs that are no letters, with its record; when
             strict, for the first letter that is no residue, with its position.
     """
-    (entry,) = normalized_entries(
-        [Entry(*protein)], corrections, strict=strict, max_length=max_length, keep_faults=False
-    )
-    return Protein(entry.identifier, entry.sequence)
+    entries = normalized_entries([Entry(*protein)], corrections, strict=strict, max_length=max_length)
+    (read,) = sound_proteins(entries)
+    return read
 
 
 def normalized_entries(
@@ -79,7 +78,6 @@ def normalized_entries(
     *,
     strict: bool = False,
     max_length: int | None = None,
-    keep_faults: bool = True,
 ) -> Iterator[Entry]:
     """Records with only residues in them, as they come, those that cannot be read with their faults.
 
@@ -88,14 +86,13 @@ def normalized_entries(
         corrections: receives the counts of what was changed.
         strict: refuse letters that are no residue, and stop at the first record that cannot be read.
         max_length: residues to keep; by default all.
-        keep_faults: go on behind a record that cannot be read.
 
     Raises:
-        ValueError: for the first record that cannot be read, when strict or unless faults are kept.
+        ValueError: when strict, for the first record that cannot be read.
     """
     for entry in entries:
         read = entry if entry.fault else _read(entry, corrections, strict=strict, max_length=max_length)
-        if read.fault and (strict or not keep_faults):
+        if read.fault and strict:
             raise ValueError(said(read))
         yield read
 
@@ -121,6 +118,14 @@ def sound(entries: Iterable[Entry], left_out: list[Entry]) -> Iterator[Entry]:
             yield entry
 
 
+def sound_proteins(entries: Iterable[Entry]) -> Iterator[Protein]:
+    """The proteins of records; raises a ValueError at the first record that has a fault."""
+    for entry in entries:
+        if entry.fault:
+            raise ValueError(said(entry))
+        yield Protein(entry.identifier, entry.sequence)
+
+
 def normalized_proteins(
     proteins: Iterable[tuple[str, str]], *, strict: bool = False, max_length: int | None = None
 ) -> Iterator[Protein]:
@@ -130,10 +135,7 @@ def normalized_proteins(
     """
     corrections = Corrections()
     entries = (Entry(*protein) for protein in proteins)
-    for entry in normalized_entries(
-        entries, corrections, strict=strict, max_length=max_length, keep_faults=False
-    ):
-        yield Protein(entry.identifier, entry.sequence)
+    yield from sound_proteins(normalized_entries(entries, corrections, strict=strict, max_length=max_length))
     corrections.warn()
 
 

@@ -60,6 +60,12 @@ def random_stages(predict_from="nested", widths=WIDTHS, seed=0, **options):
     return stages
 
 
+def tiny_model():
+    """A random chain of two levels of one layer, 16 and 24 features wide, in `eval` mode."""
+    backbones = {"a": random_esm2(1, 16, 4), "b": random_esm2(1, 24, 4, seed=1)}
+    return RDModel(backbones, random_stages(widths={"a": 16, "b": 24})).eval()
+
+
 def small_model(predict_from="nested", special_rows="maps"):
     """A random family of three levels, the same at every call."""
     backbones = {name: random_esm2(*shape, seed=k) for k, (name, shape) in enumerate(SHAPES.items())}

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers import random_esm2, random_sequence, random_stages
+from helpers import random_sequence, tiny_model
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import cross_val_predict, train_test_split
 from torch.utils.data import ConcatDataset, DataLoader, Subset, random_split
@@ -22,8 +22,7 @@ POOLED = [kind for kind in KINDS if kind[1] == "mean"]
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-    backbones = {"a": random_esm2(1, 16, 4), "b": random_esm2(1, 24, 4, seed=1)}
-    model = rd_torch.RDModel(backbones, random_stages(widths={"a": 16, "b": 24})).eval()
+    model = tiny_model()
     proteins = [(f"p{k}", random_sequence(5 + k % 7, k)) for k in range(COUNT)]
     folder = tmp_path_factory.mktemp("stores")
 
@@ -137,6 +136,12 @@ def test_keys_that_are_none_are_refused(store, key, error, message):
         store[key]
 
 
+def test_a_place_in_parquet_is_read_without_the_names_of_all(stores):
+    with open_store(stores("parquet", "mean")) as store:
+        store[3], store[[5, -1]], store[2:4], store[np.arange(COUNT) < 3]
+        assert not {"identifiers", "_places"} & vars(store).keys()
+
+
 def test_a_loop_over_places_ends(store):
     assert sum(1 for _ in store) == len(store) == COUNT
     assert [store[place].shape for place in range(len(store))] == [row.shape for row in store[:]]
@@ -147,7 +152,8 @@ def test_the_pieces_of_pytorch_take_it(store):
     first, second = random_split(store, [30, 10], torch.Generator().manual_seed(0))
     assert sorted([*first.indices, *second.indices]) == list(range(COUNT))
     assert np.array_equal(first[0], whole[first.indices[0]])
-    assert same(Subset(store, [4, 2])[[0, 1]] if False else [Subset(store, [4, 2])[0]], [whole[4]])
+    assert same([Subset(store, [4, 2])[place] for place in (0, 1)], [whole[4], whole[2]])
+    assert same(Subset(store, [4, 2]).__getitems__([0, 1]), [whole[4], whole[2]])
     assert np.array_equal(ConcatDataset([store, store])[COUNT + 2], whole[2])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import random_esm2, random_stages
+from helpers import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,8 +43,7 @@ def cases(given):
 
 @pytest.fixture(scope="module")
 def model():
-    backbones = {"a": random_esm2(1, 16, 4), "b": random_esm2(1, 24, 4, seed=1)}
-    return rd_torch.RDModel(backbones, random_stages(widths={"a": 16, "b": 24})).eval()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")

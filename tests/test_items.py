@@ -10,7 +10,7 @@ import pytest
 import torch
 from Bio.Seq import MutableSeq, Seq
 from Bio.SeqRecord import SeqRecord
-from helpers import random_esm2, random_stages
+from helpers import tiny_model
 
 import rd_torch
 from rd_torch.config import ALPHABET
@@ -22,8 +22,7 @@ A, B = "MQIFVKTLTGKTITLEVEPS", "MKTAYIAKQRQ"
 
 @pytest.fixture(scope="module")
 def model():
-    backbones = {"a": random_esm2(1, 16, 4), "b": random_esm2(1, 24, 4, seed=1)}
-    return rd_torch.RDModel(backbones, random_stages(widths={"a": 16, "b": 24})).eval()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")

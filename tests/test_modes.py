@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import random_esm2, random_stages
+from helpers import tiny_model
 from peft import LoraConfig, get_peft_model
 
 import rd_torch
@@ -14,16 +14,11 @@ SEQUENCES = ["MQIFVKTLTGKTITLEVEPS", "MKTAYIAKQRQISFVKSHFS", "GSHMLEDPV"]
 PROTEINS = [(f"p{k}", sequence) for k, sequence in enumerate(SEQUENCES)]
 
 
-def chain():
-    torch.manual_seed(0)
-    backbones = {"a": random_esm2(1, 16, 4), "b": random_esm2(1, 24, 4, seed=1)}
-    return rd_torch.RDModel(backbones, random_stages(widths={"a": 16, "b": 24}))
-
-
 def with_dropout():
     """A chain in training, with the dropout of LoRA in it, and layers in modes of their own."""
+    torch.manual_seed(0)
     model = get_peft_model(
-        chain(),
+        tiny_model(),
         LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False),
     ).base_model.model
     model.train()

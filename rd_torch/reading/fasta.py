@@ -19,7 +19,7 @@ COMMENTS: Final = (";", "#", "!")
 MARKS: Final = f"\ufeff{BLANKS}"
 """Blanks, and byte order marks, which stand in the middle where files were joined."""
 
-MISSING: Final = frozenset(("NA", "NULL"))
+MISSING_IN_FILES: Final = frozenset(("NA", "NULL"))
 """Missing values that files spell with letters of residues, beside those that no string may have."""
 
 _PIR: Final = re.compile(r"(P1|F1|D[LC]|R[LC]|N[13]|XX);")
@@ -150,6 +150,6 @@ def _entry(header: str, letters: str, source: str, line: int, name: Naming, faul
         fault = "expected FASTA, got a record in the format of PIR, whose second line is a title: convert it"
     if not letters.strip(f"*{BLANKS}") and not fault:
         fault = "expected a sequence, got none"
-    if letters in MISSING:
+    if letters in MISSING_IN_FILES:
         fault = f"expected a sequence, got {letters!r}, which stands for a missing one"
     return Entry(identifier, "" if fault else letters, source, line, fault)

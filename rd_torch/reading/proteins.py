@@ -10,10 +10,11 @@ from typing import Final
 from rd_torch.reading.fasta import COMMENTS, MARKS, naming, read_fasta
 from rd_torch.reading.tables import Columns, delimiter_of, read_parquet, read_text_table
 from rd_torch.reading.text import STANDARD_INPUT, Opened, is_read_once, opened
-from rd_torch.sequences import Entry, Protein, said
+from rd_torch.sequences import Entry, Protein, sound_proteins
 
 SUFFIXES: Final = frozenset(
-    (".fasta", ".fa", ".faa", ".fas", ".fsa", ".fst", ".pep", ".aa", ".seq", ".csv", ".tsv", ".tab", ".parquet")
+    (".fasta", ".fa", ".faa", ".fas", ".fsa", ".fst", ".pep", ".aa", ".seq", ".csv", ".tsv", ".tab",
+     ".parquet")
 )  # fmt: skip
 """Files that are taken from a folder, packed or not."""
 
@@ -87,10 +88,7 @@ class Proteins:
         return min(1.0, (self._behind + here) / (sum(self._sizes) or 1))
 
     def __iter__(self) -> Iterator[Protein]:
-        for entry in self.entries():
-            if entry.fault:
-                raise ValueError(said(entry))
-            yield Protein(entry.identifier, entry.sequence)
+        return sound_proteins(self.entries())
 
     def entries(self, identifier: str = "word") -> Iterator[Entry]:
         """All records with their places, those that cannot be read with their faults.

@@ -8,9 +8,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
-from rd_torch import letters
-from rd_torch.letters import require_letters
-from rd_torch.reading.fasta import COMMENTS, MARKS, MISSING, Naming
+from rd_torch.letters import MISSING, require_letters
+from rd_torch.reading.fasta import COMMENTS, MARKS, MISSING_IN_FILES, Naming
 from rd_torch.reading.text import as_latin_1
 from rd_torch.sequences import Entry
 
@@ -22,13 +21,12 @@ SEQUENCE_NAMES: Final = frozenset(
 )  # fmt: skip
 IDENTIFIER_NAMES: Final = frozenset(
     ("identifier", "id", "ids", "name", "entry", "accession", "protein_id", "proteinid", "protein",
-    "protein_name",
-     "uniprot", "uniprot_id", "uniprotid", "uniprot_accession", "uniprotkb", "seq_id", "seqid", "sequence_id",
-     "header")
+     "protein_name", "uniprot", "uniprot_id", "uniprotid", "uniprot_accession", "uniprotkb", "seq_id",
+     "seqid", "sequence_id", "header")
 )  # fmt: skip
 """How columns are called in the files of databases and other programs, in lower case with `_` for blanks."""
 
-_NOTHING: Final = MISSING | {"", "N/A", "n/a", "<NA>", "#N/A", "-"}
+_NOTHING: Final = MISSING_IN_FILES | {"", "N/A", "n/a", "<NA>", "#N/A", "-"}
 
 ROWS_GUESSED_FROM: Final = 20
 """Rows that are looked at to tell which column has the sequences."""
@@ -150,7 +148,7 @@ def entry(identifier: str, sequence: str, source: str, number: int, name: Naming
         name: makes an identifier of what stands there; None takes it as it is.
     """
     identifier, fault = as_latin_1(identifier.strip(MARKS)), ""
-    if identifier in _NOTHING or identifier in letters.MISSING:
+    if identifier in _NOTHING or identifier in MISSING:
         identifier, fault = f"line {number}", "expected an identifier, got none"
     elif name is not None:
         try:

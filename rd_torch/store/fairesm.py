@@ -110,8 +110,8 @@ class FairESMStore(Store):
     def __contains__(self, identifier: object) -> bool:
         return identifier in self._paths
 
-    def _rows(self, keys: Sequence[str] | range, width: int) -> list[Array]:
-        names = [self._identifiers[key] for key in keys] if isinstance(keys, range) else keys
+    def _rows(self, keys: Sequence[str | int], width: int) -> list[Array]:
+        names = (key if isinstance(key, str) else self._identifiers[key] for key in keys)
         return [self._load(name)[..., :width].clone() for name in names]
 
     def _read(self, identifier: str) -> tuple[Path, dict[str, Any]]:

@@ -103,8 +103,7 @@ class HDF5Store(Store):
         if known and len(known) < len(names):
             raise ValueError(
                 f"expected the attribute {ORIGINAL_ID} at every dataset of {self.path} or at none, got "
-                "none at "
-                f"{names[said.index(None)]!r}"
+                f"none at {names[said.index(None)]!r}"
             )
         found = dict(zip(known or map(identifier_of, names), names, strict=True))
         return found if len(found) == len(names) else dict(zip(names, names, strict=True))
@@ -123,10 +122,9 @@ class HDF5Store(Store):
         """The dataset of an identifier, whether it is there or not."""
         return dataset_name(identifier) if self.facts else self._others.get(identifier, ".")
 
-    def _rows(self, keys: Sequence[str] | range, width: int) -> list[Array]:
-        if isinstance(keys, range):
-            keys = [self.identifiers[place] for place in keys]
-        return [self._row(identifier, width) for identifier in keys]
+    def _rows(self, keys: Sequence[str | int], width: int) -> list[Array]:
+        names = (key if isinstance(key, str) else self.identifiers[key] for key in keys)
+        return [self._row(name, width) for name in names]
 
     def _row(self, identifier: str, width: int) -> np.ndarray:
         dataset = self._file.get(self._name(identifier))

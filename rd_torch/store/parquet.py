@@ -135,7 +135,7 @@ class ParquetStore(Store):
     def __contains__(self, identifier: object) -> bool:
         return identifier in self._places
 
-    def _rows(self, keys: Sequence[str] | range, width: int) -> list[Array]:
+    def _rows(self, keys: Sequence[str | int], width: int) -> list[Array]:
         for key in keys:
             if isinstance(key, str) and key not in self._places:
                 raise missing(key, self.path)

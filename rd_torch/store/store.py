@@ -61,8 +61,7 @@ class Store(ABC):
         """Closes them."""
 
     def _require_open(self) -> None:
-        """Opens the files anew in a process that was forked, for the two would move each other's places in
-        them.
+        """Opens the files anew in a process that was forked: two would move each other's places in them.
 
         Raises:
             ValueError: for a store that was closed.
@@ -87,8 +86,8 @@ class Store(ABC):
         """Names of the records, in FASTA order."""
 
     @abstractmethod
-    def _rows(self, keys: Sequence[str] | range, width: int) -> list[Array]:
-        """The first `width` features of records by identifier, or by place in FASTA order."""
+    def _rows(self, keys: Sequence[str | int], width: int) -> list[Array]:
+        """The first `width` features of records by identifier, or by place in FASTA order, from 0."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -174,7 +173,7 @@ class Store(ABC):
             raise ValueError(f"expected a width from 1 to {self.width}, got {width}")
         convert = _tensor if as_torch else _array
         if isinstance(key, slice):
-            chosen: Sequence[str] | range = range(len(self))[key]
+            chosen: Sequence[str | int] = range(len(self))[key]
         elif isinstance(key, str) or not isinstance(key, Iterable) or getattr(key, "ndim", 1) == 0:
             return convert(self._rows([self._found(key)], width)[0])
         else:
@@ -186,8 +185,8 @@ class Store(ABC):
             return torch.stack(rows) if rows else torch.zeros(0, width)  # type: ignore[arg-type]  # all tensors
         return np.stack(rows) if rows else np.zeros((0, width), np.float32)
 
-    def _found(self, key: Any) -> str:
-        """The identifier of one record by identifier or place."""
+    def _found(self, key: Any) -> str | int:
+        """The identifier of one record, or its place counted from 0."""
         if isinstance(key, str):
             return key
         if isinstance(key, bool | np.bool_):
@@ -197,17 +196,17 @@ class Store(ABC):
         except TypeError as error:
             raise TypeError(f"expected an identifier or a place, got {type(key).__name__}") from error
         try:
-            return self.identifiers[range(len(self))[place]]
+            return range(len(self))[place]
         except IndexError as error:
             raise IndexError(f"expected a place below {len(self):,}, got {place}") from error
 
-    def _several(self, keys: Iterable[Any]) -> list[str]:
-        """Identifiers of records by identifiers, places or a mask."""
+    def _several(self, keys: Iterable[Any]) -> list[str | int]:
+        """The same of several records, by identifiers, places or a mask."""
         each = list(keys)
         if each and all(isinstance(key, bool | np.bool_) or _is_truth(key) for key in each):
             if len(each) != len(self):
                 raise IndexError(f"expected a mask of {len(self):,} truth values, got {len(each):,}")
-            return [self.identifiers[place] for place, chosen in enumerate(each) if chosen]
+            return [place for place, chosen in enumerate(each) if chosen]
         return [self._found(key) for key in each]
 
     def tensors(self, identifiers: Sequence[str]) -> list[Tensor]:
@@ -223,7 +222,8 @@ class Store(ABC):
         """Residues of the records of a slice; None of pooled ones, where the store does not say them."""
         self._require_open()
         if self.pool == "mean":
-            return [self._length_of(identifier) for identifier in self.identifiers[key]]
+            known = self.facts is not None  # files of other programs do not say them
+            return [self._length_of(each) if known else None for each in self.identifiers[key]]
         return [len(row) for row in self._rows(range(len(self))[key], 1)]
 
     def _length_of(self, identifier: str) -> Length:
