@@ -90,6 +90,17 @@ def test_processes_that_were_forked_do_not_disturb_each_other(store):
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
 
 
+def test_another_process_opens_the_files_anew_and_once(store, monkeypatch):
+    opened, real = [], type(store)._open
+    monkeypatch.setattr(type(store), "_open", lambda self: opened.append(self) or real(self))
+    first = store[0]
+    assert not opened
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert np.array_equal(store[0], first)
+    assert store[1] is not None
+    assert opened == [store]
+
+
 def test_places_of_every_kind_are_read(store):
     whole = store[:]
     for key in (
