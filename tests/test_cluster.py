@@ -133,6 +133,18 @@ def test_a_store_of_the_cluster_is_the_local_one_to_the_byte(fasta, local, tmp_p
     assert "Embeddings in" in embed(fasta, tmp_path / "out.parquet", *ON_ONE).stderr, "done is done"
 
 
+def test_long_proteins_in_windows_are_the_local_ones_to_the_byte(fasta, tmp_path):
+    windows = ("--windows", "30,6")
+    assert embed(fasta, tmp_path / "local.parquet", *windows).exit_code == 0
+    result = embed(fasta, tmp_path / "out.parquet", *windows, *ON_ONE)
+    assert result.exit_code == 0, result.output
+    assert files(tmp_path / "out.parquet") == files(tmp_path / "local.parquet")
+    with open_store(tmp_path / "out.parquet") as store:
+        assert store.facts.windows == (30, 6)
+        assert len(store.windowed) == sum(len(sequence) > 30 for sequence in SEQUENCES)
+    assert "expected windows" in refused(embed(fasta, tmp_path / "out.parquet", *ON_ONE))
+
+
 def test_the_cluster_finishes_what_a_local_run_has_begun(mini, fasta, local, tmp_path):
     out = tmp_path / "out.parquet"
     windows, _ = begun_locally(mini, fasta, out, 2)
