@@ -21,6 +21,9 @@ MISSING: Final = frozenset(("nan", "NaN", "None", "none", "null", "Null"))
 """How programs write a value that is not there, spelled with letters of residues; "NA" is two residues."""
 
 _RESIDUES: Final = frozenset(RESIDUE_LETTERS)
+_NUCLEOTIDES: Final = frozenset("ACGTUN-.*")
+_LONGEST_PROTEIN_OF_NUCLEOTIDES: Final = 39
+"""Alanine, cysteine, glycine and threonine alone make short peptides, never longer proteins."""
 _WRITTEN: Final = LETTERS | frozenset(BLANKS)
 _PARTED: Final = re.compile(rf"[^{BLANKS}]+")
 
@@ -67,11 +70,23 @@ def _are_blocks(pieces: list[str]) -> bool:
     return all(len(piece) == length for piece in pieces[:-1]) and len(pieces[-1]) <= length
 
 
+def _require_protein(letters: str) -> None:
+    """Raises a ValueError for a nucleic acid: a gene's file is easily taken for its protein's."""
+    if len(letters) > _LONGEST_PROTEIN_OF_NUCLEOTIDES and _NUCLEOTIDES.issuperset(letters):
+        bases = sorted(set(letters) - set("-.*"))
+        if {"A", "C", "G"}.issubset(bases):
+            raise ValueError(
+                f"expected the sequence of a protein, got {len(letters):,} letters that are all nucleotides "
+                f"({', '.join(bases)}): translate it first"
+            )
+
+
 def read_residues(text: str, corrections: Corrections, *, strict: bool = False, gaps: str = "") -> str:
     """The residues of a sequence as people write it.
 
     Blanks, line breaks and a `*` at the end are dropped, and lower case is read as upper. Every other letter
-    that is no residue (J, `-`, `.`, an inner `*`) becomes X.
+    that is no residue (J, `-`, `.`, an inner `*`) becomes X. Forty or more letters of which all are
+    nucleotides are DNA or RNA, and refused.
 
     Args:
         text: the sequence.
@@ -84,6 +99,7 @@ def read_residues(text: str, corrections: Corrections, *, strict: bool = False, 
             belong; when strict, for the first letter that is no residue, with its position.
     """
     if text and _RESIDUES.issuperset(text):
+        _require_protein(text)
         return text
     require_letters(text)
     letters = "".join(_PARTED.findall(text))
@@ -95,6 +111,7 @@ def read_residues(text: str, corrections: Corrections, *, strict: bool = False, 
         corrections.stops += 1
     if not letters.strip("*"):
         raise ValueError("expected a sequence, got none")
+    _require_protein(letters)
     known = _RESIDUES.union(gaps)
     if not known.issuperset(letters):
         places = [place for place, letter in enumerate(letters) if letter not in known]

@@ -279,6 +279,18 @@ def test_wrong_sources_are_said_in_a_sentence(arguments, message, checkpoint, tm
     assert message in result.stderr.splitlines()[-1]
 
 
+def test_a_column_of_other_sequences_gives_no_names(tmp_path):
+    """`protein` is how a column of names may be called, but not one that holds sequences."""
+    path = tmp_path / "in.csv"
+    path.write_text("gene,cds,protein\nyaaA,ATGAAAGTTCTG,MKVLMKVLMKVL\nyaaB,ATGAAAACCCTG,MKTMKTMKTMKT\n")
+    good, bad = read(Proteins(path, sequence_column="protein"))
+    assert (good, bad) == ([("yaaA", "MKVLMKVLMKVL"), ("yaaB", "MKTMKTMKTMKT")], [])
+    good, bad = read(Proteins(path, sequence_column="cds"))
+    assert (good, bad) == ([("yaaA", "ATGAAAGTTCTG"), ("yaaB", "ATGAAAACCCTG")], [])
+    with pytest.raises(ValueError, match=r"'cds' and 'protein' can be meant"):
+        list(Proteins(path).entries())
+
+
 HEADER = ">sp|P69905|HBA_HUMAN Hemoglobin subunit alpha OS=Homo sapiens"
 
 

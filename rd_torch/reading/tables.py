@@ -187,7 +187,8 @@ def choose(
             raise ValueError(f"expected a header row with the names of columns, got {listed} in {source}")
     if identifier is None:
         others = {each: cells for each, cells in samples.items() if each != sequence}
-        meant = [each for each in header if each != sequence and _called(each) in IDENTIFIER_NAMES]
+        named = [each for each in header if each != sequence and _called(each) in IDENTIFIER_NAMES]
+        meant = [each for each in named if not _are_sequences(samples.get(each, []))]
         meant = meant or [each for each, cells in others.items() if _are_names(cells)]
         if meant:
             identifier = _only(meant, "--identifier-column", "identifiers", listed, source)
