@@ -67,11 +67,18 @@ def _own_angles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return angles
 
 
-def _tie(module: nn.Module, _: object) -> None:
-    """Ties the language-model head to the embeddings, which `assign=True` would part."""
-    assert isinstance(module, ESM2)
-    if module.has_lm_head:
-        module.lm_head.weight = module.embed_tokens.weight
+def _drop_twin(module: nn.Module, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
+    """Takes the language-model head's weight out of what is loaded: it is the embeddings' under another name."""
+    *_, errors = others
+    twin = state.get(f"{prefix}lm_head.weight")
+    if twin is None or not cast(ESM2, module).has_lm_head:
+        return
+    table = state.get(f"{prefix}{EMBEDDING}", twin)
+    if twin is not table and not (twin.is_meta or table.is_meta or torch.equal(twin, table)):
+        errors.append(
+            f"expected {prefix}lm_head.weight to be {prefix}{EMBEDDING}, to which it is tied, got another one"
+        )
+    del state[f"{prefix}lm_head.weight"]
 
 
 def _is_fair_esms(module: object) -> bool:
@@ -111,18 +118,17 @@ class ESM2(nn.Module):
         self.attention_heads = attention_heads
         self.reference: Reference | None = None
         self.checkpointing = False
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(len(ALPHABET), embed_dim), freeze=False, padding_idx=ALPHABET.padding_idx
-        )
+        # without padding_idx, which would keep the language-model head's gradient from one row of the table
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(len(ALPHABET), embed_dim), freeze=False)
         if not self.embed_tokens.weight.is_meta:  # where normal_ would import the compiler for a second
             nn.init.normal_(self.embed_tokens.weight)
         self.layers = nn.ModuleList(TransformerLayer(embed_dim, attention_heads) for _ in range(num_layers))
         self.emb_layer_norm_after = ResidualNorm(embed_dim)
-        self.lm_head = LMHead(embed_dim, len(ALPHABET), weight=self.embed_tokens.weight)
+        self.lm_head = LMHead(embed_dim, len(ALPHABET), self.embed_tokens)
         self.contact_head = ContactHead(
             num_layers * attention_heads, prepend_bos=True, append_eos=True, eos_idx=ALPHABET.eos_idx
         )
-        self.register_load_state_dict_post_hook(_tie)
+        self.register_load_state_dict_pre_hook(_drop_twin)
 
     @classmethod
     def from_tensors(cls, level: Level, tensors: Mapping[str, Tensor]) -> ESM2:
@@ -139,12 +145,11 @@ class ESM2(nn.Module):
         for head in ("lm_head", "contact_head"):
             if not any(name.startswith(f"{head}.") for name in tensors):
                 setattr(module, head, MissingHead())
-        tied = {"lm_head.weight": tensors[EMBEDDING]} if EMBEDDING in tensors and module.has_lm_head else {}
         angles = _own_angles(tensors)
         if len({tuple(inv_freq.tolist()) for inv_freq in angles.values()}) > 1:
             raise ValueError(f"expected one inv_freq for all layers of level {level.name}, got several")
         try:
-            module.load_state_dict({**tensors, **tied, **angles}, assign=True)
+            module.load_state_dict({**tensors, **angles}, assign=True)
         except RuntimeError as error:
             raise ValueError(f"expected the tensors of level {level.name}, got others: {error}") from error
         return module
@@ -171,21 +176,25 @@ class ESM2(nn.Module):
             parameter.requires_grad_(trainable[name])
         return ours
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Ties the language-model head to whatever comes in the embedding's place, such as an adapter."""
+        super().__setattr__(name, value)
+        if name == "embed_tokens" and isinstance(head := self._modules.get("lm_head"), LMHead):
+            head.tie(value)
+
     @property
     def has_lm_head(self) -> bool:
         """Whether the checkpoint had a language-model head."""
         return not isinstance(self.lm_head, MissingHead)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, the tied weight of the language-model head once."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name != "lm_head.weight"}
+        """All tensors by fair-esm's names, but for `lm_head.weight`, which is `embed_tokens.weight`."""
+        return dict(self.state_dict())
 
     def freeze_heads(self) -> None:
         """Stops the heads from training, but for the weight that is tied to the embeddings."""
         for head in (self.lm_head, self.contact_head):
-            for parameter in head.parameters():
-                if parameter is not self.embed_tokens.weight:
-                    parameter.requires_grad_(False)
+            head.requires_grad_(False)
 
     def require_device_of(self, tokens: Tensor) -> None:
         """Raises a ValueError unless the weights are where the tokens are."""

@@ -7,6 +7,7 @@ Parameter names are fair-esm's, and so is every operation in its order, so that 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,46 @@ class LMHead(nn.Module):
     Args:
         embed_dim: features of a hidden state.
         output_dim: tokens of the alphabet.
-        weight: `(output_dim, embed_dim)` table of embeddings, which is shared, not copied.
+        weight: `(output_dim, embed_dim)` table of embeddings, which is shared, not copied; or the module that
+            embeds, as a backbone gives it to its head.
+
+    With a module the weight is no parameter of the head, so that every tensor has one name in whatever
+    a module around the backbone is saved, sharded or offloaded. The table is then read by calling the
+    module: what others hang on its call, such as hooks that fetch its weight, acts on both of its uses.
     """
 
-    def __init__(self, embed_dim: int, output_dim: int, weight: nn.Parameter) -> None:
+    def __init__(self, embed_dim: int, output_dim: int, weight: nn.Parameter | nn.Module) -> None:
         super().__init__()
         self.dense = nn.Linear(embed_dim, embed_dim)
         self.layer_norm = nn.LayerNorm(embed_dim)
-        self.weight = weight
+        if isinstance(weight, nn.Module):
+            self.tie(weight)
+        else:
+            self.weight = weight
         self.bias = nn.Parameter(torch.zeros(output_dim))
+
+    def tie(self, embedding: nn.Module) -> None:
+        """Reads the table from this module from now on."""
+        self._embedding = (embedding,)  # in a tuple, so that it is no submodule of the head
+
+    def __getattr__(self, name: str) -> Any:
+        """`weight` is the embedding's where there is one."""
+        if name == "weight" and "_embedding" in vars(self):
+            return self._embedding[0].weight
+        return super().__getattr__(name)
+
+    def table(self) -> Tensor:
+        """The `(output_dim, embed_dim)` weight, computed where it is not a parameter."""
+        if "_embedding" not in vars(self):
+            return self.weight
+        return self._embedding[0](torch.arange(len(self.bias), device=self.bias.device))
 
     def forward(self, features: Tensor) -> Tensor:
         """`(..., embed_dim)` hidden states to `(..., output_dim)` logits, in the dtype of the weights."""
         x = self.dense(features)
         # Written out: the library's own gelu, and a bias within the product, round differently.
         x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-        return functional.linear(self.layer_norm(x), self.weight) + self.bias
+        return functional.linear(self.layer_norm(x), self.table()) + self.bias
 
 
 class ContactHead(nn.Module):

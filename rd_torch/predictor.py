@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from rd_torch.esm2 import ESM2
 from rd_torch.heads import Head, MatryoshkaHead
 from rd_torch.model import RDModel
 from rd_torch.tokens import is_residue, token_ids
@@ -41,8 +40,6 @@ class Predictor(nn.Module):
         whole = len(needed) == len(config.levels)
         self.model = model if whole else cast(RDModel, model).truncate(needed[-1])
         self.head = head
-        self.register_state_dict_post_hook(_save_once)
-        self.register_load_state_dict_pre_hook(_tie_again)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
         """Predictions, and the loss where labels come.
@@ -82,25 +79,3 @@ class Predictor(nn.Module):
         if others not in ({}, {"every_n_layers": 1, "offload": False}):
             raise ValueError(f"expected every layer to be checkpointed and nothing offloaded, got {others}")
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
-
-
-def _tied(predictor: nn.Module) -> dict[str, str]:
-    """Names of language-model weights that are the embeddings under another name, and of those."""
-    return {
-        f"{name}.lm_head.weight": f"{name}.embed_tokens.weight"
-        for name, module in predictor.named_modules()
-        if isinstance(module, ESM2) and module.has_lm_head
-    }
-
-
-def _save_once(predictor: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
-    """Leaves tied weights out: files that hold one tensor a name refuse the second name."""
-    for twin in _tied(predictor):
-        state.pop(prefix + twin, None)
-
-
-def _tie_again(predictor: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Puts them back where a state is loaded."""
-    for twin, name in _tied(predictor).items():
-        if prefix + name in state:
-            state.setdefault(prefix + twin, state[prefix + name])
