@@ -68,7 +68,7 @@ def _own_angles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _drop_twin(module: nn.Module, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
-    """Takes the language-model head's weight out of what is loaded: it is the embeddings' under another name."""
+    """Takes out of what is loaded the language-model head's weight, which is the embeddings' second name."""
     *_, errors = others
     twin = state.get(f"{prefix}lm_head.weight")
     if twin is None or not cast(ESM2, module).has_lm_head:

@@ -5,7 +5,9 @@ import os
 import pytest
 import torch
 from helpers import random_sequence, small_model, tokens_of
+from safetensors.torch import load_file, save_file
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,24 +21,28 @@ LABELS = torch.tensor([0.5, -1.0, 2.0, 0.1])
 
 
 class Direct(nn.Module):
-    """A model that is used by itself, its whole output asked for."""
+    """A user's own module; with letters its loss has the logits in it too."""
 
-    def __init__(self, model):
+    def __init__(self, model, letters=False):
         super().__init__()
         self.model = model
+        self.letters = letters
 
     def forward(self, tokens, labels):
         out = self.model(tokens)
         means = (out.embeddings * out.residue_mask[..., None]).sum((1, 2)) / out.residue_mask.sum(1)
-        return {"loss": (means - labels).square().mean()}
+        loss = (means - labels).square().mean()
+        if self.letters:
+            loss = loss + nn.functional.cross_entropy(out.logits[:, 1], tokens[:, 1])
+        return {"loss": loss}
 
 
 def build(kind):
     """The same module in every process: a chain and a head, a narrower one, one with frozen levels."""
     torch.manual_seed(0)
     model = small_model().train()
-    if kind == "bare":
-        return Direct(model)
+    if kind in ("bare", "letters"):
+        return Direct(model, letters=kind == "letters")
     if kind == "partly frozen":
         model.freeze_backbones("a").freeze_backbones("b", except_top=1)
     if kind == "checkpointed":
@@ -47,7 +53,7 @@ def build(kind):
 
 # In PyTorch 2.6 FSDP2 asks streams of a CPU for what they do not have: it is for GPUs there.
 WAYS = ["DDP", "FSDP2"] if hasattr(torch.cpu.Stream, "record_event") else ["DDP"]
-KINDS = ["bare", "whole", "narrower", "partly frozen", "checkpointed"]
+KINDS = ["bare", "letters", "whole", "narrower", "partly frozen", "checkpointed"]
 
 
 def step(module, part):
@@ -65,10 +71,10 @@ def step(module, part):
 
 
 def shard(module):
-    """FSDP2 as its documentation has it: each layer, then the rest."""
+    """FSDP2 as its documentation has it: each layer, then the rest; tables by themselves too."""
     mesh = init_device_mesh("cpu", (WORLD,))
     for backbone in module.model.backbones.values():
-        for layer in backbone.layers:
+        for layer in [backbone.embed_tokens, *backbone.layers]:
             fully_shard(layer, mesh=mesh)
     return fully_shard(module, mesh=mesh)
 
@@ -97,9 +103,13 @@ def work(rank, folder):
     for kind in KINDS:
         for way in WAYS:
             wrap = shard if way == "FSDP2" else DistributedDataParallel
-            loss, gradients = step(wrap(build(kind)), rows)
+            module = wrap(build(kind))
+            loss, gradients = step(module, rows)
             distributed.all_reduce(loss)
-            results[way, kind] = loss / WORLD, gradients
+            state = get_model_state_dict(
+                module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            )
+            results[way, kind] = loss / WORLD, gradients, state
     if rank == 0:
         torch.save(results, folder / "results.pt")
     distributed.barrier()
@@ -118,10 +128,23 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_have_the_loss_and_the_gradients_of_one(results, way, kind):
-    loss, gradients = results[way, kind]
+    loss, gradients, _ = results[way, kind]
     expected, alone = step(build(kind), slice(None))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert gradients.keys() == alone.keys()
     for name, gradient in gradients.items():
         scale = alone[name].abs().max().clamp(min=1e-4)
         assert (gradient / results[way] - alone[name]).abs().max() <= 2e-4 * scale, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_save_what_one_saves(results, way, kind, tmp_path):
+    *_, state = results[way, kind]
+    save_file(state, tmp_path / "model.safetensors")
+    module = build(kind)
+    expected = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    for parameter in module.parameters():
+        parameter.data.zero_()
+    module.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in module.state_dict().items())
