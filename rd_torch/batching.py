@@ -48,7 +48,7 @@ def bytes_per_token(family: Iterable[ESM2]) -> int:
     raw embedding, in float64 too where moments are summed, and nested ones packed, padded and averaged.
     """
     members = list(family)
-    element = members[-1].embed_tokens.weight.element_size()
+    element = members[-1].dtype.itemsize
     widths = [member.embed_dim for member in members]
     return (12 + 14 * element) * max(widths) + 20 * sum(widths) + 28 * max(widths)
 
@@ -68,11 +68,11 @@ def find_budget(family: Iterable[ESM2], device: torch.device) -> int:
 def plan_batches(family: Iterable[ESM2], tokens_per_batch: int | None) -> tuple[int, torch.device]:
     """The budget, found where none is given, and the family's device; warns of a dtype it emulates."""
     members = list(family)
-    weight = members[0].embed_tokens.weight
-    hardware.warn_if_emulated(weight.device, weight.dtype)
+    device = members[0].device
+    hardware.warn_if_emulated(device, members[0].dtype)
     if tokens_per_batch is None:
-        tokens_per_batch = find_budget(members, weight.device)
-    return tokens_per_batch, weight.device
+        tokens_per_batch = find_budget(members, device)
+    return tokens_per_batch, device
 
 
 def ahead(items: Iterable[Result], most: int) -> Generator[Result, None, None]:

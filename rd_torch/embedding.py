@@ -169,7 +169,7 @@ def embed_windows(model: RDModel, facts: Facts) -> Compute[str]:
     """What embeds a window of records for a store of these facts, batch by batch."""
     prepare(model)
     pieces = None if facts.windows is None else Pieces(*facts.windows)
-    device = next(model.backbones.parameters()).device
+    device = model.device
     embedded = Embedder(model, facts.pool, facts.width, pieces, facts.tokens_per_batch, device)
     dtype = getattr(torch, facts.save_dtype)
 
@@ -212,7 +212,7 @@ def facts_of(
         widths=tuple(prefixes.values()),
         num_layers=cast(ESM2, model.backbones[list(prefixes)[-1]]).num_layers,
         pool=pool,
-        backbone_dtype=str(next(model.backbones.parameters()).dtype).removeprefix("torch."),
+        backbone_dtype=str(model.dtype).removeprefix("torch."),
         save_dtype=save_dtype,
         tokens_per_batch=budget,
         windows=None if windows is None else Pieces.of(windows),

@@ -7,6 +7,7 @@ attention maps are built only when asked for, and the residual stream is float32
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from rd_torch.config import ALPHABET, Level, Reference
 from rd_torch.esm2_heads import ContactHead, LMHead
 from rd_torch.layer import AttentionSink, TransformerLayer
 from rd_torch.packing import Packing
+from rd_torch.placement import StateDict, device_of
 from rd_torch.precision import ResidualNorm, at_least_float32
 
 # Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
@@ -187,19 +189,34 @@ class ESM2(nn.Module):
         """Whether the checkpoint had a language-model head."""
         return not isinstance(self.lm_head, MissingHead)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """All tensors by fair-esm's names, but for `lm_head.weight`, which is `embed_tokens.weight`."""
-        return dict(self.state_dict())
+        return StateDict(self)
 
     def freeze_heads(self) -> None:
         """Stops the heads from training, but for the weight that is tied to the embeddings."""
         for head in (self.lm_head, self.contact_head):
             head.requires_grad_(False)
 
+    @staticmethod
+    def counts(name: str) -> bool:
+        """Whether embeddings depend on the tensor of this name, which the heads' are not."""
+        return not re.search(r"(^|\.)(lm_head|contact_head)\.", name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, which the norms keep where others are quantised."""
+        return self.emb_layer_norm_after.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return device_of(self)
+
     def require_device_of(self, tokens: Tensor) -> None:
         """Raises a ValueError unless the weights are where the tokens are."""
-        device = self.embed_tokens.weight.device
-        if device != tokens.device:
+        device = device_of(self)
+        if tokens.device != device != torch.device("meta"):
             raise ValueError(
                 f"expected tokens and backbones on one device, got {tokens.device} and {device}: "
                 "move them with .to"
@@ -217,9 +234,9 @@ class ESM2(nn.Module):
             `(tokens, width)` final hidden states in packed order, in float32 for half-precision
             weights; `packing.unpack` pads them.
         """
-        exact = at_least_float32(self.embed_tokens.weight.dtype)
-        x = self.embedded(*token_dropout(tokens, packing, exact))
         rotation = self.rotation(packing.positions)
+        exact = rotation[0].dtype  # angles are never in a half type, and asking them reads no weight
+        x = self.embedded(*token_dropout(tokens, packing, exact))
         checkpointed = self.checkpointing and torch.is_grad_enabled() and sink is None
         for layer in self.layers:
             if checkpointed:
@@ -242,4 +259,4 @@ class ESM2(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The language-model head's logits, `(..., 33)`, of final hidden states."""
-        return self.lm_head(hidden.to(self.embed_tokens.weight.dtype))
+        return self.lm_head(hidden)

@@ -56,7 +56,7 @@ class LMHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """`(..., embed_dim)` hidden states to `(..., output_dim)` logits, in the dtype of the weights."""
-        x = self.dense(features)
+        x = self.dense(features.to(self.bias.dtype))
         # Written out: the library's own gelu, and a bias within the product, round differently.
         x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         return functional.linear(self.layer_norm(x), self.table()) + self.bias
@@ -113,7 +113,7 @@ class ContactHead(nn.Module):
             attentions = (attentions * both[:, None, None])[..., :-1, :-1]
         if self.prepend_bos:
             attentions = attentions[..., 1:, 1:]
-        maps = attentions.flatten(1, 2).to(self.regression.weight.device)
+        maps = attentions.flatten(1, 2)
         features = _without_averages(maps + maps.mT).permute(0, 2, 3, 1)
         return self.activation(self.regression(features).squeeze(3))
 

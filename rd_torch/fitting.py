@@ -102,7 +102,7 @@ def add_moments(
     progress: Progress = lambda residues, before: None,
 ) -> int:
     """Adds the residues of normalised sequences to the family's joint moments; returns how many came."""
-    device = next(iter(family.values())).embed_tokens.weight.device
+    device = next(iter(family.values())).device
     count = 0
     with evaluating(*family.values()):
         for batch in run_batches(partial(_residues, family), sequences, tokens_per_batch, device):

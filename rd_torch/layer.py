@@ -14,7 +14,7 @@ from torch.nn import functional
 from rd_torch import hardware
 from rd_torch.attention import RotaryEmbedding, Rotation, attend, attention_maps, rotate
 from rd_torch.packing import Packing, in_chunks, is_recorded
-from rd_torch.precision import ResidualNorm
+from rd_torch.precision import BranchNorm
 
 # Multiply-adds of a product below which oneDNN takes longer to set it up, some 40 microseconds, than PyTorch
 # to compute it in float32. Measured with AVX2; above, oneDNN is at most a sixth slower, and mostly faster.
@@ -146,10 +146,10 @@ class TransformerLayer(nn.Module):
     def __init__(self, width: int, attention_heads: int) -> None:
         super().__init__()
         self.self_attn = SelfAttention(width, attention_heads)
-        self.self_attn_layer_norm = ResidualNorm(width)
+        self.self_attn_layer_norm = BranchNorm(width)
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width)
-        self.final_layer_norm = ResidualNorm(width)
+        self.final_layer_norm = BranchNorm(width)
 
     def forward(
         self, x: Tensor, packing: Packing, rotation: Rotation, sink: AttentionSink | None = None
@@ -162,21 +162,12 @@ class TransformerLayer(nn.Module):
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> Heads:
         """What attention needs of each token: the part of the layer before it."""
-        return self.self_attn(self._normalized(self.self_attn_layer_norm, x), (cos, sin))
+        return self.self_attn(self.self_attn_layer_norm(x), (cos, sin))
 
     def finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor]:
         """The part of the layer behind attention: its projection and the feed-forward block."""
         x = x + self.self_attn.out_proj(mixed.flatten(1))
-        hidden = self.fc1(self._normalized(self.final_layer_norm, x))
+        hidden = self.fc1(self.final_layer_norm(x))
         inner = functional.gelu(hidden)
         with _computed_again(inner, lambda: functional.gelu(hidden)):
             return (x + self.fc2(inner),)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weights' dtype."""
-        return self.final_layer_norm.weight.dtype
-
-    def _normalized(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """The normalised stream in the weights' dtype."""
-        return norm(x).to(self.dtype)

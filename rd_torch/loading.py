@@ -15,6 +15,7 @@ from torch import nn
 from rd_torch.config import RDConfig, Storage, check_choice
 from rd_torch.esm2 import ESM2
 from rd_torch.nesting import fingerprint, stages_of
+from rd_torch.placement import StateDict
 from rd_torch.weights import (
     Hub,
     PublishedOptions,
@@ -119,7 +120,7 @@ class Pretrained(nn.Module):
                 require_unchanged(level, tensors.pop(level.name), Hub(cache_dir))
         else:
             levels = tuple(replace(level, reference=None) for level in levels)
-        maps = {level: dict(stage.named_buffers()) for level, stage in self.stages.items()}
+        maps = {level: StateDict(stage) for level, stage in self.stages.items()}
         write_folder(
             Path(folder),
             replace(self.config, levels=levels),
@@ -133,12 +134,7 @@ class Pretrained(nn.Module):
 
         Two models with the same fingerprint are the same chain in the same dtype, wherever they come from.
         """
-        counted = {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if ".lm_head." not in name and ".contact_head." not in name
-        }
-        return fingerprint(self.config, counted)
+        return fingerprint(self.config, StateDict(self, ESM2.counts))
 
     def push_to_hub(
         self,

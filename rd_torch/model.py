@@ -89,7 +89,7 @@ class RDModel(Pretrained, Trainable):
             if got != expected:
                 raise ValueError(f"expected {expected} in the stage that leads to {name}, got {got}")
         self._prepared: Prepared | None = None
-        dtype = at_least_float32(next(iter(family.values())).embed_tokens.weight.dtype)
+        dtype = at_least_float32(next(iter(family.values())).dtype)
         self.backbones = nn.ModuleDict(family)
         self.stages = nn.ModuleDict(
             {
@@ -102,6 +102,16 @@ class RDModel(Pretrained, Trainable):
     def embed_dim(self) -> int:
         """Width of the whole nested embedding."""
         return self.config.widths[self.config.levels[-1].name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbones' dtype."""
+        return next(iter(self.family().values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return next(iter(self.family().values())).device
 
     @property
     def num_layers(self) -> int:
@@ -227,7 +237,7 @@ class RDModel(Pretrained, Trainable):
         self.eval()
         if self._prepared is None or not self._prepared.is_current:
             self._prepared = None  # gives its memory back
-            if hardware.has_engine(next(self.backbones.parameters()).device):
+            if hardware.has_engine(self.device):
                 self._prepared = Prepared(self.family())
         return self
 

@@ -104,7 +104,8 @@ def fingerprint(config: RDConfig, tensors: Mapping[str, Tensor]) -> str:
 def digest_of(facts: object, tensors: Mapping[str, Tensor]) -> str:
     """A digest of facts, as JSON takes them, and every number of the tensors."""
     digest = hashlib.sha256(json.dumps(facts).encode())
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(bytes_of(tensor))
     return digest.hexdigest()[:32]

@@ -9,11 +9,11 @@ packing is then *padded*, every position counts as a token and a mask keeps atte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from math import ceil
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -142,13 +142,33 @@ class Packing:
         lengths = [stop - start for start, stop in pairwise(self.edges)]
         return _cut_buckets(lengths, self.real.device)
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Packing:
+        """The same on another device, as whatever spreads layers over devices asks of their inputs."""
+        device = torch.empty(0, device=device).device
+        if device == self.real.device:
+            return self
+        moved = self._moved.get(device)
+        if moved is None:
+            tensors: dict[str, Any] = {
+                each.name: value.to(device, non_blocking=non_blocking)
+                for each in fields(self)
+                if isinstance(value := getattr(self, each.name), Tensor)
+            }
+            moved = self._moved[device] = replace(self, **tensors)
+        return moved
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, Packing]:
+        return {}
+
     def pack(self, padded: Tensor) -> Tensor:
         """`(batch, time, ...)` to `(tokens, ...)`."""
         flat = padded.flatten(0, 1)
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """`(tokens, ...)` to `(batch, time, ...)`, zeros at padding."""
+        """`(tokens, ...)` to `(batch, time, ...)` where the padded batch is, zeros at padding."""
+        packed = packed.to(self.real.device)
         batch, time = self.shape
         if self.index is None:
             padded = packed.unflatten(0, (batch, time))

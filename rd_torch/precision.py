@@ -42,3 +42,11 @@ class ResidualNorm(nn.LayerNorm):
         """`(tokens, width)` to the same."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class BranchNorm(ResidualNorm):
+    """The same at the beginning of a layer's branch, which goes on in the weights' dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(tokens, width)` to the same in the weights' dtype."""
+        return super().forward(x).to(self.weight.dtype)

@@ -21,7 +21,7 @@ from rd_torch.engine import Engine
 from rd_torch.esm2 import ESM2
 from rd_torch.layer import Linear, SelfAttention, TransformerLayer
 from rd_torch.packing import Packing
-from rd_torch.precision import ResidualNorm
+from rd_torch.precision import BranchNorm, ResidualNorm
 from rd_torch.sequences import tokenize
 from rd_torch.tokens import is_real
 
@@ -65,6 +65,7 @@ PLAIN: Final = frozenset(
         Linear,
         RotaryEmbedding,
         ResidualNorm,
+        BranchNorm,
         nn.Embedding,
         nn.ModuleList,
     }

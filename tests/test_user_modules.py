@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import accelerate
 import pytest
 import safetensors.torch
 import torch
@@ -263,3 +264,129 @@ def test_peft_saves_loads_and_merges_such_a_module_in_all_its_ways(options, tmp_
     final = Theirs().eval()
     final.load_state_dict(by_safetensors(merged.state_dict(), tmp_path))
     torch.testing.assert_close(answers(final), expected, rtol=1e-4, atol=1e-4)
+
+
+def cpu_offloaded(module, folder):
+    return accelerate.cpu_offload(module, execution_device="cpu")
+
+
+def with_buffers_offloaded(module, folder):
+    return accelerate.cpu_offload(module, execution_device="cpu", offload_buffers=True)
+
+
+def disk_offloaded(module, folder):
+    return accelerate.disk_offload(module, folder, execution_device="cpu", offload_buffers=True)
+
+
+def dispatched(module, folder):
+    """One level, the maps and the user's own layers on disk, the others in memory."""
+    places = {name: "cpu" for name, _ in module.named_children() if name != "encoder"}
+    places |= {"encoder.backbones.a": "cpu", "encoder.backbones.b": "disk", "encoder.stages": "disk"}
+    places |= {"encoder.backbones.c": "cpu", "middle": "disk"}
+    return accelerate.dispatch_model(module, places, offload_dir=folder)
+
+
+def by_whole_layers(module, folder):
+    """Layers are fetched as a whole, as whoever names them as blocks has it."""
+    return accelerate.cpu_offload(
+        module, execution_device="cpu", preload_module_classes=["TransformerLayer", "LMHead"]
+    )
+
+
+def loaded_by_a_map(module, folder):
+    """`device_map="auto"` on a machine without room: some of it goes to the disk."""
+    size = sum(p.numel() * 4 for p in module.parameters())
+    places = accelerate.infer_auto_device_map(
+        module, max_memory={"cpu": size // 2}, no_split_module_classes=["TransformerLayer"]
+    )
+    assert set(places.values()) == {"cpu", "disk"}
+    torch.save(module.state_dict(), folder / "state.pt")
+    with accelerate.init_empty_weights():
+        empty = Theirs()
+    return accelerate.load_checkpoint_and_dispatch(
+        empty, str(folder / "state.pt"), places, offload_folder=str(folder / "offloaded")
+    ).eval()
+
+
+def fetched_by_hooks(module, folder):
+    """Whoever writes such hooks by hand: weights are there within a module's own call, and nowhere else."""
+    for part in list(module.modules()):
+        kept = dict(part._parameters)
+        if not kept:
+            continue
+
+        def fetch(part, _, kept=kept):
+            part._parameters.update(kept)
+
+        def drop(part, *_, kept=kept):
+            part._parameters.update(
+                {
+                    name: nn.Parameter(each.detach().to("meta"))
+                    for name, each in kept.items()
+                    if each is not None
+                }
+            )
+
+        part.register_forward_pre_hook(fetch)
+        part.register_forward_hook(drop)
+        drop(part)
+    return module
+
+
+OFFLOADED = [
+    cpu_offloaded,
+    with_buffers_offloaded,
+    disk_offloaded,
+    dispatched,
+    by_whole_layers,
+    loaded_by_a_map,
+    fetched_by_hooks,
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offload", OFFLOADED, ids=lambda offload: offload.__name__)
+def test_weights_that_are_fetched_for_each_call_give_the_same_bits(offload, dtype, tmp_path):
+    module = shaken(Theirs())
+    if offload is not loaded_by_a_map:
+        module.encoder.to(dtype)
+    expected, contacts = answers(module), module.encoder.predict_contacts(TOKENS)
+    soft = nn.functional.one_hot(TOKENS, 33).float()
+    softly = module.encoder(soft, width=48).embeddings
+    module = offload(module, tmp_path)
+    assert any(parameter.is_meta for parameter in module.parameters())
+    assert torch.equal(answers(module), expected)
+    with torch.no_grad():
+        assert torch.equal(module.encoder.predict_contacts(TOKENS), contacts)
+        assert torch.equal(module.encoder(soft, width=48).embeddings, softly)
+
+
+@pytest.mark.parametrize("offload", [cpu_offloaded, with_buffers_offloaded, disk_offloaded, by_whole_layers])
+def test_an_offloaded_chain_embeds_is_saved_and_fitted_as_any(offload, tmp_path):
+    whole = small_model()
+    proteins = {f"P{k}": random_sequence(5 + 3 * k, k) for k in range(9)}
+    expected = rd_torch.embed(whole, list(proteins.values()))
+    chain = offload(small_model(), tmp_path / "offloaded")
+    assert chain.fingerprint() == whole.fingerprint()
+    assert all(
+        (ours == theirs).all()
+        for ours, theirs in zip(rd_torch.embed(chain, list(proteins.values())), expected, strict=True)
+    )
+    rd_torch.embed_to_store(chain, proteins.items(), tmp_path / "out.h5", pool="none")
+    rd_torch.embed_to_store(whole, proteins.items(), tmp_path / "out.h5", pool="none")  # done is done
+    chain.save_pretrained(tmp_path / "saved")
+    again = rd_torch.RDModel.from_pretrained(tmp_path / "saved")
+    assert again.fingerprint() == whole.fingerprint()
+    levels = {"a": 32, "b": 48}
+    fitted = [
+        rd_torch.fit({name: model.backbones[name] for name in levels}, list(proteins.values()))
+        for model in (chain, whole)
+    ]
+    for ours, theirs in zip(fitted[0].stages.buffers(), fitted[1].stages.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_chain_without_numbers_says_so():
+    chain = small_model().to("meta")
+    with pytest.raises(ValueError, match="expected a module with numbers, got .* on the meta device"):
+        chain.fingerprint()

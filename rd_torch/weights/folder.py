@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from rd_torch.config import RDConfig
 from rd_torch.weights.card import model_card
@@ -20,7 +21,11 @@ CARD: Final = "README.md"
 
 
 def write_folder(
-    folder: Path, config: RDConfig, maps: Mapping[str, Tensors], backbones: Mapping[str, Tensors], name: str
+    folder: Path,
+    config: RDConfig,
+    maps: Mapping[str, Mapping[str, Tensor]],
+    backbones: Mapping[str, Mapping[str, Tensor]],
+    name: str,
 ) -> None:
     """Writes a checkpoint; the config comes last, so that a broken-off write does not look whole.
 
