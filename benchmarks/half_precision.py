@@ -74,7 +74,7 @@ class HalfResidual(TransformerLayer):
 
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         """`(tokens, width)` to the same, in the weights' dtype."""
-        return super().forward(x.to(self.dtype), *rest)
+        return super().forward(x.to(self.final_layer_norm.weight.dtype), *rest)
 
 
 @contextmanager

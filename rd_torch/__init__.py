@@ -20,13 +20,18 @@ if TYPE_CHECKING:
     from rd_torch.esm2 import ESM2
     from rd_torch.fitting import fit
     from rd_torch.heads import MatryoshkaHead, ResidueHead, SequenceHead, align_labels
+    from rd_torch.huggingface import (
+        TransformersEncoder,
+        TransformersForMaskedLM,
+        TransformersForSequenceClassification,
+        TransformersForTokenClassification,
+    )
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
     from rd_torch.nesting import Nesting
     from rd_torch.output import RDOutput
     from rd_torch.plotting import plot_store
     from rd_torch.predictor import Predictor
-    from rd_torch.pretrained import TransformersEncoder
     from rd_torch.reading import Fasta, Proteins
     from rd_torch.solve import concat_pca, solve_stages
     from rd_torch.stage import ConcatPCA, Stage
@@ -51,7 +56,10 @@ _HOMES = {
     "RunningMoments": "moments",
     "SequenceHead": "heads",
     "Stage": "stage",
-    "TransformersEncoder": "pretrained",
+    "TransformersEncoder": "huggingface",
+    "TransformersForMaskedLM": "huggingface",
+    "TransformersForSequenceClassification": "huggingface",
+    "TransformersForTokenClassification": "huggingface",
     "align_labels": "heads",
     "cluster": "cluster",
     "combine_stores": "combining",
@@ -85,6 +93,9 @@ __all__ = [
     "SequenceHead",
     "Stage",
     "TransformersEncoder",
+    "TransformersForMaskedLM",
+    "TransformersForSequenceClassification",
+    "TransformersForTokenClassification",
     "align_labels",
     "cluster",
     "combine_stores",

@@ -20,7 +20,7 @@ from rd_torch.config import ALPHABET, Level, Reference
 from rd_torch.esm2_heads import ContactHead, LMHead
 from rd_torch.layer import AttentionSink, TransformerLayer
 from rd_torch.packing import Packing
-from rd_torch.placement import StateDict, device_of
+from rd_torch.placement import StateDict, device_of, is_fetched
 from rd_torch.precision import ResidualNorm, at_least_float32
 
 # Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
@@ -216,7 +216,7 @@ class ESM2(nn.Module):
     def require_device_of(self, tokens: Tensor) -> None:
         """Raises a ValueError unless the weights are where the tokens are."""
         device = device_of(self)
-        if tokens.device != device != torch.device("meta"):
+        if tokens.device != device and not (device.type == "meta" and is_fetched(self)):
             raise ValueError(
                 f"expected tokens and backbones on one device, got {tokens.device} and {device}: "
                 "move them with .to"
@@ -248,7 +248,8 @@ class ESM2(nn.Module):
     def embedded(self, packed: Tensor, scale: Tensor) -> Tensor:
         """`(tokens, width)` the residual stream's beginning; arguments as `token_dropout` gives them."""
         if not packed.is_floating_point():
-            return self.embed_tokens(packed) * scale[:, None]
+            rows = self.embed_tokens(packed)
+            return rows.to(at_least_float32(rows.dtype)) * scale[:, None]
         table = self.embed_tokens(torch.arange(len(ALPHABET), device=packed.device))
         with torch.autocast(packed.device.type, enabled=False):
             return torch.matmul(packed, table.to(packed.dtype)) * scale[:, None]

@@ -29,6 +29,11 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("meta")
 
 
+def is_fetched(module: nn.Module) -> bool:
+    """Whether there are hooks that may fetch the module's tensors when it is called."""
+    return any(part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in module.modules())
+
+
 class StateDict(Mapping[str, Tensor]):
     """A module's state dict. What hooks of accelerate's keep elsewhere is fetched when it is asked for.
 

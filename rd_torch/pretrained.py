@@ -1,14 +1,12 @@
-"""Doors in the idioms that users know: fair-esm's functions, and transformers' way of calling an encoder."""
+"""fair-esm's functions that load a model and its alphabet."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final, TypedDict, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rd_torch.alphabet import Alphabet
 from rd_torch.config import ESM2_LEVELS, Method, check_choice
@@ -104,60 +102,3 @@ def _load(level: str, options: Options) -> tuple[RDModel, Alphabet]:
     renamed = {_NAMES.get(key, key): value for key, value in given.items()}
     model = RDModel.from_pretrained(PUBLISHED_MAPS, level, sequences=_COUNTS[count], **renamed)
     return model, model.alphabet
-
-
-@dataclass(frozen=True)
-class EncoderOutput:
-    """What transformers' encoders return, as far as it has a reverse-distilled form.
-
-    Attributes:
-        last_hidden_state: `(batch, time, width)` nested embeddings, zeros at padding.
-    """
-
-    last_hidden_state: Tensor
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.last_hidden_state,)[index]
-
-
-class TransformersEncoder(nn.Module):
-    """An `RDModel` that is called as transformers' encoders are.
-
-    Args:
-        model: what runs; its parameters are shared.
-
-    Attributes:
-        config: `hidden_size`, `vocab_size`, `num_hidden_layers`, `num_attention_heads` and
-            `pad_token_id`, as transformers' configs have them.
-    """
-
-    def __init__(self, model: RDModel) -> None:
-        super().__init__()
-        self.model = model
-        self.config = SimpleNamespace(
-            hidden_size=model.embed_dim,
-            vocab_size=model.alphabet_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.attention_heads,
-            pad_token_id=model.padding_idx,
-        )
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> EncoderOutput:
-        """Nested embeddings of token ids, padding on whichever side.
-
-        Args:
-            input_ids: `(batch, time)` ids of `AutoTokenizer` for ESM-2, which are fair-esm's.
-            attention_mask: `(batch, time)` 0 at padding; without one, `<pad>` is padding.
-
-        Raises:
-            TypeError: for ids that are no integers.
-            ValueError: for ids of another rank or range, or a mask of another shape.
-        """
-        if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"expected an attention_mask of shape {tuple(input_ids.shape)}, "
-                    f"got {tuple(attention_mask.shape)}"
-                )
-            input_ids = input_ids.masked_fill(attention_mask == 0, self.model.padding_idx)
-        return EncoderOutput(self.model.encode(input_ids))

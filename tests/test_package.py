@@ -101,7 +101,8 @@ def test_lower_bounds_are_what_the_oldest_environment_installs():
     }
     modules = {"fair-esm": "esm"}
     used = {modules.get(name, name) for name in names}
-    assert used == {name for name in imports if name not in sys.stdlib_module_names} - {"rd_torch"}
+    theirs = {"transformers", "accelerate"}  # imported where a user's own code has them
+    assert used == {name for name in imports if name not in sys.stdlib_module_names} - {"rd_torch"} - theirs
 
 
 def test_the_readme_installs_everything_but_fair_esm_beside_the_other_esm():

@@ -1,0 +1,28 @@
+"""A chain where code expects transformers' `EsmModel`, or one of the tasks on top of it.
+
+Loaded when one of its classes is asked for: nothing else in the package needs transformers.
+"""
+
+try:
+    from rd_torch.huggingface.config import RDTransformersConfig
+    from rd_torch.huggingface.encoder import TransformersEncoder
+    from rd_torch.huggingface.tasks import (
+        TransformersForMaskedLM,
+        TransformersForSequenceClassification,
+        TransformersForTokenClassification,
+    )
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError(
+        "expected the package transformers, whose models these classes stand in for, got none: "
+        "pip install transformers"
+    ) from error
+
+__all__ = [
+    "RDTransformersConfig",
+    "TransformersEncoder",
+    "TransformersForMaskedLM",
+    "TransformersForSequenceClassification",
+    "TransformersForTokenClassification",
+]
