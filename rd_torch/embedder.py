@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rd_torch import hardware
 from rd_torch.batching import require_memory, run_batches
 from rd_torch.model import RDModel
 from rd_torch.pieces import Blend, Pieces
+from rd_torch.pooling import pooled
 from rd_torch.preparing import obstacle
-from rd_torch.store import Pool, Row
+from rd_torch.store import Row
 from rd_torch.tokens import is_residue
 
 
@@ -22,7 +22,7 @@ class Embedder(NamedTuple):
 
     Attributes:
         model: the chain.
-        pool: how residues are pooled.
+        pool: how residues are pooled, as `named_pool` has it.
         width: features to keep; None for all.
         pieces: how long sequences are cut; None where they stay whole.
         tokens_per_batch: tokens a batch holds at most.
@@ -30,7 +30,7 @@ class Embedder(NamedTuple):
     """
 
     model: RDModel
-    pool: Pool
+    pool: str
     width: int | None
     pieces: Pieces | None
     tokens_per_batch: int
@@ -58,7 +58,7 @@ class Embedder(NamedTuple):
         yield from self._in_pieces(self.pieces, long, failures)
 
     def _whole(
-        self, sequences: Mapping[int, str], pool: Pool, failures: dict[int, str] | None
+        self, sequences: Mapping[int, str], pool: str, failures: dict[int, str] | None
     ) -> Iterator[list[Row]]:
         """The embeddings of sequences that stay whole."""
         numbers, failed = list(sequences), None if failures is None else dict[int, str]()
@@ -102,7 +102,7 @@ def prepare(model: RDModel) -> None:
         model.prepare_inference()
 
 
-def vectors_of(model: RDModel, pool: Pool, width: int | None) -> Callable[[Tensor], list[Tensor]]:
+def vectors_of(model: RDModel, pool: str, width: int | None) -> Callable[[Tensor], list[Tensor]]:
     """What embeds a batch of tokens: one tensor a sequence, on the CPU."""
     family = model.family(width).values()
 
@@ -110,18 +110,10 @@ def vectors_of(model: RDModel, pool: Pool, width: int | None) -> Callable[[Tenso
     def vectors(tokens: Tensor) -> list[Tensor]:
         """One tensor a sequence."""
         require_memory(family, tokens)
-        return _pooled(model.encode(tokens, width=width), is_residue(tokens), pool)
+        embeddings, residues = model.encode(tokens, width=width), is_residue(tokens)
+        rows, counts = embeddings[residues], residues.sum(1)
+        if pool == "none":
+            return list(rows.cpu().split(counts.tolist()))
+        return list(pooled(rows, counts, embeddings[:, 0], pool).cpu())
 
     return vectors
-
-
-def _pooled(embeddings: Tensor, residues: Tensor, pool: Pool) -> list[Tensor]:
-    """One tensor a sequence, over its residues alone."""
-    rows, counts = embeddings[residues], residues.sum(1)
-    if pool == "none":
-        return list(rows.cpu().split(counts.tolist()))
-    # In float64 and row after row: the mean of a prefix is the prefix of the mean, to the bit.
-    exact = hardware.float64_device(rows.device)
-    sums = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64, device=exact)
-    sums.index_add_(0, residues.nonzero()[:, 0].to(exact), rows.to(exact, torch.float64))
-    return list((sums / counts[:, None].to(exact)).to(rows.dtype).cpu())

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from rd_torch.batching import ahead, plan_batches
-from rd_torch.config import check_choice
 from rd_torch.embedder import Embedder, prepare
 from rd_torch.esm2 import ESM2
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.pieces import Pieces
+from rd_torch.pooling import Pools, named_pool, pools_of
 from rd_torch.reading import entries_of, sequences_of
 from rd_torch.sequences import normalized, normalized_entries
-from rd_torch.store import Facts, Names, Pool, Row, SaveDtype, Window, Work, cut_windows, format_of
+from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
 from rd_torch.store.work import Compute, Progress, in_residues
 from rd_torch.training import evaluating
@@ -32,7 +32,7 @@ WINDOWS_AHEAD: Final = 1
 class EmbedOptions(TypedDict, total=False):
     """What `embed` may be told."""
 
-    pool: Pool
+    pool: Pools
     width: int | None
     tokens_per_batch: int | None
     windows: int | tuple[int, int] | None
@@ -43,13 +43,14 @@ class StoreOptions(EmbedOptions, total=False):
 
     strict: bool
     max_length: int | None
+    shard: tuple[int, int] | str | None
 
 
 def embed(
     model: RDModel,
     sequences: Iterable[Any],
     *,
-    pool: Pool = "mean",
+    pool: Pools = "mean",
     width: int | None = None,
     tokens_per_batch: int | None = None,
     windows: int | tuple[int, int] | None = None,
@@ -65,8 +66,10 @@ def embed(
         sequences: amino-acid letters, in any case: a list, tuple, iterator, pandas Series or Index,
             one-dimensional numpy array or pyarrow column of strings, `Bio.Seq` objects, records, or
             `(identifier, sequence)` pairs; or `rd_torch.Fasta`. An empty list gives an empty result.
-        pool: `"mean"` averages over residues, `"none"` keeps one row a residue.
-        width: features to return; by default all.
+        pool: `"mean"`, `"max"` or `"std"` over residues, `"cls"` for the embedding of `<cls>`, or several of
+            them, `["mean", "max"]`, whose vectors stand one behind the other; `"none"` keeps one row a
+            residue. Only means can be nested afterwards, by `combine`.
+        width: features to return, of each way to pool; by default all.
         tokens_per_batch: tokens a batch holds at most, padding counted; by default what half of the
             free memory takes. Halved, with a warning, when memory runs out all the same.
         windows: residues from which a longer sequence is embedded in overlapping pieces of that length,
@@ -74,8 +77,8 @@ def embed(
             default a quarter. By default sequences stay whole.
 
     Returns:
-        `(sequences, width)` for `"mean"`, a list of `(residues, width)` for `"none"`; in the maps'
-        dtype, float32 unless the model is double.
+        `(sequences, ways * width)`, or a list of `(residues, width)` for `"none"`; in the maps' dtype,
+        float32 unless the model is double.
 
     Raises:
         TypeError: for what has no order or more than one meaning, as a table, a set or one string, and for an
@@ -84,21 +87,21 @@ def embed(
             pool, width or windows that cannot be.
         MemoryError: for a sequence that takes more memory than there is.
     """
-    check_choice("pool", pool, ("mean", "none"))
-    pieces = None if windows is None else Pieces.of(windows)
+    way = named_pool(pool)
+    pieces = None if windows is None else Pieces.of(windows, way)
     residues = list(normalized(sequences_of(sequences)))
     budget, device = plan_batches(model.family(width).values(), tokens_per_batch)
     if sum(map(len, residues)) > budget:  # one batch is done sooner than anything is compiled for it
         prepare(model)
-    embedded = Embedder(model, pool, width, pieces, budget, device)
+    embedded = Embedder(model, way, width, pieces, budget, device)
     with evaluating(model):
         arrays = {
             index: tensor.numpy() for rows in embedded(dict(enumerate(residues))) for index, tensor in rows
         }
     ordered = [arrays[index] for index in range(len(arrays))]
-    if pool == "none":
+    if way == "none":
         return ordered
-    features = model.embed_dim if width is None else width
+    features = (model.embed_dim if width is None else width) * len(pools_of(way))
     return np.stack(ordered) if ordered else np.zeros((0, features), dtype=np.float32)
 
 
@@ -136,10 +139,14 @@ def embed_to_store(
         progress: called with residues that are done, and whether they were so before.
         **options: `pool`, `width`, `tokens_per_batch` and `windows` of `embed`; `strict`, to refuse letters
             that are no residue and stop at the first record that cannot be read; `max_length`, residues at
-            which longer sequences are cut.
+            which longer sequences are cut; `shard`, for several processes that are called alike but for it,
+            on machines that see one folder: `(3, 16)` or `"3/16"` embeds every 16th window from the third
+            on, `"auto"` asks Slurm's or torchrun's environment which, and `"finish"` embeds none and puts
+            the store together, which the last shard to end does by itself.
 
     Returns:
-        The records that could not be embedded, by name: residues, reason, file and line of each.
+        The records that could not be embedded, by name: residues, reason, file and line of each. Of a shard
+        that was not the last to end, those of its windows.
 
     Raises:
         FileNotFoundError: when the folder is not there.
@@ -151,15 +158,19 @@ def embed_to_store(
     form_of_store = format_of(path, form)
     entries, corrections = entries_of(proteins, form_of_store.identifier), Corrections()
     strict, max_length = options.pop("strict", False), options.pop("max_length", None)
+    shard = options.pop("shard", None)
+    only_finish = shard == "finish"
+    taken = None if shard is None or only_finish else Shard.of(shard)
     given = options.get("tokens_per_batch")
     budget, _ = plan_batches(model.family(options.get("width")).values(), given)
     wanted = facts_of(model, name, save_dtype, budget, **cast(EmbedOptions, options))
-    with Work(Path(path), form_of_store, wanted, fixed_budget=given is not None) as work:
+    with Work(Path(path), form_of_store, wanted, fixed_budget=given is not None, shard=taken) as work:
         names = Names(work.format.key)
         read = normalized_entries(entries, corrections, strict=strict, max_length=max_length)
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
         with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
-            failures = work.fill(windows, embed_windows(model, work.facts), in_residues(progress))
+            compute = None if only_finish else embed_windows(model, work.facts)
+            failures = work.fill(windows, compute, in_residues(progress))
     corrections.warn()
     warn_renamed(names.renamed)
     return failures
@@ -202,8 +213,7 @@ def facts_of(
     Raises:
         ValueError: for a pool or width that does not exist.
     """
-    pool, windows = options.get("pool", "mean"), options.get("windows")
-    check_choice("pool", pool, ("mean", "none"))
+    pool, windows = named_pool(options.get("pool", "mean")), options.get("windows")
     prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
     return Facts(
         model=name,
@@ -215,5 +225,5 @@ def facts_of(
         backbone_dtype=str(model.dtype).removeprefix("torch."),
         save_dtype=save_dtype,
         tokens_per_batch=budget,
-        windows=None if windows is None else Pieces.of(windows),
+        windows=None if windows is None else Pieces.of(windows, pool),
     )

@@ -25,6 +25,11 @@ def require_raw(level: Level, store: Store) -> None:
             "levels "
             f"{', '.join(store.facts.levels)}: embed with that backbone alone as the model"
         )
+    if store.pool not in ("mean", "none"):
+        raise ValueError(
+            f"expected means or a vector a residue in {store.path}, got pool {store.pool!r}, which does not "
+            "commute with the maps: embed with --pool mean or none"
+        )
     if store.width != level.width:
         raise ValueError(
             f"expected width {level.width} at level {level.name}, got {store.width} in {store.path}: {cure}"

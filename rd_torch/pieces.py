@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rd_torch.pooling import pooled, pools_of
+
 
 class Pieces(NamedTuple):
     """How sequences that are longer than a model is good at are cut, and their embeddings put together.
@@ -27,12 +29,17 @@ class Pieces(NamedTuple):
     overlap: int
 
     @classmethod
-    def of(cls, given: int | tuple[int, int]) -> Pieces:
+    def of(cls, given: int | tuple[int, int], pool: str = "mean") -> Pieces:
         """From a length, of which a quarter overlaps, or a length and an overlap.
 
         Raises:
-            ValueError: for a length below 1, or an overlap that is negative or no shorter than a piece.
+            ValueError: for a length below 1, an overlap that is negative or no shorter than a piece, or a
+                pooling that takes `<cls>`.
         """
+        if "cls" in pools_of(pool):
+            raise ValueError(
+                "expected windows with poolings of residues, got 'cls': every piece has a <cls> of its own"
+            )
         length, overlap = given if isinstance(given, tuple) else (given, given // 4)
         if length < 1 or not 0 <= overlap < length:
             raise ValueError(
@@ -65,7 +72,7 @@ class Blend:
     Args:
         pieces: how it was cut.
         residues: its length.
-        pool: `"mean"` keeps the sum over residues alone, `"none"` all of them.
+        pool: as `named_pool` has it; of `"mean"` alone the sum over residues is kept, else all of them.
     """
 
     def __init__(self, pieces: Pieces, residues: int, pool: str) -> None:
@@ -93,8 +100,10 @@ class Blend:
 
     @property
     def result(self) -> Tensor:
-        """`(width,)` or `(residues, width)`, in the dtype of the pieces."""
+        """`(ways * width,)` or `(residues, width)`, in the dtype of the pieces."""
         assert self._sum is not None
         if self._pool == "mean":
             return (self._sum[0] / self._residues).to(self._dtype)
-        return self._sum.to(self._dtype)
+        if self._pool == "none":
+            return self._sum.to(self._dtype)
+        return pooled(self._sum, torch.tensor([len(self._sum)]), self._sum[:1], self._pool)[0].to(self._dtype)

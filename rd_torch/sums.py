@@ -26,7 +26,7 @@ from rd_torch.placement import StateDict
 from rd_torch.solve import solve_stages
 from rd_torch.store import Window
 from rd_torch.store.format import require_folder, written_whole
-from rd_torch.store.work import LOCK, locked
+from rd_torch.store.locks import LOCK, locked
 
 SECONDS_BETWEEN_SAVES: Final = 60
 """At most so often are moments saved: those of the whole ESM-2 family are 865 MB."""

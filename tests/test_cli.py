@@ -111,9 +111,15 @@ def test_corrections_are_counted_in_one_warning_and_refused_when_strict(tmp_path
         (("--model", "nowhere"), "expected a checkpoint folder, a shipped one (esm2-rd-mini)"),
         (("--device", "warp"), "expected a device that is there, got 'warp'"),
         (("--device", "cuda:99"), "expected a device that is there, got 'cuda:99'"),
-        (("--pool", "max"), "is not one of 'mean', 'none'"),
+        (
+            ("--pool", "median"),
+            "several of them once each, or 'none', got 'median'",
+        ),
         (("--save-dtype", "bfloat16"), "save_dtype to be one of 'float32', 'float16' in .h5, got 'bfloat16'"),
-        (("--format", "parquet", "--pool", "none"), "pool to be one of 'mean' in .parquet, got 'none'"),
+        (
+            ("--format", "parquet", "--pool", "none"),
+            "'std', 'cls' in .parquet, got 'none'",
+        ),
     ],
 )
 def test_wrong_options_get_one_clear_line_and_no_file(tmp_path, fasta, arguments, message):

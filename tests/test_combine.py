@@ -378,7 +378,7 @@ def test_wrong_arguments_get_one_clear_line(tmp_path, arguments, message):
 def test_outputs_that_cannot_be_are_refused(nesting, raw, raw_residues, tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a folder .*no to write to"):
         combine_stores(nesting, raw, tmp_path / "no" / "out.h5")
-    with pytest.raises(ValueError, match=r"pool to be one of 'mean' in .parquet, got 'none'"):
+    with pytest.raises(ValueError, match=r"'std', 'cls' in .parquet, got 'none'"):
         combine_stores(nesting, raw_residues, tmp_path / "out.parquet")
     shutil.copy(raw["28K"], tmp_path / "28K.h5")
     with pytest.raises(ValueError, match="expected levels"):

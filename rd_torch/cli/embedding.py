@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from rd_torch.cli.reading import (
-    list_failures,
     proteins_argument,
     reading_options,
     records_of,
@@ -35,6 +34,7 @@ from rd_torch.cli.shared import (
     save_dtype_option,
     stop_option,
 )
+from rd_torch.cli.sharing import on_devices, say_done, sharing_options, take_share
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel
@@ -49,7 +49,13 @@ if TYPE_CHECKING:
 @option("--width", type=int, metavar="K", help="Keep K features; backbones that they don't need don't run.")
 @stop_option
 @option(
-    "--pool", type=click.Choice(["mean", "none"]), default="mean", help="A vector a protein or a residue."
+    "--pool",
+    multiple=True,
+    default=["mean"],
+    callback=lambda _, __, ways: named_way(ways),
+    metavar="WAY",
+    help="Pool residues by mean, max or std, or take cls; several, as mean,max, stand one behind the other. "
+    "none keeps a vector a residue. Only means can be nested later, by combine.",
 )
 @budget_option
 @option(
@@ -66,6 +72,7 @@ if TYPE_CHECKING:
 @reading_options
 @strict_option
 @device_option
+@sharing_options
 @cluster_options
 @published_options
 @plainly
@@ -101,6 +108,10 @@ def embed(
     ESM-2 was trained on 1,022 residues and runs beyond. --windows 1022 is worth trying for proteins several
     times as long, which also take much memory; it changes their embeddings.
 
+    Several machines, or processes, share a job by --shard 1/16, --shard 2/16, ... and otherwise the same
+    options, in any order and at any time; a shard that dies is run again. They must see the same files and
+    output. In a Slurm array and under torchrun all of them are called with --shard auto.
+
     With --cluster the same job runs on all machines of a Ray cluster, for .parquet and .pt; they must see
     files, model and output under the same paths.
 
@@ -119,7 +130,13 @@ def embed(
     require_one(width, level)
     require_folder(output)
     format_of(output, options["form"])
+    several = options["devices"] is not None
+    options["shard"], device = take_share(options, device)
     file = take_proteins(proteins, options)
+    if several:
+        file.require_files()
+        on_devices(_embed, click.get_current_context().params)
+        return
     options["windows"] = _pieces(windows)
     name, published = model or DEFAULT_MODEL, given(options)
     if width is not None:
@@ -144,8 +161,22 @@ def embed(
             failures = _on_cluster(chain, again, file, output, reading, workers=workers, **options)
         else:
             failures = _here(chain, file, output, reading, **options)
-    click.echo(f"Embeddings in {output}", err=True)
-    list_failures(output.with_name(f"{output.name}.failed.tsv"), len(failures))
+    say_done(output, len(failures), options["shard"])
+
+
+def _embed(**parameters: Any) -> None:
+    """The command in another process."""
+    cast(Any, embed.callback)(**parameters)
+
+
+def named_way(ways: tuple[str, ...]) -> str:
+    """What `--pool` says, given once or several times."""
+    from rd_torch.pooling import named_pool
+
+    try:
+        return named_pool("+".join(ways).replace(",", "+"))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _pieces(text: str | None) -> tuple[int, int] | None:

@@ -33,6 +33,7 @@ from rd_torch.fitting import shared_family
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
+from rd_torch.pooling import named_pool
 from rd_torch.sequences import Entry
 from rd_torch.store import Format, Names, SaveDtype, Work, format_of
 from rd_torch.store.folder import Failure, Folder
@@ -88,9 +89,9 @@ def require_parts(path: Path, form: str | None, pool: str) -> Format:
         ValueError: for HDF5, and without pooling.
     """
     found = format_of(path, form)
-    if found.name not in FORMATS or pool != "mean":
+    if found.name not in FORMATS or pool == "none":
         raise ValueError(
-            f"expected .parquet or .pt and --pool mean on a cluster, got .{found.name} and --pool {pool}: "
+            f"expected .parquet or .pt, and pooling, on a cluster, got .{found.name} and --pool {pool}: "
             "take one of those, or leave --cluster out"
         )
     return found
@@ -127,7 +128,7 @@ def embed_to_store(
         ValueError, OSError: as `rd_torch.embed_to_store`; for HDF5, and without pooling.
         OSError: when workers die of the same window again and again.
     """
-    form = require_parts(path, options.get("form"), options.get("pool", "mean"))
+    form = require_parts(path, options.get("form"), named_pool(options.get("pool", "mean")))
     workers, given = workers.placed(), options.get("tokens_per_batch")
     budget = given or MOST_TOKENS[workers.device]
     saved, name = options.get("save_dtype", "float32"), options.get("name", "")

@@ -70,11 +70,11 @@ class Proteins:
         return any(map(is_read_once, self.sources))
 
     def require_files(self) -> None:
-        """Raises a ValueError for standard input and pipes, which no other machine can read."""
+        """Raises a ValueError for standard input and pipes, which no other process can read."""
         if self.is_read_once:
             raise ValueError(
-                "expected files that every machine of the cluster sees, got standard input or a pipe: write "
-                "it to a file first"
+                "expected files that every process can read, got standard input or a pipe: write it to a "
+                "file first"
             )
 
     @property

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from rd_torch.store.facts import Facts, Pool, SaveDtype
+from rd_torch.store.facts import Facts, SaveDtype
 from rd_torch.store.fairesm import FairESM
 from rd_torch.store.format import Format, Row
 from rd_torch.store.hdf5 import HDF5
 from rd_torch.store.naming import Names
 from rd_torch.store.parquet import Parquet
+from rd_torch.store.shards import Shard
 from rd_torch.store.store import Store
 from rd_torch.store.windows import Record, Window, cut_windows, gather
 from rd_torch.store.work import Work
@@ -20,10 +21,10 @@ __all__ = [
     "Facts",
     "Format",
     "Names",
-    "Pool",
     "Record",
     "Row",
     "SaveDtype",
+    "Shard",
     "Store",
     "Window",
     "Work",

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import Any, Literal, TypeAlias
 
-Pool: TypeAlias = Literal["mean", "none"]
+from rd_torch.pooling import pools_of
+
 SaveDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 _FREE = ("model", "tokens_per_batch", "rd_torch_version")
@@ -23,7 +24,8 @@ class Facts:
         levels: those that the store's width reaches, smallest first.
         widths: features up to the end of each level; the last one is the store's width.
         num_layers: of the largest backbone that ran.
-        pool: `"mean"`, a vector a protein, or `"none"`, a vector a residue.
+        pool: how residues became a vector a protein, `"mean"` or `"mean+max"` say, or `"none"`, a vector a
+            residue.
         backbone_dtype: what the backbones ran in; of raw embeddings that others made, what these are in.
         save_dtype: what the store holds.
         tokens_per_batch: the budget that batches and windows were cut by; in vectors where no backbone ran.
@@ -37,7 +39,7 @@ class Facts:
     levels: tuple[str, ...]
     widths: tuple[int, ...]
     num_layers: int
-    pool: Pool
+    pool: str
     backbone_dtype: str
     save_dtype: SaveDtype
     tokens_per_batch: int
@@ -46,8 +48,13 @@ class Facts:
 
     @property
     def width(self) -> int:
-        """Features of a vector."""
+        """Features of an embedding."""
         return self.widths[-1]
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Where the embedding of each way to pool begins in a vector, and the vector's end."""
+        return tuple(self.width * number for number in range(max(1, len(pools_of(self.pool))) + 1))
 
     @property
     def added(self) -> dict[str, int]:

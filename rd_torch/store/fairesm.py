@@ -13,7 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from rd_torch.store.facts import Facts, Pool
+from rd_torch.pooling import POOLS, pools_of
+from rd_torch.store.facts import Facts
 from rd_torch.store.format import Format, Row, written_whole
 from rd_torch.store.naming import file_name
 from rd_torch.store.store import Array, Store, missing
@@ -22,20 +23,29 @@ from rd_torch.store.windows import Length, Window
 FACTS: Final = "rd_torch.json"
 """What says the facts and the identifiers in FASTA order, beside the records."""
 
-_KEYS: Final[dict[Pool, str]] = {"mean": "mean_representations", "none": "representations"}
+_KEYS: Final = {
+    "mean": "mean_representations",
+    "cls": "bos_representations",
+    "max": "max_representations",
+    "std": "std_representations",
+    "none": "representations",
+}
+"""By pooling; fair-esm has the first two and the last."""
 
 
 class FairESM(Format):
     """A folder of one `.pt` file a record, with the keys of fair-esm's `extract.py`.
 
     `{"label": identifier, "mean_representations": {layers: (width,)}}`, or `"representations"` of
-    `(residues, width)` without pooling. `layers` is the number of layers of the largest backbone that ran,
-    and stands for the nested embedding. Files are named by identifiers, as datasets are in HDF5.
+    `(residues, width)` without pooling; of other ways to pool `"bos_representations"`, for `<cls>`, and
+    `"max_representations"` and `"std_representations"`, each under its own key. `layers` is the number of
+    layers of the largest backbone that ran, and stands for the nested embedding. Files are named by
+    identifiers, as datasets are in HDF5.
     """
 
     name = "pt"
     dtypes = ("float32", "float16", "bfloat16")
-    pools = ("mean", "none")
+    pools = (*POOLS, "none")
     identifier = "header"
 
     @staticmethod
@@ -49,7 +59,9 @@ class FairESM(Format):
         for place, row in rows:
             name = window.names[place]
             path = folder / f"{file_name(name)}.pt"
-            kept: dict[str, Any] = {"label": name, _KEYS[facts.pool]: {facts.num_layers: row.clone()}}
+            kept: dict[str, Any] = {"label": name}
+            for pool, start in zip(pools_of(facts.pool) or ("none",), facts.boundaries, strict=False):
+                kept[_KEYS[pool]] = {facts.num_layers: row[..., start : start + facts.width].clone()}
             if window.lengths[place] is not None:
                 kept["length"] = window.lengths[place]
             buffer = io.BytesIO()  # torch would hide what the disk says
@@ -112,7 +124,9 @@ class FairESMStore(Store):
 
     def _rows(self, keys: Sequence[str | int], width: int) -> list[Array]:
         names = (key if isinstance(key, str) else self._identifiers[key] for key in keys)
-        return [self._load(name)[..., :width].clone() for name in names]
+        return [
+            torch.cat([row[..., each] for each in self._columns(width)], -1) for row in map(self._load, names)
+        ]
 
     def _read(self, identifier: str) -> tuple[Path, dict[str, Any]]:
         """The file of a record, and what is in it."""
@@ -127,6 +141,10 @@ class FairESMStore(Store):
     def _load(self, identifier: str) -> Tensor:
         """The embedding of a record: of the highest layer where there are several."""
         path, kept = self._read(identifier)
+        if self.facts is not None:
+            parts = [kept[_KEYS[pool]] for pool in pools_of(self.pool) or ("none",)]
+            self._check(identifier, path, kept.get("label"), max(parts[0]))
+            return torch.cat([part[max(part)] for part in parts], -1)
         try:
             layers = kept.get("representations") or kept["mean_representations"]
         except KeyError as error:

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
-from rd_torch.store.facts import Facts, Pool
+from rd_torch.pooling import pools_of
+from rd_torch.store.facts import Facts
 from rd_torch.store.store import Store
 from rd_torch.store.windows import Window
 
 Row: TypeAlias = tuple[int, Tensor]
-"""The place of a record in its window, and its `(width,)` or `(residues, width)` embedding as it is saved."""
+"""The place of a record in its window, and its vector or `(residues, width)` embedding as it is saved."""
 
 
 class Format(ABC):
@@ -30,7 +31,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
-    pools: ClassVar[tuple[Pool, ...]]
+    pools: ClassVar[tuple[str, ...]]
     identifier: ClassVar[str] = "word"
 
     @staticmethod
@@ -66,10 +67,8 @@ class Format(ABC):
 
 def require_fitting(form: Format, facts: Facts) -> None:
     """Raises a ValueError for a dtype or pooling that the format does not take."""
-    for what, got, taken in (
-        ("save_dtype", facts.save_dtype, form.dtypes),
-        ("pool", facts.pool, form.pools),
-    ):
+    pools = [("pool", way, form.pools) for way in pools_of(facts.pool) or ("none",)]
+    for what, got, taken in [("save_dtype", facts.save_dtype, form.dtypes), *pools]:
         if got not in taken:
             raise ValueError(
                 f"expected {what} to be one of {', '.join(map(repr, taken))} in .{form.name}, got {got!r}"

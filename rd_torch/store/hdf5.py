@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 from torch import Tensor
 
+from rd_torch.pooling import POOLS
 from rd_torch.store.facts import Facts
 from rd_torch.store.format import Format, Row, written_whole
 from rd_torch.store.hdf5_store import LENGTH, MODEL_NAME, ORIGINAL_ID, HDF5Store
@@ -45,7 +46,7 @@ class HDF5(Format):
 
     name = "h5"
     dtypes = ("float32", "float16")
-    pools = ("mean", "none")
+    pools = (*POOLS, "none")
 
     @staticmethod
     def key(name: str) -> str:
@@ -62,7 +63,7 @@ class HDF5(Format):
                 for place, row in rows:
                     dataset = _add(file, window.names[place], row, columns(facts.widths))
                     length = window.lengths[place]
-                    if facts.pool == "mean" and length is not None:
+                    if facts.pool != "none" and length is not None:
                         _note(dataset, LENGTH, np.int64(length), h5py.h5t.NATIVE_INT64)
 
         written_whole(path, fill)
@@ -75,6 +76,7 @@ class HDF5(Format):
         said = {name: value for name, value in asdict(facts).items() if value is not None}
         attributes = said | {"width": facts.width, "facts": facts.to_json(), "checksum": checksum}
         attributes[MODEL_NAME] = facts.model
+        attributes["boundaries"] = facts.boundaries
         whole = folder.with_name("finished.h5")
         written_whole(whole, partial(_merge, names, attributes))
         whole.replace(path)

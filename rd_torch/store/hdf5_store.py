@@ -9,7 +9,7 @@ from typing import Any, Final
 import h5py
 import numpy as np
 
-from rd_torch.store.facts import Facts, Pool
+from rd_torch.store.facts import Facts
 from rd_torch.store.naming import dataset_name, identifier_of
 from rd_torch.store.store import Array, Store, missing
 from rd_torch.store.windows import Length
@@ -49,7 +49,7 @@ class HDF5Store(Store):
         else:
             self.pool, self.width = self._look()
 
-    def _look(self) -> tuple[Pool, int]:
+    def _look(self) -> tuple[str, int]:
         """Pooling and width of a file that does not say them: those of its first dataset."""
         first: Any = self._file
         while isinstance(first, h5py.Group):
@@ -131,12 +131,16 @@ class HDF5Store(Store):
         if not isinstance(dataset, h5py.Dataset):
             raise missing(identifier, self.path)
         fits = _is_embedding(dataset) and (dataset.ndim == 2) == (self.pool == "none")
-        if not fits or dataset.shape[-1] != self.width:
+        columns = self._columns(width)
+        if not fits or dataset.shape[-1] != self.width * len(columns):
             raise ValueError(
                 f"{_LAYOUT} in {self.path}, got {identifier!r} of {dataset.dtype} {dataset.shape} beside "
-                f"others of {'' if self.pool == 'mean' else 'residues x '}{self.width}"
+                f"others of {'residues x ' if self.pool == 'none' else ''}{self.width * len(columns)}"
             )
-        return dataset[..., :width]
+        if len(columns) == 1:
+            return dataset[..., columns[0]]
+        whole = dataset[()]
+        return np.concatenate([whole[each] for each in columns])
 
     def _shut(self) -> None:
         self._file.close()

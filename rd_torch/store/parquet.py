@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from rd_torch.pooling import POOLS, pools_of
 from rd_torch.store.facts import Facts
 from rd_torch.store.format import Format, Row, written_whole
 from rd_torch.store.store import Array, Store, missing
@@ -28,13 +29,14 @@ class Parquet(Format):
 
     Columns: `identifier`, `length` in residues (null where nobody counted them), and by the name of each
     level the features that it adds, a list of fixed size. So the first columns are the embedding of a
-    shorter chain in any engine. Each file's metadata has the facts under `rd_torch` and the checksum up to
+    shorter chain in any engine. Of several ways to pool there are the columns of one after those of another,
+    called `mean:28K` and so on. Each file's metadata has the facts under `rd_torch` and the checksum up to
     its end.
     """
 
     name = "parquet"
     dtypes = ("float32", "float16")
-    pools = ("mean",)
+    pools = POOLS
 
     @staticmethod
     def key(name: str) -> str:
@@ -70,15 +72,26 @@ def table(window: Window[Any], rows: Iterable[Row], facts: Facts) -> pa.Table:
     """The table of a window, in FASTA order."""
     ordered = sorted(rows, key=lambda row: row[0])
     places = [place for place, _ in ordered]
-    vectors = torch.stack([row for _, row in ordered]).numpy() if ordered else np.zeros((0, facts.width))
+    vectors = (
+        torch.stack([row for _, row in ordered]).numpy() if ordered else np.zeros((0, facts.boundaries[-1]))
+    )
     vectors = vectors.astype(facts.save_dtype, copy=False)
     columns: dict[str, pa.Array] = {
         "identifier": pa.array([window.names[place] for place in places], pa.string()),
         "length": pa.array([window.lengths[place] for place in places], pa.int32()),
     }
-    columns |= level_columns(vectors, facts.levels, facts.widths)
+    pools = pools_of(facts.pool)
+    for pool, start in zip(pools, facts.boundaries, strict=False):
+        block = vectors[:, start : start + facts.width]
+        for level, column in level_columns(block, facts.levels, facts.widths).items():
+            columns[column_name(level, pool, pools)] = column
     metadata = {"rd_torch": facts.to_json(), "checksum": window.checksum}
     return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def column_name(level: str, pool: str, pools: Sequence[str]) -> str:
+    """What a level's column is called: of one way to pool as the level is."""
+    return level if len(pools) == 1 else f"{pool}:{level}"
 
 
 def level_columns(vectors: np.ndarray, levels: Sequence[str], widths: Sequence[int]) -> dict[str, pa.Array]:
@@ -93,8 +106,6 @@ def level_columns(vectors: np.ndarray, levels: Sequence[str], widths: Sequence[i
 class ParquetStore(Store):
     """A folder of parquet files, opened one after the other."""
 
-    pool = "mean"
-
     facts: Facts
 
     def _open(self) -> None:
@@ -108,6 +119,7 @@ class ParquetStore(Store):
         self.facts = Facts.from_json(metadata[b"rd_torch"].decode())
         self.checksum = metadata[b"checksum"].decode()
         self.width, self.model_name, self.layer = self.facts.width, self.facts.model, self.facts.num_layers
+        self.pool = self.facts.pool
         # The first record of each row group, with its file and its number there.
         self._groups = [
             (file, group) for file in self._files for group in range(file.metadata.num_row_groups)
@@ -150,15 +162,22 @@ class ParquetStore(Store):
 
     def _group(self, number: int, width: int) -> np.ndarray:
         """The first features of a row group's records; columns beyond them are not read."""
+        width, pools = min(width, self.width), pools_of(self.pool)
         file, group = self._groups[number]
         starts = [0, *self.facts.widths]
         levels = [level for level, start in zip(self.facts.levels, starts, strict=False) if start < width]
-        read = file.read_row_group(group, columns=levels)
+        names = [[column_name(level, pool, pools) for level in levels] for pool in pools]
+        read = file.read_row_group(group, columns=[name for each in names for name in each])
         blocks = [
-            column.combine_chunks().flatten().to_numpy().reshape(len(read), -1) for column in read.columns
+            np.concatenate([_numbers(read, name) for name in each], axis=1)[:, :width] for each in names
         ]
-        return np.concatenate(blocks, axis=1)[:, :width]
+        return np.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
 
     def _shut(self) -> None:
         for file in self._files:
             file.close()
+
+
+def _numbers(table: pa.Table, name: str) -> np.ndarray:
+    """A column of lists as `(rows, features)`."""
+    return table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1)

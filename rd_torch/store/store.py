@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rd_torch.store.facts import Facts, Pool
+from rd_torch.pooling import pools_of
+from rd_torch.store.facts import Facts
 from rd_torch.store.windows import Length
 
 Array: TypeAlias = np.ndarray | Tensor
@@ -32,8 +33,9 @@ class Store(ABC):
         path: where it lies.
         facts: what was embedded with what; None in files of other programs.
         checksum: of the identifiers and sequences of all records, likewise.
-        width: features of a vector.
-        pool: `"mean"`, a vector a protein, or `"none"`, a vector a residue.
+        width: features of an embedding, which a vector has once for every way to pool.
+        pool: how residues became a vector a protein, `"mean"` or `"mean+max"` say, or `"none"`, a vector a
+            residue.
         model_name: what the file calls the model that made it; None where it does not say.
         layer: the layer of the model that the vectors are of, likewise.
     """
@@ -41,7 +43,7 @@ class Store(ABC):
     facts: Facts | None
     checksum: str | None
     width: int
-    pool: Pool
+    pool: str
     model_name: str | None
     layer: int | None
 
@@ -87,7 +89,16 @@ class Store(ABC):
 
     @abstractmethod
     def _rows(self, keys: Sequence[str | int], width: int) -> list[Array]:
-        """The first `width` features of records by identifier, or by place in FASTA order, from 0."""
+        """The first `width` features of records by identifier, or by place in FASTA order, from 0.
+
+        Of several ways to pool the first features of each, one behind the other.
+        """
+
+    def _columns(self, width: int) -> list[slice]:
+        """Where the first features of each way to pool stand in a vector."""
+        width = min(width, self.width)
+        starts = range(0, self.width * max(1, len(pools_of(self.pool))), self.width)
+        return [slice(start, start + width) for start in starts]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,7 +109,7 @@ class Store(ABC):
         """
         if self.pool == "none":
             raise AttributeError("expected a pooled store, got one of a vector a residue, which has no shape")
-        return len(self), self.width
+        return len(self), self.width * len(pools_of(self.pool))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All vectors of a pooled store, as `np.asarray` wants them.
@@ -152,12 +163,12 @@ class Store(ABC):
         Args:
             key: an identifier or a place in FASTA order for one; several of them, a slice, or a mask of as
                 many truth values as there are records for more.
-            width: features from the first on; by default all.
+            width: features from the first on, of each way to pool; by default all.
             as_torch: give tensors, on the CPU, in place of arrays; bfloat16 comes as float32 in arrays.
 
         Returns:
-            Of one record `(width,)`, or `(residues, width)` without pooling; of more `(records, width)`, or
-            a list without pooling.
+            Of one record `(ways * width,)`, or `(residues, width)` without pooling; of more
+            `(records, ways * width)`, or a list without pooling.
 
         Raises:
             KeyError: for an identifier that is not there.
@@ -181,9 +192,10 @@ class Store(ABC):
         rows = [convert(row) for row in self._rows(chosen, width)]
         if self.pool == "none":
             return rows
+        features = width * len(pools_of(self.pool))
         if as_torch:
-            return torch.stack(rows) if rows else torch.zeros(0, width)  # type: ignore[arg-type]  # all tensors
-        return np.stack(rows) if rows else np.zeros((0, width), np.float32)
+            return torch.stack(rows) if rows else torch.zeros(0, features)  # type: ignore[arg-type]  # tensors
+        return np.stack(rows) if rows else np.zeros((0, features), np.float32)
 
     def _found(self, key: Any) -> str | int:
         """The identifier of one record, or its place counted from 0."""
@@ -221,7 +233,7 @@ class Store(ABC):
     def lengths(self, key: slice = slice(None)) -> list[Length]:
         """Residues of the records of a slice; None of pooled ones, where the store does not say them."""
         self._require_open()
-        if self.pool == "mean":
+        if self.pool != "none":
             known = self.facts is not None  # files of other programs do not say them
             return [self._length_of(each) if known else None for each in self.identifiers[key]]
         return [len(row) for row in self._rows(range(len(self))[key], 1)]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from rd_torch.batching import ahead
 from rd_torch.store.facts import Facts
-from rd_torch.store.folder import Failure, Folder
+from rd_torch.store.failures import read_failures, write_failures
+from rd_torch.store.folder import Done, Failure, Folder
 from rd_torch.store.format import Format, Row, require_fitting, require_folder, sync, written_whole
+from rd_torch.store.locks import busy, is_held, locked
+from rd_torch.store.shards import Shard
 from rd_torch.store.store import Store
 from rd_torch.store.windows import Content, Length, Window
 
@@ -26,11 +28,8 @@ Report: TypeAlias = Callable[[list[Length], bool], object]
 Progress: TypeAlias = Callable[[int, bool], object]
 """Called with how much is done, and whether it was so before."""
 
-LOCK: Final = "lock"
-"""The file by which a folder of work is held."""
-
-_COLUMNS: Final = ("identifier", "residues", "reason", "file", "line")
-"""Of the list of what could not be embedded."""
+PATIENCE: Final = 600.0
+"""Seconds that a shard waits for another one that begins a store or puts it together."""
 
 BATCHES_AHEAD: Final = 2
 """Batches that are computed while one is written."""
@@ -39,39 +38,57 @@ BATCHES_AHEAD: Final = 2
 class Work(Folder):
     """The folder `<output>.part` under a lock, which becomes the store when its last window is done.
 
+    Shards each hold a lock of their own, and the folder's only while one begins or puts the store together,
+    which the last one that ends does.
+
     Args:
         path: the store.
         form: its format.
         facts: what it is of.
         fixed_budget: whether `tokens_per_batch` must be the recorded one; else the recorded one counts.
+        shard: which windows are written here; None for all.
 
     Raises:
         FileNotFoundError: when the store's folder is not there.
-        BlockingIOError: when another process writes the store.
+        BlockingIOError: when another process writes the store, or the same shard of it.
         ValueError: for a dtype or pooling that the format does not take, when something else is there, or a
             store of other facts.
     """
 
-    def __init__(self, path: Path, form: Format, facts: Facts, *, fixed_budget: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        form: Format,
+        facts: Facts,
+        *,
+        fixed_budget: bool = False,
+        shard: Shard | None = None,
+    ) -> None:
         require_fitting(form, facts)
         require_folder(path)
         super().__init__(path, form, facts)
         self._checksum: str | None = None
-        begun = self._begun()
-        if begun is not None:
-            facts.require_same(begun, str(path))
-            if fixed_budget and facts.tokens_per_batch != begun.tokens_per_batch:
-                raise ValueError(
-                    f"expected tokens_per_batch {begun.tokens_per_batch}, with which {path} was begun, got "
-                    f"{facts.tokens_per_batch}: leave it out, or take another output"
-                )
-            self.facts = begun
+        self._shard, self._fixed_budget = shard, fixed_budget
+        self._go_on()
         self._lock: FileLock | None = None if self.is_finished else self._taken()
 
     @property
     def is_finished(self) -> bool:
         """Whether the store is there already; nothing is written then."""
         return self._checksum is not None
+
+    def _go_on(self) -> None:
+        """Takes the facts of what was begun, if they fit."""
+        begun = self._begun()
+        if begun is None:
+            return
+        self.facts.require_same(begun, str(self.path))
+        if self._fixed_budget and self.facts.tokens_per_batch != begun.tokens_per_batch:
+            raise ValueError(
+                f"expected tokens_per_batch {begun.tokens_per_batch}, with which {self.path} was begun, got "
+                f"{self.facts.tokens_per_batch}: leave it out, or take another output"
+            )
+        self.facts = begun
 
     def _begun(self) -> Facts | None:
         """The facts of the finished or unfinished store, if there is one."""
@@ -82,18 +99,42 @@ class Work(Folder):
         said = self.folder / "facts.json"
         return Facts.from_json(said.read_text()) if said.is_file() else None
 
-    def _taken(self) -> FileLock:
-        """Makes the folder and takes its lock."""
+    def _taken(self) -> FileLock | None:
+        """Makes the folder and takes its lock, or the shard's; none where the store is there by then."""
         for name in ("data", "windows"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        lock = locked(self.folder, self.path)
+        if self._shard is None:
+            lock = locked(self.folder, self.path)
+            if self._others():
+                lock.release()
+                raise busy(self.path)
+        else:
+            lock = locked(self.folder, self.path, wait=PATIENCE)
+            self._go_on()  # another one may have begun it, or finished it, meanwhile
+            if self.is_finished:
+                self._sweep(lock)
+                return None
         written_whole(self.folder / "facts.json", lambda part: part.write_text(self.facts.to_json()))
-        return lock
+        if self._shard is None:
+            return lock
+        try:
+            return locked(self.folder, self.path, f"{self._shard.number}-of-{self._shard.total}.shard")
+        finally:
+            lock.release()
+
+    def _others(self) -> list[Path]:
+        """The locks of shards that are at work."""
+        return [path for path in self.folder.glob("*.shard") if is_held(path)]
+
+    def _sweep(self, lock: FileLock) -> None:
+        """Removes what waiting for the lock has left of the folder of a store that is finished."""
+        lock.release()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def fill(
-        self, windows: Iterable[Window[Content]], compute: Compute[Content], report: Report
+        self, windows: Iterable[Window[Content]], compute: Compute[Content] | None, report: Report
     ) -> dict[str, Failure]:
-        """Computes and writes what is not done, and finishes the store.
+        """Computes and writes what is not done and, unless other shards have still to, finishes the store.
 
         Batches are computed in a thread of its own while those before them are written, and a window only
         when the one before it is done: so no more than one window is ever lost.
@@ -101,27 +142,59 @@ class Work(Folder):
         Args:
             windows: all of them, in order.
             compute: embeds a window, batch by batch; takes what cannot be embedded, by place with the
-                reason, into the dictionary.
+                reason, into the dictionary. None where all windows are done and only to be put together.
             report: called with the lengths of records that are done, and whether they were so before.
 
         Returns:
-            The records that could not be embedded, by name.
+            The records that could not be embedded, by name; where the store is not finished, this shard's.
 
         Raises:
-            ValueError: for no windows, or others than the store was begun with.
+            ValueError: for no windows, others than the store was begun with, or some that are not done where
+                they are only to be put together.
         """
         last: Window[Any] | None = None
         for window in windows:
             last = window
-            if self.is_finished or self.done(window):
+            is_others = self._shard is not None and not self._shard.takes(window.number)
+            if self.is_finished or self.done(window) or is_others:
                 report(window.lengths, True)
                 continue
+            if compute is None:
+                raise ValueError(
+                    f"expected all windows of {self.path} to be done, got number {window.number + 1:,} that "
+                    f"is not, with {window.names[0]!r} and what follows it: run its shard again first"
+                )
             failures = dict(window.faults)
             with closing(ahead(compute(window, failures), BATCHES_AHEAD)) as batches:
-                self.write(window, _reported(window, batches, report), failures)
+                rows = _reported(window, batches, report)
+                self.write(window, rows, failures, apart=self._shard is not None)
         if last is None:
             raise ValueError("expected at least one protein to embed, got none")
-        return self.finish(last.number + 1, last.checksum, last.kind)
+        if self._shard is None or self.is_finished or self._is_last(self._shard, last.number + 1):
+            return self.finish(last.number + 1, last.checksum, last.kind)
+        mine = (number for number in range(last.number + 1) if self._shard.takes(number))
+        return {} if self.path.exists() else self._failures(mine)
+
+    def _is_last(self, shard: Shard, windows: int) -> bool:
+        """Whether nobody else is at work and nothing is left to do; the folder's lock is then held.
+
+        The shard's own lock is given back first: of two that end together, the second one to come finds
+        neither.
+        """
+        self.close()
+        self._lock = lock = locked(self.folder, self.path, wait=PATIENCE)
+        if self.path.exists():
+            self._sweep(lock)
+            return False
+        if self._others() or not all(self.said(number).is_file() for number in range(windows)):
+            lock.release()
+            return False
+        return True
+
+    def _failures(self, numbers: Iterable[int]) -> dict[str, Failure]:
+        """What could not be embedded of windows that are done."""
+        said = (Done.from_json(self.said(number).read_text()) for number in numbers)
+        return {name: why for done in said for name, why in done.failures.items()}
 
     def finish(self, windows: int, checksum: str, kind: str = "sequences") -> dict[str, Failure]:
         """Makes the store of its windows; lists and returns what could not be embedded.
@@ -140,31 +213,18 @@ class Work(Folder):
                     f"expected the {kind} of which {self.path} is, got others: take another output"
                 )
             self._leave()
-            return self._listed()
+            return read_failures(self.failed)
         if self.said(windows).is_file():
             raise ValueError(
                 f"expected the {kind} with which {self.path} was begun, got fewer: take those, or "
                 "another output"
             )
-        failures = {name: why for done in self.all(windows) for name, why in done.failures.items()}
+        failures = self._failures(range(windows))
         write_failures(self.failed, failures.items())
         self.format.finish(self.folder / "data", self.names(windows), self.facts, checksum, self.path)
         sync(self.path.parent)
         self._leave()
         return failures
-
-    def _listed(self) -> dict[str, Failure]:
-        """What the file beside the store lists."""
-        if not self.failed.is_file():
-            return {}
-        with self.failed.open(newline="", encoding="utf-8") as handle:
-            lines = csv.DictReader(handle, delimiter="\t")  # earlier versions named no file and no line
-            return {
-                each["identifier"]: Failure(
-                    int(each["residues"]), each["reason"], each.get("file", ""), int(each.get("line") or 0)
-                )
-                for each in lines
-            }
 
     @property
     def failed(self) -> Path:
@@ -186,34 +246,6 @@ class Work(Folder):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def write_failures(path: Path, failures: Collection[tuple[str, Failure]]) -> None:
-    """Writes the list of records that could not be embedded, as a table; removes it where there are none."""
-    path.unlink(missing_ok=True)
-    if failures:
-        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle:
-            lines = csv.writer(handle, delimiter="\t", lineterminator="\n")
-            lines.writerow(_COLUMNS)
-            lines.writerows(
-                (name, why.residues, why.reason, why.source, why.line or "") for name, why in failures
-            )
-
-
-def locked(folder: Path, path: Path) -> FileLock:
-    """The lock of the folder in which `path` is worked on; it ends with the process, or where it is released.
-
-    Raises:
-        BlockingIOError: when another process has it.
-    """
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BlockingIOError(
-            f"expected to write {path} alone, got another process that does: wait for it"
-        ) from None
-    return lock
 
 
 def in_residues(progress: Progress) -> Report:

@@ -1,0 +1,67 @@
+"""Shards: processes that write windows of one store beside each other, wherever its folder is seen."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Final, NamedTuple, Self
+
+_SPELLED: Final = re.compile(r"(\d+)/(\d+)")
+
+
+class Shard(NamedTuple):
+    """One of several processes that share the windows of a store: it takes every `total`-th of them.
+
+    Attributes:
+        number: which one, from 1.
+        total: how many there are.
+    """
+
+    number: int
+    total: int
+
+    @classmethod
+    def of(cls, given: str | tuple[int, int], environment: Mapping[str, str] = os.environ) -> Self:
+        """From `"3/16"`, two numbers, or `"auto"`: what the batch system or launcher says.
+
+        That is Slurm's array (`SLURM_ARRAY_TASK_ID`, `_MIN`, `_STEP`, `_COUNT`), or `RANK` and `WORLD_SIZE`,
+        as torchrun sets them.
+
+        Raises:
+            ValueError: for other text, a number that is not from 1 to the count, or `"auto"` where nothing
+                is said.
+        """
+        if given == "auto":
+            found = cls(*_said(environment))
+        elif isinstance(given, str):
+            match = _SPELLED.fullmatch(given)
+            if match is None:
+                raise ValueError(f"expected a shard as NUMBER/COUNT or auto, got {given!r}")
+            found = cls(int(match[1]), int(match[2]))
+        else:
+            found = cls(*given)
+        if not 1 <= found.number <= found.total:
+            raise ValueError(f"expected a shard from 1 to its count, got {found.number} of {found.total}")
+        return found
+
+    def takes(self, window: int) -> bool:
+        """Whether a window, by its number from 0, is this shard's."""
+        return window % self.total == self.number - 1
+
+
+def _said(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Number and count that the environment says."""
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        task, first, step = (
+            int(environment.get(f"SLURM_ARRAY_TASK_{name}", otherwise))
+            for name, otherwise in (("ID", "0"), ("MIN", "0"), ("STEP", "1"))
+        )
+        if "SLURM_ARRAY_TASK_COUNT" in environment:
+            return (task - first) // step + 1, int(environment["SLURM_ARRAY_TASK_COUNT"])
+    if {"RANK", "WORLD_SIZE"} <= environment.keys():
+        return int(environment["RANK"]) + 1, int(environment["WORLD_SIZE"])
+    raise ValueError(
+        "expected SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, or RANK and WORLD_SIZE, in the environment "
+        "for shard auto, got neither: say it as NUMBER/COUNT"
+    )
