@@ -92,7 +92,7 @@ def on_devices(command: Callable[..., None], parameters: dict[str, Any]) -> None
             f"expected the process of every device to end well, got {', '.join(failed)}: run the same "
             "command again, it goes on where it was"
         )
-    say_done(parameters["output"])
+    say_done(parameters["output"], count_listed(parameters["output"]))
 
 
 def _run(command: Callable[..., None], parameters: dict[str, Any], number: int, count: int) -> None:
@@ -107,20 +107,30 @@ def _run(command: Callable[..., None], parameters: dict[str, Any], number: int, 
     raise SystemExit(raised.exit_code)
 
 
-def say_done(output: Path, failures: int | None = None, shard: str | None = None) -> None:
+def listed_beside(output: Path) -> Path:
+    """Where a store's records that were left out are listed."""
+    return output.with_name(f"{output.name}.failed.tsv")
+
+
+def count_listed(output: Path) -> int:
+    """How many records are listed there."""
+    from rd_torch.store.failures import read_failures
+
+    return len(read_failures(listed_beside(output)))
+
+
+def say_done(output: Path, failures: int, shard: str | None = None) -> None:
     """Says what has been made, and ends the command with the status for records that were left out.
 
     Args:
         output: the store.
-        failures: how many records were left out; by default as many as are listed.
-        shard: which share this process had.
+        failures: how many records this process left out.
+        shard: which share this process had; None for all.
     """
-    from rd_torch.store.failures import read_failures
-
-    listed = output.with_name(f"{output.name}.failed.tsv")
-    if output.exists():
+    listed = listed_beside(output)
+    if shard is None or output.exists():
         click.echo(f"Embeddings in {output}", err=True)
-        list_failures(listed, len(read_failures(listed)) if failures is None else failures)
+        list_failures(listed, failures if shard is None else count_listed(output))
         return
     click.echo(f"Shard {shard} is done; the last one to end puts {output} together", err=True)
     if failures:

@@ -170,12 +170,14 @@ class Work(Folder):
                 self.write(window, rows, failures, apart=self._shard is not None)
         if last is None:
             raise ValueError("expected at least one protein to embed, got none")
-        if self._shard is None or self.is_finished or self._is_last(self._shard, last.number + 1):
+        if self._shard is None or self.is_finished:
             return self.finish(last.number + 1, last.checksum, last.kind)
-        mine = (number for number in range(last.number + 1) if self._shard.takes(number))
-        return {} if self.path.exists() else self._failures(mine)
+        mine = self._failures(filter(self._shard.takes, range(last.number + 1)))
+        if self._is_last(last.number + 1):
+            return self.finish(last.number + 1, last.checksum, last.kind)
+        return mine
 
-    def _is_last(self, shard: Shard, windows: int) -> bool:
+    def _is_last(self, windows: int) -> bool:
         """Whether nobody else is at work and nothing is left to do; the folder's lock is then held.
 
         The shard's own lock is given back first: of two that end together, the second one to come finds
