@@ -20,7 +20,6 @@ from finetune_sequence import MeltingTemperature
 from tqdm import tqdm
 
 from rd_torch.reading import Fasta
-from rd_torch.store import Pool
 
 SPLITS = 5
 LEAST_VARIANTS = 100
@@ -56,7 +55,7 @@ class DataSet:
     labels: np.ndarray
     splits: Sequence[Split]
     classes: int = 0
-    pool: Pool = "mean"
+    pool: str = "mean"
 
     @cached_property
     def checksum(self) -> str:

@@ -110,10 +110,14 @@ def vectors_of(model: RDModel, pool: str, width: int | None) -> Callable[[Tensor
     def vectors(tokens: Tensor) -> list[Tensor]:
         """One tensor a sequence."""
         require_memory(family, tokens)
-        embeddings, residues = model.encode(tokens, width=width), is_residue(tokens)
-        rows, counts = embeddings[residues], residues.sum(1)
-        if pool == "none":
-            return list(rows.cpu().split(counts.tolist()))
-        return list(pooled(rows, counts, embeddings[:, 0], pool).cpu())
+        return _pooled(model.encode(tokens, width=width), is_residue(tokens), pool)
 
     return vectors
+
+
+def _pooled(embeddings: Tensor, residues: Tensor, pool: str) -> list[Tensor]:
+    """One tensor a sequence, of `(batch, time, width)` embeddings that begin with `<cls>`."""
+    rows, counts = embeddings[residues], residues.sum(1)
+    if pool == "none":
+        return list(rows.cpu().split(counts.tolist()))
+    return list(pooled(rows, counts, embeddings[:, 0], pool).cpu())

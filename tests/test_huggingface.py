@@ -524,7 +524,7 @@ def test_the_pipeline_for_features(make, tokenizer):
 def test_a_model_is_saved_and_loaded_to_the_bit_in_its_own_dtypes(dtype, tmp_path):
     model = TransformersForSequenceClassification(small_model().to(dtype), num_labels=3).eval()
     model.save_pretrained(tmp_path)
-    again = TransformersForSequenceClassification.from_pretrained(tmp_path)
+    again = TransformersForSequenceClassification.from_pretrained(tmp_path, torch_dtype="auto")
     assert not again.training
     for (name, ours), (_, theirs) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert ours.dtype == theirs.dtype, name
@@ -532,11 +532,13 @@ def test_a_model_is_saved_and_loaded_to_the_bit_in_its_own_dtypes(dtype, tmp_pat
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(again(TOKENS, MASK).logits, model(TOKENS, MASK).logits)
-    encoder = transformers.AutoModel.from_pretrained(tmp_path)
+    encoder = transformers.AutoModel.from_pretrained(tmp_path, torch_dtype="auto")
     assert type(encoder) is TransformersEncoder
     assert encoder.model.fingerprint() == model.chain.fingerprint()
     encoder.save_pretrained(tmp_path / "encoder")
-    fresh = TransformersForTokenClassification.from_pretrained(tmp_path / "encoder", num_labels=4)
+    fresh = TransformersForTokenClassification.from_pretrained(
+        tmp_path / "encoder", num_labels=4, torch_dtype="auto"
+    )
     assert fresh.chain.fingerprint() == model.chain.fingerprint()
     assert fresh.classifier.weight.isfinite().all()
     assert 0.01 < float(fresh.classifier.weight.detach().float().std()) < 0.03

@@ -102,11 +102,11 @@ def interrupt(model, path, windows, **options):
     write = Folder.write
     left = [windows]
 
-    def counting(work, *arguments):
+    def counting(work, *arguments, **how):
         if not left[0]:
             raise Kill
         left[0] -= 1
-        write(work, *arguments)
+        write(work, *arguments, **how)
 
     Folder.write = counting
     try:

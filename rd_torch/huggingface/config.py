@@ -74,9 +74,12 @@ class RDTransformersConfig(PretrainedConfig):  # type: ignore[misc]  # transform
                 if f"{level.name}.{head}" in self.missing_heads:
                     setattr(backbone, head, MissingHead())
             backbones[level.name] = backbone
-        kind = STAGES[config.method]
+        kind, exact = STAGES[config.method], torch.float32  # whatever dtype others make a default of
         stages = [
-            kind(**{part: torch.zeros(shape) for part, shape in shapes.items()}, explained=explained)
+            kind(
+                **{part: torch.zeros(shape, dtype=exact) for part, shape in shapes.items()},
+                explained=explained,
+            )
             for shapes, explained in zip(config.map_shapes.values(), config.explained, strict=True)
         ]
         return RDModel(

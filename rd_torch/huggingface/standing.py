@@ -34,8 +34,6 @@ class Standing(NamedTwice, PreTrainedModel):  # type: ignore[misc]  # transforme
     accepts_loss_kwargs = False
     _supports_sdpa = True
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012  # transformers' own way to say it
-    _keep_in_fp32_modules = ["stages", "rot_emb", "classifier"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["stages", "rot_emb", "classifier"]  # noqa: RUF012
 
     @classmethod
     def from_pretrained(
@@ -63,6 +61,12 @@ class Standing(NamedTwice, PreTrainedModel):  # type: ignore[misc]  # transforme
         places = {key: options.pop(key, None) for key in ("device_map", "max_memory", "offload_folder")}
         chain, rest = chain_and_options(name, level, options)
         return placed(cls(chain, **rest).eval(), **places)
+
+    def post_init(self) -> None:
+        """What transformers does when a model is made; what no half type may touch is loaded in float32."""
+        super().post_init()
+        self._keep_in_fp32_modules = {"stages", "rot_emb", "classifier"}
+        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules)
 
     @property
     def chain(self) -> RDModel:
