@@ -222,6 +222,7 @@ def test_every_argument_has_its_name(ours, theirs):
         ({"head_mask": torch.ones(2, 4)}, "heads cannot be left out"),
         ({"output_hidden_states": True}, "only last layers have a reverse-distilled form"),
         ({"position_ids": torch.arange(TOKENS.shape[1])[None] + 2}, "of the columns"),
+        ({"position_ids": torch.arange(TOKENS.shape[1] - 1)[None]}, "of the columns"),
         ({"attention_mask": MASK[:, 1:]}, "expected an attention_mask of shape"),
     ],
     ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
@@ -561,6 +562,7 @@ def test_whatever_rd_model_loads_is_loaded():
         ({"num_label": 3}, "expected options of RDModel.from_pretrained or of a config, got 'num_label'"),
         ({"attn_implementation": "flash_attention_2"}, "expected attn_implementation of 'eager', 'sdpa'"),
         ({"add_pooling_layer": True}, "expected add_pooling_layer of False, got True"),
+        ({"dtype": "floaty"}, "expected a dtype, as torch.float32 or 'float32', got 'floaty'"),
     ):
         with pytest.raises(ValueError, match=message):
             TransformersEncoder.from_pretrained("esm2-rd-mini", **options)

@@ -204,30 +204,41 @@ def test_other_proteins_and_budgets_are_refused(folder, model, tmp_path):
         rd_torch.embed_to_store(model, PROTEINS, output, shard=(2, 2), tokens_per_batch=9)
 
 
-def test_a_process_a_device(folder, tmp_path):
+def test_who_ends_while_another_one_is_at_work_leaves_the_store_to_it(folder, tmp_path):
+    """It still reads windows, and would not find them if they were put away."""
     output = tmp_path / "out.parquet"
-    arguments = command(folder, output, "--devices", "cpu,cpu")
-    result = subprocess.run(
+    run(folder, output, "--shard", "1/2")
+    with FileLock(Path(f"{output}.part") / "5-of-9.shard"):
+        result = run(folder, output, "--shard", "1/1")
+        assert result.exit_code == 3
+        assert "Shard 1/1 is done; the last one to end puts" in result.stderr
+        assert "1 of its proteins could not be embedded" in result.stderr
+        assert not output.exists()
+    assert run(folder, output, "--shard", "5/9").exit_code == 3
+    assert_whole(output, folder)
+
+
+def in_a_process(arguments):
+    """The command, whose processes compute the same bits as this one."""
+    return subprocess.run(
         [sys.executable, "-m", "rd_torch.cli", *arguments],
         capture_output=True,
         text=True,
         check=False,
         env=SAME_THREADS,
     )
+
+
+def test_a_process_a_device(folder, tmp_path):
+    output = tmp_path / "out.parquet"
+    result = in_a_process(command(folder, output, "--devices", "cpu,cpu"))
     assert result.returncode == 3, result.stderr
     assert result.stderr.splitlines()[-2:] == [
         f"Embeddings in {output}",
         f"1 proteins could not be embedded: {output}.failed.tsv says why",
     ]
     assert_whole(output, folder)
-    wrong = command(folder, tmp_path / "other.h5", "--devices", "cpu,warp")
-    result = subprocess.run(
-        [sys.executable, "-m", "rd_torch.cli", *wrong],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=SAME_THREADS,
-    )
+    result = in_a_process(command(folder, tmp_path / "other.h5", "--devices", "cpu,warp"))
     assert result.returncode == 1
     assert "expected a device that is there, got 'warp'" in result.stderr
     assert "expected the process of every device to end well, got warp with status 1" in result.stderr

@@ -135,7 +135,7 @@ def _check_positions(positions: Tensor | None, ids: Tensor) -> None:
     """Raises a ValueError for other positions than columns."""
     if positions is not None:
         columns = torch.arange(ids.shape[1], device=positions.device)
-        if not torch.equal(positions.to(columns.dtype), columns.expand(positions.shape)):
+        if positions.shape[-1:] != columns.shape or bool((positions != columns).any()):
             raise ValueError("expected position_ids of the columns, 0, 1, 2, ..., or none, got others")
 
 

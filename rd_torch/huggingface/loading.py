@@ -64,7 +64,11 @@ def chain_and_options(
 
 
 def _dtype(value: torch.dtype | str) -> torch.dtype:
-    return value if isinstance(value, torch.dtype) else getattr(torch, value)
+    """The dtype, or that of a name; raises a ValueError for a name that is none's."""
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"expected a dtype, as torch.float32 or 'float32', got {value!r}")
+    return found
 
 
 def placed(
