@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_esm2, random_sequence, random_stages
+from processes import begun
 
 import rd_torch
 from rd_torch import embedder, hardware
@@ -128,8 +129,6 @@ KILLING = """
 
     folder = Path(sys.argv[1])
     model = chain().truncate("28K")
-    import h5py, pyarrow.parquet  # before the children, whose time is to be the store's
-    rd_torch.embed(model, ["MKV"])
     pooled = embedder._pooled
 
     def counted(rows, residues, pool):
@@ -163,6 +162,8 @@ KILLING = """
     rng = random.Random(0)
     whole, seconds, needed = {}, {}, {}
     for suffix in ("h5", "parquet", "pt"):
+        embed(model, folder / f"first.{suffix}")  # with what is imported then, which no child is to wait for
+        passes()
         whole[suffix] = folder / f"whole.{suffix}"
         seconds[suffix] = run(whole[suffix])
         needed[suffix] = passes()
@@ -358,41 +359,26 @@ def test_a_write_that_fails_is_an_error_and_the_next_run_goes_on(
     assert same(tmp_path / f"out.{suffix}", expected)
 
 
-FULL = """
-    import resource, signal, sys
-    from rd_torch.cli import main
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-    main(sys.argv[2:])
-"""
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on_when_there_is_room(tmp_path, suffix):
     fasta = tmp_path / "in.fasta"
     fasta.write_text("".join(f">{each.identifier}\n{each.sequence}\n" for each in PROTEINS))
     path = tmp_path / f"out.{suffix}"
-    command = [sys.executable, "-c", textwrap.dedent(FULL)]
-    options = [
-        "embed",
-        fasta,
-        "-o",
-        path,
-        "--level",
-        "28K",
-        "--pool",
-        pool_of(path),
-        "--tokens-per-batch",
-        str(BUDGET),
-    ]
-    limit = {"h5": 30_000, "parquet": 4_000, "pt": 1_500}[suffix]
-    full = subprocess.run([*command, str(limit), *options], capture_output=True, text=True, check=False)
-    assert full.returncode == 1, full.stderr
-    assert full.stderr.splitlines()[-1].startswith("Error: "), full.stderr
-    assert "Traceback" not in full.stderr
+    command = ["embed", fasta, "-o", path, "--level", "28K", "--pool", pool_of(path)]
+    command += ["--tokens-per-batch", BUDGET]
+
+    def ended(largest_file):
+        process = begun(command, tmp_path / "said", largest_file)
+        process.join()
+        return process.exitcode, (tmp_path / "said").read_text()
+
+    status, said = ended({"h5": 30_000, "parquet": 4_000, "pt": 1_500}[suffix])
+    assert status == 1, said
+    assert said.splitlines()[-1].startswith("Error: "), said
+    assert "Traceback" not in said
     assert not path.exists()
-    room = subprocess.run([*command, str(10**9), *options], capture_output=True, text=True, check=False)
-    assert room.returncode == 0, room.stderr
+    status, said = ended(10**9)
+    assert status == 0, said
     with open_store(path) as store:
         assert list(store) == [each.identifier for each in PROTEINS]
 

@@ -1,9 +1,6 @@
 """A store that several processes write beside each other, in any order, dying as they like."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from itertools import permutations
 from pathlib import Path
@@ -14,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from filelock import FileLock
 from helpers import random_sequence, tiny_model
+from processes import begun
 
 import rd_torch
 from rd_torch.cli import main
@@ -22,9 +20,6 @@ from rd_torch.store import Shard, open_store
 BUDGET = 8
 PROTEINS = [(f"P{k % 110}", random_sequence(5 + 7 * k % 61, k)) for k in range(120)]
 """Ten of them share their identifier with another one."""
-
-SAME_THREADS = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-"""Other processes compute the same bits with as many threads."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:records whose identifier")
 
@@ -115,30 +110,27 @@ def test_four_shards_that_are_killed_again_and_again_lose_and_double_nothing(fol
     output = tmp_path / f"out.{suffix}"
     rng = np.random.default_rng(0)
 
-    def begun(number):
-        arguments = command(folder, output, "--shard", f"{number}/4")
-        return subprocess.Popen(
-            [sys.executable, "-m", "rd_torch.cli", *arguments], stderr=subprocess.DEVNULL, env=SAME_THREADS
-        )
+    def shard(number):
+        return begun(command(folder, output, "--shard", f"{number}/4"))
 
     def windows():
         return len(list(tmp_path.glob("*.part/windows/*.json")))
 
-    processes, kills = {number: begun(number) for number in range(1, 5)}, 0
+    processes, kills = {number: shard(number) for number in range(1, 5)}, 0
     deadline = time.monotonic() + 300
     while processes and time.monotonic() < deadline:
         time.sleep(0.05)
         if kills < 8 and windows() > 2 * kills:
             number = int(rng.choice(list(processes)))
-            if processes[number].poll() is None:
+            if processes[number].is_alive():
                 processes[number].kill()
-                processes[number].wait()
+                processes[number].join()
                 kills += 1
         for number, process in list(processes.items()):
-            if process.poll() is not None:
-                assert process.returncode in (0, 3, -signal.SIGKILL)
-                if process.returncode == -signal.SIGKILL:
-                    processes[number] = begun(number)
+            if not process.is_alive():
+                assert process.exitcode in (0, 3, -signal.SIGKILL)
+                if process.exitcode == -signal.SIGKILL:
+                    processes[number] = shard(number)
                 else:
                     del processes[number]
     assert kills > 3
@@ -218,30 +210,28 @@ def test_who_ends_while_another_one_is_at_work_leaves_the_store_to_it(folder, tm
     assert_whole(output, folder)
 
 
-def in_a_process(arguments):
-    """The command, whose processes compute the same bits as this one."""
-    return subprocess.run(
-        [sys.executable, "-m", "rd_torch.cli", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=SAME_THREADS,
-    )
+def test_a_process_a_device(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # for the same bits
 
+    def ended(output, devices):
+        process = begun(command(folder, output, "--devices", devices), tmp_path / "said")
+        process.join()
+        said = (tmp_path / "said").read_text()
+        (tmp_path / "said").unlink()
+        return process.exitcode, said
 
-def test_a_process_a_device(folder, tmp_path):
     output = tmp_path / "out.parquet"
-    result = in_a_process(command(folder, output, "--devices", "cpu,cpu"))
-    assert result.returncode == 3, result.stderr
-    assert result.stderr.splitlines()[-2:] == [
+    status, said = ended(output, "cpu,cpu")
+    assert status == 3, said
+    assert said.splitlines()[-2:] == [
         f"Embeddings in {output}",
         f"1 proteins could not be embedded: {output}.failed.tsv says why",
     ]
     assert_whole(output, folder)
-    result = in_a_process(command(folder, tmp_path / "other.h5", "--devices", "cpu,warp"))
-    assert result.returncode == 1
-    assert "expected a device that is there, got 'warp'" in result.stderr
-    assert "expected the process of every device to end well, got warp with status 1" in result.stderr
+    status, said = ended(tmp_path / "other.h5", "cpu,warp")
+    assert status == 1
+    assert "expected a device that is there, got 'warp'" in said
+    assert "expected the process of every device to end well, got warp with status 1" in said
 
 
 @pytest.mark.parametrize(
