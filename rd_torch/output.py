@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, KeysView, Mapping
+import json
+from collections.abc import Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 
 @dataclass(frozen=True)
@@ -97,5 +98,40 @@ class Representations(Mapping[str | int, Tensor]):
         return len(self._listed)
 
 
-# None and numbers are leaves that a traced graph keeps as constants.
-torch.export.register_dataclass(RDOutput, serialized_type_name="rd_torch.RDOutput")
+_TENSORS: Final = ("embeddings", "logits", "residue_mask", "nested", "attentions", "contacts")
+
+
+def _parted(out: RDOutput) -> tuple[list[Any], list[Any]]:
+    """An output's tensors, each once, and the facts beside them, which a traced graph keeps as constants."""
+    tensors = {name: tensor for name in _TENSORS if (tensor := getattr(out, name)) is not None}
+    if out.nested is out.embeddings:
+        del tensors["nested"]
+    return [tensors, out.separate], [out.widths, out.num_layers, out.repr_layers]
+
+
+def _joined(parts: Iterable[Any], facts: list[Any]) -> RDOutput:
+    """The output of what `_parted` gives."""
+    tensors, separate = parts
+    widths, num_layers, repr_layers = facts
+    given = {"logits": None, "nested": tensors["embeddings"], **tensors}
+    return RDOutput(
+        **given, widths=widths, num_layers=num_layers, separate=separate, repr_layers=repr_layers
+    )
+
+
+def _facts_of(text: str) -> list[Any]:
+    """The facts as they were before they were JSON, which knows no tuples."""
+    widths, num_layers, repr_layers = json.loads(text)
+    layers = None if repr_layers is None else tuple(repr_layers)
+    return [tuple((name, size) for name, size in widths), num_layers, layers]
+
+
+# With constants or one tensor twice among a graph's outputs no ONNX file runs.
+register_pytree_node(
+    RDOutput,
+    _parted,
+    _joined,
+    serialized_type_name="rd_torch.RDOutput",
+    to_dumpable_context=json.dumps,
+    from_dumpable_context=_facts_of,
+)
