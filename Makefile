@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA := $(abspath $(wildcard ../shared/data))
 export RD_TORCH_DATA ?= $(DATA)
+unexport PYTHONDONTWRITEBYTECODE # or each of the tests' processes compiles every file again
 
 # Files of tests run side by side, each process with one thread; on two cores four keep both busy, for some wait
 # for processes of their own. Those marked `alone`, which measure time, run after them.
@@ -42,8 +43,9 @@ test-portable: setup
 	$(AVX2) $(MAKE) test
 
 # The part of them that depends on what the CPU has.
+CAPABILITIES = $(shell grep -l "mark.capability" tests/*.py)
 test-capabilities: setup
-	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) -m "capability and not slow"
+	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) -m "capability and not slow" $(CAPABILITIES)
 
 # The tests on the oldest versions that the package admits.
 test-oldest:

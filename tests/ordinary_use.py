@@ -1,6 +1,7 @@
 """What people do with the package, in a process of its own: there may be no `esm`, or another one, beside it.
 
-Writes what `rd-torch verify` says. With `--without-esm` no package is found under that name.
+Writes what `rd-torch verify` says. With `--without-esm` no package is found under that name; with
+`--with-transformers` the classes that need transformers are imported too, which takes seconds.
 """
 
 import shlex
@@ -37,7 +38,9 @@ class WithoutESM:
 def use_from_python():
     import rd_torch
 
-    assert all(getattr(rd_torch, name) for name in rd_torch.__all__)
+    for name in rd_torch.__all__:
+        if "--with-transformers" in sys.argv or not name.startswith("Transformers"):
+            assert getattr(rd_torch, name)
     model, alphabet = rd_torch.pretrained.load_model_and_alphabet("esm2-rd-mini")
     labels, strings, tokens = alphabet.get_batch_converter()([*PROTEINS, ("masked", "MK<mask>V")])
     out = model(tokens, return_contacts=True)

@@ -65,7 +65,12 @@ def test_a_pickled_store_is_opened_anew_by_its_path(store, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("kind", "start"),
-    [*((kind, "fork") for kind in KINDS), (KINDS[0], "spawn"), (KINDS[1], "spawn"), (KINDS[2], "forkserver")],
+    [
+        *((kind, "fork") for kind in KINDS),
+        (KINDS[0], "spawn"),
+        (KINDS[1], "forkserver"),
+        (KINDS[2], "forkserver"),
+    ],
 )
 def test_a_data_loader_reads_it_in_other_processes(stores, kind, start):
     store = open_store(stores(*kind))

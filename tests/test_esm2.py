@@ -17,6 +17,7 @@ TOLERANCE = 2e-5
 PAD, MASK = ALPHABET.padding_idx, ALPHABET.mask_idx
 SHAPES = {name: (level.num_layers, level.width, level.attention_heads) for name, level in ESM2_LEVELS.items()}
 SHAPES |= {f"{name}, two layers": (2, *SHAPES[name][1:]) for name in ("3B", "15B")}
+SHAPES["15B, one layer"] = (1, *SHAPES["15B"][1:])
 SMALL = (3, 32, 4)
 
 BATCHES = {
@@ -94,7 +95,7 @@ def assert_every_layer_agrees(reference, tokens, **options):
 
 
 @batches(BATCHES)
-@sizes("8M", "3B, two layers", "15B, two layers", slow=["35M", "150M", "650M"])
+@sizes("8M", "3B, two layers", "15B, one layer", slow=["35M", "150M", "650M", "15B, two layers"])
 def test_every_hidden_state_is_fair_esms(reference, tokens):
     assert_every_layer_agrees(reference, tokens)
 

@@ -121,8 +121,9 @@ def test_ordinary_use_imports_no_package_called_esm(tmp_path, installed, verdict
         write_other_esm(tmp_path / "site")
         places.insert(0, str(tmp_path / "site"))
     command = [sys.executable, ROOT / "tests" / "ordinary_use.py"]
+    options = {"none": ["--without-esm"], "the other": ["--with-transformers"]}
     result = subprocess.run(
-        [*command, "--without-esm"] if installed == "none" else command,
+        [*command, *options.get(installed, [])],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
