@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from rd_torch import hardware
 from rd_torch.attention import RotaryEmbedding, Rotation, attend, attention_maps, rotate
@@ -61,33 +62,58 @@ def _differentiable(x: Tensor, weight: Tensor) -> Tensor:
     return functional.linear(x, weight)
 
 
-class Linear(nn.Linear):
-    """A linear layer that on a CPU multiplies by oneDNN where PyTorch would take MKL.
+class _ByOneDNN(TorchFunctionMode):
+    """Within it linear layers multiply by oneDNN where PyTorch would take MKL."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """What the function gives; a linear layer's product, where oneDNN is the faster one, by that."""
+        if func is not functional.linear or kwargs or len(args) < 3 or not _is_for_onednn(*args):
+            return func(*args, **(kwargs or {}))
+        return _Product.apply(*args) if is_recorded(*args) else _by_onednn(*args)
+
+
+def _is_small(x: Tensor, out_features: int) -> bool:
+    return x.dtype == torch.float32 and x.numel() * out_features < SMALL_PRODUCT
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        bias is not None
+        and len(x) > 0
+        and x.dtype == weight.dtype
+        and not _is_small(x, len(weight))
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.is_contiguous()  # strides that oneDNN has no kernel for are a thousand times slower
+        and weight.is_contiguous()
+    )
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a linear layer gives, on a CPU by oneDNN where PyTorch would take MKL.
 
     In float32 that is twice as fast on AMD's CPUs with AVX512, whose vector units MKL uses by half; with AVX2
     it is up to twice as fast for few tokens and about as fast for many. Small products in float32 are
-    PyTorch's; so is everything where a graph is traced.
+    PyTorch's; so is everything where a graph is traced. The layer is called as it is, a plain `nn.Linear` or
+    whatever quantised, adapted or hooked one somebody has put in its place.
+
+    Args:
+        layer: the layer.
+        x: `(tokens, in features)`.
+
+    Returns:
+        `(tokens, out features)`.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(tokens, in features)` to `(tokens, out features)`."""
-        if torch.compiler.is_compiling() or not self._fits_onednn(x):
-            return super().forward(x)
-        if is_recorded(x, self.weight, self.bias):
-            return _Product.apply(x, self.weight, self.bias)
-        return _by_onednn(x, self.weight, self.bias)
-
-    def _fits_onednn(self, x: Tensor) -> bool:
-        return (
-            hardware.product_kernel(x.device, x.dtype) == "oneDNN"
-            and not torch.is_autocast_enabled("cpu")
-            and len(x) > 0
-            and x.dtype == self.weight.dtype
-            and (x.dtype != torch.float32 or x.numel() * self.out_features >= SMALL_PRODUCT)
-            and type(self.weight) in (Tensor, nn.Parameter)
-            and x.is_contiguous()  # strides that oneDNN has no kernel for are a thousand times slower
-            and self.weight.is_contiguous()
-        )
+    if (
+        torch.compiler.is_compiling()
+        or _is_small(x, getattr(layer, "out_features", SMALL_PRODUCT))  # which is asked here too for speed
+        or hardware.product_kernel(x.device, x.dtype) != "oneDNN"
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return layer(x)
+    with _ByOneDNN():
+        return layer(x)
 
 
 def _computed_again(tensor: Tensor, compute: Callable[[], Tensor]) -> AbstractContextManager[object]:
@@ -125,17 +151,17 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, attention_heads: int) -> None:
         super().__init__()
         self.attention_heads = attention_heads
-        self.q_proj = Linear(width, width)
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
         self.rot_emb = RotaryEmbedding(width // attention_heads)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Heads:
         """Rotated queries, rotated keys and values, each `(tokens, heads, size)`, of `(tokens, width)`."""
         q, k, v = (
-            rearrange(project(x), "t (h d) -> t h d", h=self.attention_heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(project(layer, x), "t (h d) -> t h d", h=self.attention_heads)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         return rotate(q, rotation), rotate(k, rotation), v
 
@@ -147,8 +173,8 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(width, attention_heads)
         self.self_attn_layer_norm = BranchNorm(width)
-        self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
         self.final_layer_norm = BranchNorm(width)
 
     def forward(
@@ -166,8 +192,8 @@ class TransformerLayer(nn.Module):
 
     def finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor]:
         """The part of the layer behind attention: its projection and the feed-forward block."""
-        x = x + self.self_attn.out_proj(mixed.flatten(1))
-        hidden = self.fc1(self.final_layer_norm(x))
+        x = x + project(self.self_attn.out_proj, mixed.flatten(1))
+        hidden = project(self.fc1, self.final_layer_norm(x))
         inner = functional.gelu(hidden)
         with _computed_again(inner, lambda: functional.gelu(hidden)):
-            return (x + self.fc2(inner),)
+            return (x + project(self.fc2, inner),)

@@ -114,9 +114,7 @@ def _joined(parts: Iterable[Any], facts: list[Any]) -> RDOutput:
     tensors, separate = parts
     widths, num_layers, repr_layers = facts
     given = {"logits": None, "nested": tensors["embeddings"], **tensors}
-    return RDOutput(
-        **given, widths=widths, num_layers=num_layers, separate=separate, repr_layers=repr_layers
-    )
+    return RDOutput(**given, widths=widths, num_layers=num_layers, separate=separate, repr_layers=repr_layers)
 
 
 def _facts_of(text: str) -> list[Any]:

@@ -19,7 +19,7 @@ from rd_torch import hardware
 from rd_torch.attention import RotaryEmbedding
 from rd_torch.engine import Engine
 from rd_torch.esm2 import ESM2
-from rd_torch.layer import Linear, SelfAttention, TransformerLayer
+from rd_torch.layer import SelfAttention, TransformerLayer
 from rd_torch.packing import Packing
 from rd_torch.precision import BranchNorm, ResidualNorm
 from rd_torch.sequences import tokenize
@@ -62,7 +62,7 @@ PLAIN: Final = frozenset(
         ESM2,
         TransformerLayer,
         SelfAttention,
-        Linear,
+        nn.Linear,
         RotaryEmbedding,
         ResidualNorm,
         BranchNorm,

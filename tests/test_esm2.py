@@ -10,7 +10,7 @@ from rd_torch import ESM2, ESM2_LEVELS, Level, RDModel, hardware
 from rd_torch import layer as layers
 from rd_torch.attention import RotaryEmbedding
 from rd_torch.config import ALPHABET
-from rd_torch.layer import Linear
+from rd_torch.layer import project
 from rd_torch.packing import Packing
 
 TOLERANCE = 2e-5
@@ -361,12 +361,12 @@ def test_a_linear_layer_is_the_formula_and_so_are_its_gradients(
     products, monkeypatch, tokens, dtype, within, has_onednn
 ):
     monkeypatch.setattr(hardware, "onednn_has", lambda _: has_onednn)
-    layer, x = Linear(64, 48).to(dtype), torch.randn(tokens, 64, dtype=dtype)
+    layer, x = nn.Linear(64, 48).to(dtype), torch.randn(tokens, 64, dtype=dtype)
     exact = x.double() @ layer.weight.double().T + layer.bias.double()
     with torch.no_grad():
-        torch.testing.assert_close(layer(x).double(), exact, atol=within, rtol=within)
+        torch.testing.assert_close(project(layer, x).double(), exact, atol=within, rtol=within)
     assert products == has_onednn * [dtype]
-    trained = layer(x.requires_grad_())
+    trained = project(layer, x.requires_grad_())
     torch.testing.assert_close(trained.double(), exact, atol=within, rtol=within)
     weights = torch.randn(trained.shape).to(dtype)
     (trained * weights).sum().backward()
@@ -387,12 +387,12 @@ def test_a_linear_layer_is_the_formula_and_so_are_its_gradients(
 @pytest.mark.capability
 def test_small_products_in_float32_are_pytorchs(products, monkeypatch, dtype, expected):
     monkeypatch.setattr(layers, "SMALL_PRODUCT", 8 * 64 * 48)
-    layer = Linear(64, 48).to(dtype).requires_grad_(False)
+    layer = nn.Linear(64, 48).to(dtype).requires_grad_(False)
     got = []
     for tokens in (7, 8):
         x = torch.randn(tokens, 64, dtype=dtype)
         exact = x.double() @ layer.weight.double().T + layer.bias.double()
-        torch.testing.assert_close(layer(x).double(), exact, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(project(layer, x).double(), exact, atol=2e-2, rtol=2e-2)
         got.append(bool(products))
         products.clear()
     assert got == [dtype == torch.bfloat16, True]
@@ -400,13 +400,13 @@ def test_small_products_in_float32_are_pytorchs(products, monkeypatch, dtype, ex
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "x", "weight and bias"])
 def test_a_linear_layer_keeps_what_gradients_need_and_no_more(products, frozen):
-    layer, x = Linear(64, 48), torch.randn(7, 64)
+    layer, x = nn.Linear(64, 48), torch.randn(7, 64)
     wanted = {"x": x, "weight": layer.weight, "bias": layer.bias}
     for name, tensor in wanted.items():
         tensor.requires_grad_(name not in frozen.split(" and "))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
-        out = layer(x)
+        out = project(layer, x)
     sizes = {"weight": x.numel() * layer.weight.requires_grad, "x": layer.weight.numel() * x.requires_grad}
     assert sum(tensor.numel() for tensor in kept) == sum(sizes.values())
     out.sum().backward()
@@ -414,9 +414,12 @@ def test_a_linear_layer_keeps_what_gradients_need_and_no_more(products, frozen):
 
 
 def test_a_linear_layer_has_gradients_of_gradients(products):
-    layer, x = Linear(16, 8), torch.randn(5, 16, requires_grad=True)
+    layer, x = nn.Linear(16, 8), torch.randn(5, 16, requires_grad=True)
     slopes = {}
-    for name, run in (("ours", layer), ("exact", lambda x: x @ layer.weight.T + layer.bias)):
+    for name, run in (
+        ("ours", lambda x: project(layer, x)),
+        ("exact", lambda x: x @ layer.weight.T + layer.bias),
+    ):
         (first,) = torch.autograd.grad(run(x).tanh().sum(), x, create_graph=True)
         slopes[name] = torch.autograd.grad(first.square().sum(), (x, layer.weight))
     torch.testing.assert_close(slopes["ours"], slopes["exact"])

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import random_sequence, small_model, tokens_of
+from torch import nn
 from torch.nn import functional
 
 from rd_torch import hardware
-from rd_torch.layer import Linear
+from rd_torch.layer import project
 
 pytestmark = pytest.mark.capability
 
@@ -304,10 +305,10 @@ def test_without_varlen_attention_a_gpu_takes_buckets(machine):
 
 
 def test_without_onednn_a_linear_layer_is_pytorchs(machine):
-    layer, x = Linear(64, 48), torch.randn(7, 64)
+    layer, x = nn.Linear(64, 48), torch.randn(7, 64)
     machine.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert hardware.product_kernel(CPU, torch.float32) == "PyTorch"
-    assert torch.equal(layer(x), functional.linear(x, layer.weight, layer.bias))
+    assert torch.equal(project(layer, x), functional.linear(x, layer.weight, layer.bias))
 
 
 ASKED = {
