@@ -189,7 +189,7 @@ class ESM2(nn.Module):
         """Whether the checkpoint had a language-model head."""
         return not isinstance(self.lm_head, MissingHead)
 
-    def tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> StateDict:
         """All tensors by fair-esm's names, but for `lm_head.weight`, which is `embed_tokens.weight`."""
         return StateDict(self)
 

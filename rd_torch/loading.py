@@ -110,11 +110,14 @@ class Pretrained(nn.Module):
             name: what the card calls the model, by default the folder.
 
         Raises:
-            ValueError: for a reference to a backbone that came from elsewhere or was changed since.
+            ValueError: for a reference to a backbone that came from elsewhere or was changed since, or a
+                quantised one, whose weights are no plain tensors.
         """
         check_choice("backbones", backbones, ("included", "referenced"))
         tensors = {level: cast(ESM2, backbone).tensors() for level, backbone in self.backbones.items()}
         levels = self.config.levels
+        for level_name, state in tensors.items():
+            state.require_plain(f"level {level_name}")
         if backbones == "referenced":
             for level in levels:
                 require_unchanged(level, tensors.pop(level.name), Hub(cache_dir))

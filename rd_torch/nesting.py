@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch.config import RDConfig
+from rd_torch.placement import plain_parts
 from rd_torch.stage import STAGES, Maps, nest
 from rd_torch.weights import Checkpoint, PublishedOptions, read_checkpoint
 
@@ -105,9 +106,9 @@ def digest_of(facts: object, tensors: Mapping[str, Tensor]) -> str:
     """A digest of facts, as JSON takes them, and every number of the tensors."""
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
+        for part, tensor in plain_parts(name, tensors[name]):
+            digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(bytes_of(tensor))
     return digest.hexdigest()[:32]
 
 

@@ -2,13 +2,16 @@
 
 accelerate's `cpu_offload`, `disk_offload` and `dispatch_model` do so by hooks: between calls a parameter is
 on the meta device, of the right shape and dtype and without numbers. So nothing in this package reads a
-weight but the module that owns it, in its own `forward`; what has to know more asks here.
+weight but the module that owns it, in its own `forward`; what has to know more asks here. Quantisers put
+other things than plain tensors into state dicts, of which `plain_parts` makes some.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,35 @@ def device_of(module: nn.Module) -> torch.device:
 def is_fetched(module: nn.Module) -> bool:
     """Whether there are hooks that may fetch the module's tensors when it is called."""
     return any(part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in module.modules())
+
+
+def plain_parts(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The numbers of a state dict's value, as plain tensors by names of their own.
+
+    A plain tensor is its own part. Tensors of torchao's have several, and so have PyTorch's quantised ones
+    and what its quantised layers pack. What is no number is given as the bytes of what it is called: a dtype,
+    or how a tensor of torchao's treats what it is multiplied by.
+    """
+    if isinstance(value, tuple | list):
+        for place, each in enumerate(value):
+            yield from plain_parts(f"{name}.{place}", each)
+    elif not isinstance(value, Tensor):
+        called = re.sub(r" at 0x[0-9a-f]+", "", str(value))  # places in memory are another run's
+        yield name, torch.tensor(list(called.encode()), dtype=torch.uint8)
+    elif value.is_quantized:
+        yield f"{name}.integers", value.int_repr()
+        if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            yield f"{name}.scale", torch.tensor([value.q_scale(), value.q_zero_point()], dtype=torch.float64)
+        else:
+            yield f"{name}.scales", value.q_per_channel_scales()
+            yield f"{name}.zeros", value.q_per_channel_zero_points()
+    elif hasattr(value, "__tensor_flatten__"):
+        names, facts = value.__tensor_flatten__()
+        yield from plain_parts(f"{name}.facts", f"{type(value).__qualname__} {facts}")
+        for each in names:
+            yield from plain_parts(f"{name}.{each}", getattr(value, each))
+    else:
+        yield name, value
 
 
 class StateDict(Mapping[str, Tensor]):
@@ -62,7 +94,22 @@ class StateDict(Mapping[str, Tensor]):
             ValueError: for a tensor that has no numbers anywhere.
         """
         tensor = self._state[name]
-        return tensor if not tensor.is_meta else self._fetched(name)
+        return self._fetched(name) if isinstance(tensor, Tensor) and tensor.is_meta else tensor
+
+    def require_plain(self, place: str) -> None:
+        """Raises a ValueError unless all of it are plain tensors, which files of weights hold.
+
+        Args:
+            place: whose state this is, for the message.
+        """
+        for name, value in self._state.items():
+            if not isinstance(value, Tensor) or [part for part, _ in plain_parts(name, value)] != [name]:
+                kind = f"{type(value).__module__}.{type(value).__name__}"
+                raise ValueError(
+                    f"expected plain tensors to save, got {name} of {place}, a {kind} of a quantised layer: "
+                    "save the model as it was before, and quantise it again when it is loaded; or keep what "
+                    "it is by torch.save(model.state_dict(), path)"
+                )
 
     def _fetched(self, name: str) -> Tensor:
         """The tensor from the innermost module whose hook has it."""
