@@ -134,9 +134,10 @@ def test_stores_are_written_resumed_and_refused_to_other_models(
         written.append(1)
         write(folder, *arguments, **how)
 
-    with monkeypatch.context() as patch, pytest.raises(Kill):
-        patch.setattr(Folder, "write", until_killed)
+    monkeypatch.setattr(Folder, "write", until_killed)
+    with pytest.raises(Kill):
         rd_torch.embed_to_store(model, PROTEINS.items(), path, **options)
+    monkeypatch.setattr(Folder, "write", write)
     with pytest.raises(ValueError, match=r"expected .*with which .* was begun"):
         rd_torch.embed_to_store(exact, PROTEINS.items(), path, **options)
     again = quantised(quantise, exact)
