@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig, Reference
     from rd_torch.embedding import embed, embed_to_store
     from rd_torch.esm2 import ESM2
+    from rd_torch.exporting import export
     from rd_torch.fitting import fit
     from rd_torch.heads import MatryoshkaHead, ResidueHead, SequenceHead, align_labels
     from rd_torch.huggingface import (
@@ -66,6 +67,7 @@ _HOMES = {
     "concat_pca": "solve",
     "embed": "embedding",
     "embed_to_store": "embedding",
+    "export": "exporting",
     "fit": "fitting",
     "open_store": "store",
     "plot_store": "plotting",
@@ -102,6 +104,7 @@ __all__ = [
     "concat_pca",
     "embed",
     "embed_to_store",
+    "export",
     "fit",
     "open_store",
     "plot_store",

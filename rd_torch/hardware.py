@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -242,6 +243,11 @@ def float64_device(device: torch.device) -> torch.device:
 def has_engine(device: torch.device) -> bool:
     """Whether `RDModel.prepare_inference` makes anything faster there: fused parts and graphs are CUDA's."""
     return device.type == "cuda"
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which what PyTorch's inductor makes for a CPU goes through."""
+    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++"))))
 
 
 def has_exact_float32(device: torch.device) -> bool:

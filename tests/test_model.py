@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import SHAPES, WIDTHS, any_size, random_esm2, random_stages, small_model, tokens_of
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from rd_torch import RDModel
 from rd_torch.config import ALPHABET
@@ -401,3 +402,17 @@ def test_the_exported_model_takes_any_batch_and_time(model, tokens, options):
     program = torch.export.export(model, (tokens,), options, dynamic_shapes=shapes).module()
     for batch in (tokens, tokens_of("MKTAYIAKQRQISFVKSHFSRQ<mask>EERLGLI"), tokens[:, :6].repeat(2, 1)):
         assert_agrees(program(batch, **options), model(batch, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"return_contacts": True}, {"repr_layers": [3]}], ids=str)
+@pytest.mark.parametrize("special_rows", ["maps", "larger"])
+def test_an_output_taken_apart_is_its_tensors_each_once(tokens, special_rows, options):
+    """What graphs return: with a constant or one tensor twice among it no ONNX file runs."""
+    out = small_model(special_rows=special_rows)(tokens, **options)
+    leaves, spec = tree_flatten(out)
+    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    assert len({id(leaf) for leaf in leaves}) == len(leaves)
+    again = tree_unflatten(leaves, treespec_loads(treespec_dumps(spec)))
+    for field in dataclasses.fields(out):
+        ours, theirs = (getattr(each, field.name) for each in (again, out))
+        assert ours is theirs or ours == theirs, field.name

@@ -5,7 +5,7 @@ Everything heavy is imported inside the commands, so that `--help` comes at once
 
 import click
 
-from rd_torch.cli.checkpoints import convert, download, info, verify
+from rd_torch.cli.checkpoints import convert, download, export, info, verify
 from rd_torch.cli.combining import combine
 from rd_torch.cli.embedding import embed
 from rd_torch.cli.environment import env
@@ -26,5 +26,5 @@ def main() -> None:
     """
 
 
-for command in (embed, combine, plot, fit, info, download, convert, verify, env):
+for command in (embed, combine, plot, fit, info, download, convert, export, verify, env):
     main.add_command(command)

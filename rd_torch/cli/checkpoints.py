@@ -1,4 +1,4 @@
-"""`rd-torch info`, `download`, `convert` and `verify`."""
+"""`rd-torch info`, `download`, `convert`, `export` and `verify`."""
 
 from __future__ import annotations
 
@@ -110,6 +110,59 @@ def convert(
     model.save_pretrained(folder, backbones=backbones)
     print_levels(model.config)
     click.echo(f"Written to {folder}", err=True)
+
+
+@click.command()
+@click.argument("level")
+@option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The file to write: .onnx for ONNX, .pt2 for a compiled package of PyTorch's.",
+)
+@option(
+    "--model",
+    metavar="MODEL",
+    help="The chain: a folder, file or Hub id.  [default: the authors' maps for 8M to 15B, else the shipped "
+    "family]",
+)
+@backbone_option
+@cache_option
+@published_options
+@plainly
+def export(
+    level: str,
+    output: Path,
+    model: str | None,
+    sources: tuple[str, ...],
+    cache_dir: str | None,
+    **options: Any,
+) -> None:
+    """Write the chain that ends at LEVEL as a file that runs without this package.
+
+    The file takes token ids and gives embeddings and the mask of residues, for any number of proteins of any
+    length. It is run once before it is kept, and has to give the model's numbers. Its metadata hold the
+    tokens and the widths of the levels.
+
+    \b
+      rd-torch export 90K -o model.onnx
+      rd-torch export 35M -o model.pt2
+    """
+    from rd_torch.config import ESM2_LEVELS
+    from rd_torch.exporting import export as write
+    from rd_torch.exporting import format_of
+    from rd_torch.model import RDModel
+    from rd_torch.weights import DEFAULT_MODEL, PUBLISHED_MAPS
+
+    format_of(output)
+    name = model or (PUBLISHED_MAPS if level in ESM2_LEVELS else DEFAULT_MODEL)
+    chain = RDModel.from_pretrained(
+        name, level, backbones=by_level(sources) or None, cache_dir=cache_dir, **given(options)
+    )
+    print_levels(chain.config)
+    write(chain, output)
+    click.echo(f"Written to {output}", err=True)
 
 
 @click.command()
