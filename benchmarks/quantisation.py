@@ -1,0 +1,143 @@
+"""What do int8 backbones cost and save on a CPU, beside half precision: error per added block, speed, memory?
+
+    python benchmarks/quantisation.py mini --output benchmarks/results/quantisation_mini.json
+    python benchmarks/quantisation.py 650M --output benchmarks/results/quantisation_650M-cpu.json
+
+The families, the proteins and the units of the errors are `half_precision.py`'s, and so is the reference: the
+same weights in float32. Maps are float32 in every variant. The variants are
+
+- `float16` and `bfloat16`, by `model.to(dtype)`;
+- `int8, quantize_dynamic`: PyTorch's own, one scale a weight matrix and one for all activations of a call;
+- `int8, torchao, weights alone`: `Int8WeightOnlyConfig`, one scale a row of a matrix, products in float32;
+- `int8, torchao, dynamic`: `Int8DynamicActivationInt8WeightConfig`, one scale a row and one a token;
+
+each of them as the library gives it, uncompiled. Weights are the bytes of the state dict, the maps apart.
+Speeds are medians over rounds in which all variants take turns on the same batches, the order reversed every
+other round, each after an untimed pass over the smallest batch. "cosine, smallest" is over all blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from half_precision import (
+    MOST_RESIDUES,
+    TOKENS_PER_BATCH,
+    compare,
+    embed,
+    random_family,
+    take,
+    three_digits,
+)
+from report import Row, environment, write_result
+from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+import rd_torch
+from rd_torch.placement import plain_parts
+from rd_torch.reading import Fasta
+from rd_torch.sequences import cut_batches, normalized, tokenize
+
+MEBI = 2**20
+RESIDUES = {"mini": 22_000, "650M": 1_500}
+
+
+def by_torchao(config: object) -> Callable[[rd_torch.RDModel], rd_torch.RDModel]:
+    def quantise(model: rd_torch.RDModel) -> rd_torch.RDModel:
+        quantize_(model, config)
+        return model
+
+    return quantise
+
+
+VARIANTS: dict[str, Callable[[rd_torch.RDModel], rd_torch.RDModel]] = {
+    "float32": lambda model: model,
+    "float16": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "int8, quantize_dynamic": lambda model: quantize_dynamic(model, {nn.Linear}),
+    "int8, torchao, weights alone": by_torchao(Int8WeightOnlyConfig()),
+    "int8, torchao, dynamic": by_torchao(Int8DynamicActivationInt8WeightConfig()),
+}
+
+
+def bytes_of_weights(model: rd_torch.RDModel) -> int:
+    parts = (part for value in model.backbones.state_dict().items() for _, part in plain_parts(*value))
+    return sum(part.nbytes for part in parts)
+
+
+def seconds_of(model: rd_torch.RDModel, batches: Sequence[Tensor]) -> float:
+    """Seconds for all batches, right after the smallest one untimed."""
+    model.encode(min(batches, key=Tensor.numel))
+    start = time.perf_counter()
+    for tokens in batches:
+        model.encode(tokens)
+    return time.perf_counter() - start
+
+
+def measure(model: rd_torch.RDModel, batches: Sequence[Tensor], timed: int, rounds: int) -> list[Row]:
+    """One row a variant; the clock runs over the first `timed` batches."""
+    models = {name: change(copy.deepcopy(model)) for name, change in VARIANTS.items()}
+    exact = embed(models["float32"], batches)
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for number in range(rounds):
+        for name in VARIANTS if number % 2 == 0 else reversed(VARIANTS):
+            seconds[name].append(seconds_of(models[name], batches[:timed]))
+    tokens = sum(int((each != 1).sum()) for each in batches[:timed])
+    fastest = {name: statistics.median(each) for name, each in seconds.items()}
+    rows = []
+    for name, variant in models.items():
+        blocks = compare(model.config.widths, name, exact, embed(variant, batches))
+        row: Row = {
+            "backbones": name,
+            "weights, MiB": three_digits(torch.tensor(bytes_of_weights(variant) / MEBI)),
+            "tokens/s": three_digits(torch.tensor(tokens / fastest[name])),
+            "speed over float32's": round(fastest["float32"] / fastest[name], 3),
+        }
+        row |= {f"{block['level']}, mean error": block["error, mean"] for block in blocks}
+        row["cosine, smallest"] = min(block["cosine, smallest"] for block in blocks)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    data = os.environ.get("RD_TORCH_DATA")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("family", choices=RESIDUES)
+    parser.add_argument("--output", type=Path, help="result file")
+    parser.add_argument("--data", type=Path, default=data, required=not data, help="folder of the proteins")
+    parser.add_argument("--residues", type=int, help="to compare: 22,000 for mini, 1,500 for 650M")
+    parser.add_argument("--fit-residues", type=int, default=5_000, help="to fit the maps of 650M on")
+    parser.add_argument("--layers", type=int, default=33, help="a random backbone has at most")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    found = Fasta(arguments.data / "natural50_valid.fasta.xz")
+    short = normalized(each.sequence for each in found if len(each.sequence) <= MOST_RESIDUES)
+    proteins = take(short, arguments.residues or RESIDUES[arguments.family])
+    batches = [tokenize([each for _, each in batch]) for batch in cut_batches(proteins, TOKENS_PER_BATCH)]
+    facts = {"proteins": len(proteins), "residues": sum(map(len, proteins))}
+    warnings.simplefilter("ignore")  # of what PyTorch means to deprecate
+    with torch.no_grad():
+        if arguments.family == "mini":
+            model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        else:
+            fitted = take(short, arguments.fit_residues)
+            model, more = random_family(fitted, batches[0], arguments.layers)
+            facts |= more
+        rows = measure(model, batches, timed=4, rounds=arguments.rounds)
+    title = f"int8 beside half precision on a CPU, per added block: {arguments.family}"
+    write_result(title, rows, {**environment(), **facts}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
