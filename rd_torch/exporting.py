@@ -78,10 +78,13 @@ def export(model: RDModel, path: str | Path) -> None:
     Raises:
         ValueError: for another ending, or a chain that cannot be written: in half precision, on another kind
             of device, offloaded, quantised, or with adapters or hooks in it.
+        TypeError: for anything but an `RDModel`, such as a `Predictor` around one.
         ImportError: where a package is missing, or PyTorch is older than 2.8.
         OSError: where there is no C++ compiler for `.pt2`, or no folder for the file.
         RuntimeError: where the file does not give the model's embeddings; it is not kept.
     """
+    if not isinstance(model, RDModel):
+        raise TypeError(f"expected an RDModel to export, got {type(model).__name__}: export the chain in it")
     path = Path(path)
     form = format_of(path)
     _require_exportable(model, form)

@@ -240,6 +240,13 @@ def test_what_is_missing_here_is_said_before(never, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_chain_is_refused(never, tmp_path):
+    predictor = rd_torch.Predictor(tiny_model(), rd_torch.SequenceHead(24, 1, task="regression"))
+    for model in (predictor, torch.compile(tiny_model()), None):
+        with pytest.raises(TypeError, match=r"expected an RDModel to export, got .*: export the chain in it"):
+            rd_torch.export(model, tmp_path / "model.onnx")
+
+
 def test_a_file_of_other_numbers_is_not_kept(tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
     path.write_text("an older one")

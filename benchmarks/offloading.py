@@ -1,0 +1,157 @@
+"""How fast does a chain run whose weights do not fit into memory, against plain ESM-2 kept on disk likewise?
+
+    python benchmarks/offloading.py --level 3B --output benchmarks/results/offloading-cpu.json
+
+Each contender runs in a process of its own: random weights of the published shapes in bfloat16, all of them
+kept on disk by accelerate's `disk_offload`, which reads a module's weights when it is called and drops them
+after. It embeds natural proteins of 100 to 500 residues, sorted by length, in batches of each of `--budgets`
+tokens, padding counted; files are taken out of the system's page cache before every batch, for memory that
+holds no weights does not hold their file either. Of the budgets at which the peak stays below `--gibibytes`
+the fastest counts. The peak is the kernel's own record of resident memory (VmHWM), weights that are in use
+and the interpreter included.
+
+"tokens a load" are the real tokens that one reading of the weights serves on average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import accelerate
+import torch
+from contenders import (
+    CHAIN,
+    FAIR,
+    TRANSFORMERS,
+    Batch,
+    Contender,
+    add_data_argument,
+    add_model_arguments,
+    alone,
+    batches_of,
+    fair_contender,
+    levels_until,
+    masked_contender,
+    natural_proteins,
+    own,
+    random_fair,
+    random_family,
+    random_transformers,
+    sample,
+    where,
+)
+from memory import Meter
+from report import Row, environment, write_result
+from torch import nn
+
+GIBI = 2**30
+
+
+def build(name: str, arguments: argparse.Namespace) -> tuple[nn.Module, Contender]:
+    """The model of that name, and its way from a batch to embeddings."""
+    levels = levels_until(arguments)
+    if name == FAIR:
+        model = random_fair(levels[-1], "cpu").bfloat16()
+        return model, fair_contender(name, model)
+    if name == TRANSFORMERS:
+        other = random_transformers(levels[-1], torch.bfloat16, "cpu")
+        return other, masked_contender(name, other)
+    chain = random_family(levels if name == CHAIN else levels[-1:], torch.bfloat16, "cpu").chain
+    return chain, own(name, chain)
+
+
+def forget_files(folder: Path) -> None:
+    """Takes a folder's files out of the system's page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def timed(contender: Contender, batches: Sequence[Batch], folder: Path) -> float:
+    """Seconds for all batches, each with its weights to be read from the disk."""
+    seconds = 0.0
+    for batch in batches:
+        forget_files(folder)
+        start = time.perf_counter()
+        contender.encode(batch)
+        seconds += time.perf_counter() - start
+    return seconds
+
+
+@torch.inference_mode()
+def measure_once(name: str, arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    """One contender at every budget, in this process."""
+    model, contender = build(name, arguments)
+    accelerate.disk_offload(model, folder, execution_device="cpu", offload_buffers=True)
+    groups = sample("100-500", arguments.tokens, 0, natural_proteins(arguments.data))
+    proteins = [[protein for group in groups for protein in group]]
+    meter = Meter("cpu")
+    rows = []
+    for budget in arguments.budgets:
+        batches = batches_of(proteins, budget, "cpu")
+        real = sum(batch.real for batch in batches)
+        meter.restart()
+        seconds = timed(contender, batches, folder)
+        rows.append(
+            {
+                "contender": name,
+                "tokens a load": round(real / len(batches)),
+                "tokens/s": float(f"{real / seconds:.3g}"),
+                "peak, GiB": round(meter.peak() / GIBI, 2),
+            }
+        )
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    """Every contender in its own process; one row each, at its best budget."""
+    best: list[Row] = []
+    for name in (CHAIN, alone(arguments.level), TRANSFORMERS, FAIR):
+        with TemporaryDirectory(dir=arguments.folder) as folder:
+            command = [sys.executable, __file__, *sys.argv[1:], "--once", name, folder]
+            printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        rows = json.loads(printed.splitlines()[-1])
+        fitting = [row for row in rows if row["peak, GiB"] <= arguments.gibibytes]
+        best.append(max(fitting or rows, key=lambda row: row["tokens/s"]))
+    chain = best[0]["tokens/s"]
+    return [row | {"chain's speed over it": round(chain / row["tokens/s"], 2)} for row in best]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_arguments(parser)
+    add_data_argument(parser)
+    parser.add_argument("--tokens", type=int, default=2048, help="to embed, about")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[512, 2048], help="tokens a batch")
+    parser.add_argument("--gibibytes", type=float, default=4, help="memory that is allowed")
+    parser.add_argument("--folder", type=Path, help="where weights are kept; by default the temporary folder")
+    parser.add_argument("--once", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.once:
+        name, folder = arguments.once
+        print(json.dumps(measure_once(name, arguments, Path(folder))))
+        return
+    rows = measure(arguments)
+    title = (
+        f"Weights on disk: the chain up to {arguments.level} in bfloat16, {arguments.gibibytes:g} GiB of "
+        f"memory allowed, on {where(arguments)}"
+    )
+    write_result(title, rows, environment(), arguments.output)
+
+
+if __name__ == "__main__":
+    main()
