@@ -74,7 +74,7 @@ def test_shell_examples_run(tmp_path, monkeypatch):
     shutil.copy("proteins.fasta", "others")
     Path("table.csv").write_text("clone,heavy,light\nc1,MKTAYIAKQRQ,GSHMLEDPVDA\n")
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("rd-torch")]
-    assert len(lines) == 11
+    assert len(lines) == 12
     for line in lines:
         result = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
         assert result.exit_code == 0, (line, result.output)

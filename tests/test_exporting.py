@@ -19,6 +19,8 @@ from rd_torch import exporting
 from rd_torch.cli import main
 
 onnxruntime = pytest.importorskip("onnxruntime")
+if tuple(map(int, torch.__version__.split(".")[:2])) < exporting.OLDEST_EXPORTER:
+    pytest.skip("this PyTorch is refused", allow_module_level=True)
 
 BATCHES = (
     [random_sequence(40, 1), "M", random_sequence(17, 2)],

@@ -481,7 +481,7 @@ def test_lora_for_features_takes_names_of_both_kinds(targets, count, tmp_path):
     merged.model.save_pretrained(tmp_path / "chain")
     again = RDModel.from_pretrained(tmp_path / "chain")
     torch.testing.assert_close(again(TOKENS).embeddings, after)
-    assert type(merged.model.backbones["a"].layers[0].self_attn.q_proj) is rd_torch.layer.Linear
+    assert type(merged.model.backbones["a"].layers[0].self_attn.q_proj) is nn.Linear
 
 
 @both_sides(MASKED)
