@@ -150,7 +150,7 @@ def main() -> None:
         f"Weights on disk: the chain up to {arguments.level} in bfloat16, {arguments.gibibytes:g} GiB of "
         f"memory allowed, on {where(arguments)}"
     )
-    write_result(title, rows, environment(), arguments.output)
+    write_result(title, rows, {**environment(), "accelerate": accelerate.__version__}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -125,7 +126,8 @@ def main() -> None:
     short = normalized(each.sequence for each in found if len(each.sequence) <= MOST_RESIDUES)
     proteins = take(short, arguments.residues or RESIDUES[arguments.family])
     batches = [tokenize([each for _, each in batch]) for batch in cut_batches(proteins, TOKENS_PER_BATCH)]
-    facts = {"proteins": len(proteins), "residues": sum(map(len, proteins))}
+    facts = {"torchao": version("torchao")}
+    facts |= {"proteins": len(proteins), "residues": sum(map(len, proteins))}
     warnings.simplefilter("ignore")  # of what PyTorch means to deprecate
     with torch.no_grad():
         if arguments.family == "mini":
