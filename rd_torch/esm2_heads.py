@@ -32,6 +32,7 @@ class LMHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(embed_dim, embed_dim)
         self.layer_norm = nn.LayerNorm(embed_dim)
+        self._embedding: tuple[nn.Module, ...] = ()
         if isinstance(weight, nn.Module):
             self.tie(weight)
         else:
@@ -44,13 +45,13 @@ class LMHead(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """`weight` is the embedding's where there is one."""
-        if name == "weight" and "_embedding" in vars(self):
+        if name == "weight" and vars(self).get("_embedding"):
             return self._embedding[0].weight
         return super().__getattr__(name)
 
     def table(self) -> Tensor:
         """The `(output_dim, embed_dim)` weight, computed where it is not a parameter."""
-        if "_embedding" not in vars(self):
+        if not self._embedding:
             return self.weight
         return self._embedding[0](torch.arange(len(self.bias), device=self.bias.device))
 
