@@ -44,6 +44,8 @@ def plain_parts(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     and what its quantised layers pack. What is no number is given as the bytes of what it is called: a dtype,
     or how a tensor of torchao's treats what it is multiplied by.
     """
+    if hasattr(value, "full_tensor"):  # of FSDP2, which every process has to ask for
+        value = value.full_tensor()
     if isinstance(value, tuple | list):
         for place, each in enumerate(value):
             yield from plain_parts(f"{name}.{place}", each)
@@ -103,12 +105,13 @@ class StateDict(Mapping[str, Tensor]):
             place: whose state this is, for the message.
         """
         for name, value in self._state.items():
-            if not isinstance(value, Tensor) or [part for part, _ in plain_parts(name, value)] != [name]:
+            wrapped = hasattr(value, "__tensor_flatten__") or not isinstance(value, Tensor)
+            if wrapped or value.is_quantized:
                 kind = f"{type(value).__module__}.{type(value).__name__}"
                 raise ValueError(
-                    f"expected plain tensors to save, got {name} of {place}, a {kind} of a quantised layer: "
-                    "save the model as it was before, and quantise it again when it is loaded; or keep what "
-                    "it is by torch.save(model.state_dict(), path)"
+                    f"expected plain tensors to save, got {name} of {place} as a {kind}: save a quantised "
+                    "model as it was before, and quantise it again when it is loaded; a sharded one once it "
+                    "is whole; or keep what it is by torch.save(model.state_dict(), path)"
                 )
 
     def _fetched(self, name: str) -> Tensor:

@@ -110,6 +110,10 @@ def work(rank, folder):
                 module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
             )
             results[way, kind] = loss / WORLD, gradients, state
+            if kind == "bare" and way == "FSDP2":
+                results["fingerprint"] = module.model.fingerprint()
+                with pytest.raises(ValueError, match=r"got embed_tokens.weight of level a as a .*DTensor"):
+                    module.model.save_pretrained(folder / "sharded")
     if rank == 0:
         torch.save(results, folder / "results.pt")
     distributed.barrier()
@@ -135,6 +139,11 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(results, way, kind
     for name, gradient in gradients.items():
         scale = alone[name].abs().max().clamp(min=1e-4)
         assert (gradient / results[way] - alone[name]).abs().max() <= 2e-4 * scale, name
+
+
+@pytest.mark.skipif("FSDP2" not in WAYS, reason="FSDP2 is for GPUs in PyTorch 2.6")
+def test_a_sharded_chain_has_the_fingerprint_of_the_whole(results):
+    assert results["fingerprint"] == build("bare").model.fingerprint()
 
 
 @pytest.mark.parametrize("kind", KINDS)
