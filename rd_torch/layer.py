@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from rd_torch import hardware
 from rd_torch.attention import RotaryEmbedding, Rotation, attend, attention_maps, rotate
 from rd_torch.packing import Packing, in_chunks, is_recorded
+from rd_torch.placement import is_fetched
 from rd_torch.precision import BranchNorm
 
 # Multiply-adds of a product below which oneDNN takes longer to set it up, some 40 microseconds, than PyTorch
@@ -181,10 +182,14 @@ class TransformerLayer(nn.Module):
         self, x: Tensor, packing: Packing, rotation: Rotation, sink: AttentionSink | None = None
     ) -> Tensor:
         """The residual stream `(tokens, width)` one layer on; `sink` receives attention maps if given."""
-        q, k, v = in_chunks(self.heads, x, *rotation)
+        q, k, v = in_chunks(self.heads, x, *rotation, unless=self._is_fetched)
         if sink is not None:
             sink(attention_maps(q, k, packing))
-        return in_chunks(self.finish, x, attend(q, k, v, packing))[0]
+        return in_chunks(self.finish, x, attend(q, k, v, packing), unless=self._is_fetched)[0]
+
+    def _is_fetched(self) -> bool:
+        """Whether weights are read, from a disk say, each time that a module is called."""
+        return is_fetched(self)
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> Heads:
         """What attention needs of each token: the part of the layer before it."""

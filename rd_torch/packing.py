@@ -220,7 +220,9 @@ def is_recorded(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def in_chunks(function: Callable[..., tuple[Tensor, ...]], *packed: Tensor) -> tuple[Tensor, ...]:
+def in_chunks(
+    function: Callable[..., tuple[Tensor, ...]], *packed: Tensor, unless: Callable[[], bool] = lambda: False
+) -> tuple[Tensor, ...]:
     """Applies a function that treats each packed token by itself, on a CPU chunk by chunk.
 
     What it makes on the way then stays in the cache and takes memory for one chunk. Where a graph is
@@ -229,13 +231,14 @@ def in_chunks(function: Callable[..., tuple[Tensor, ...]], *packed: Tensor) -> t
     Args:
         function: packed tensors in, a tuple of packed tensors out.
         *packed: tensors of the same number of tokens; the first tells the width.
+        unless: asked where there is more than one chunk; if true, the function is applied at once.
     """
     first = packed[0]
     if first.device.type != "cpu" or torch.compiler.is_compiling() or is_recorded(*packed):
         return function(*packed)
     most = max(CHUNK_TOKENS, CHUNK_FEATURES // first.shape[-1])
     chunks = ceil(len(first) / most)
-    if chunks <= 1:
+    if chunks <= 1 or unless():
         return function(*packed)
     rows = CHUNK_MULTIPLE * ceil(len(first) / (chunks * CHUNK_MULTIPLE))
     pieces = zip(*(part.split(rows) for part in packed), strict=True)

@@ -363,6 +363,33 @@ def test_weights_that_are_fetched_for_each_call_give_the_same_bits(offload, dtyp
         assert torch.equal(module.encoder(soft, width=48).embeddings, softly)
 
 
+@pytest.mark.parametrize("offload", [cpu_offloaded, disk_offloaded])
+def test_one_load_of_a_layer_serves_the_whole_batch(offload, tmp_path, monkeypatch):
+    """Although without hooks a layer runs chunk by chunk."""
+    monkeypatch.setattr("rd_torch.packing.CHUNK_TOKENS", 8)
+    monkeypatch.setattr("rd_torch.packing.CHUNK_FEATURES", 8)
+    calls = []
+
+    def counted(linear):
+        forward = linear.forward
+        linear.forward = lambda x: calls.append(1) or forward(x)  # before accelerate puts its own around
+
+    module = shaken(Theirs())
+    with torch.no_grad():
+        expected = module.encoder(TOKENS).embeddings
+    for layer in module.encoder.backbones["c"].layers:
+        counted(layer.fc1)
+    with torch.no_grad():
+        module.encoder(TOKENS)
+    layers = len(module.encoder.backbones["c"].layers)
+    assert len(calls) > layers, "chunk by chunk"
+    calls.clear()
+    module = offload(module, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(module.encoder(TOKENS).embeddings, expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == layers
+
+
 @pytest.mark.parametrize("offload", [cpu_offloaded, with_buffers_offloaded, disk_offloaded, by_whole_layers])
 def test_an_offloaded_chain_embeds_is_saved_and_fitted_as_any(offload, tmp_path):
     whole = small_model()
