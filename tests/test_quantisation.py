@@ -76,7 +76,7 @@ def is_int8(layer):
 def error_of_a_layer(quantise):
     """What the library makes of one linear layer here, in standard deviations.
 
-    Without VNNI oneDNN adds products of int8 in 16 bits, which overflow: torchao's dynamic way is a tenth off.
+    Without VNNI oneDNN adds products of int8 in 16 bits, and overflows: torchao is a tenth off.
     """
     torch.manual_seed(0)
     layer, x = nn.Sequential(nn.Linear(32, 32)), torch.randn(20, 32)
