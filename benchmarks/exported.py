@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import onnxruntime
 import torch
 from contenders import (
     Batch,
@@ -34,22 +33,7 @@ from report import Row, environment, write_result
 from torch import Tensor
 
 import rd_torch
-
-Run = Callable[[Tensor], Tensor]
-
-
-def with_onnx(path: Path) -> Run:
-    """The file in onnxruntime, on as many threads as PyTorch has."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda tokens: torch.from_numpy(session.run(["embeddings"], {"tokens": tokens.numpy()})[0])
-
-
-def with_package(path: Path) -> Run:
-    """The compiled package."""
-    run = torch._inductor.aoti_load_package(str(path))
-    return lambda tokens: run(tokens)[0]
+from rd_torch.exporting import FORMATS
 
 
 def batches_of(proteins: list[str]) -> dict[str, Batch]:
@@ -65,14 +49,14 @@ def batches_of(proteins: list[str]) -> dict[str, Batch]:
 def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     """One row a file and batch."""
     model = random_family(levels_until(arguments), torch.float32, "cpu").chain
-    loaders = {".onnx": with_onnx, ".pt2": with_package}
-    runs: dict[str, Run] = {"model": model.encode}
+    runs: dict[str, Callable[[Tensor], Tensor]] = {"model": model.encode}
     seconds_to_write = {}
-    for suffix, load in loaders.items():
+    for suffix, form in FORMATS.items():
         start = time.perf_counter()
         rd_torch.export(model, folder / f"chain{suffix}")
         seconds_to_write[suffix] = round(time.perf_counter() - start)
-        runs[suffix] = load(folder / f"chain{suffix}")
+        run = form.load(folder / f"chain{suffix}")
+        runs[suffix] = lambda tokens, run=run: run(tokens)[0]
     rows = []
     for name, batch in batches_of(natural_proteins(arguments.data)).items():
         got = {kind: run(batch.tokens) for kind, run in runs.items()}
@@ -92,7 +76,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
                 "speed over the model's": round(median["model"] / median[suffix], 2),
                 "seconds to write": seconds_to_write[suffix],
             }
-            for suffix in loaders
+            for suffix in FORMATS
         ]
     return rows
 

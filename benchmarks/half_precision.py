@@ -265,10 +265,11 @@ def take(sequences: Iterator[str], residues: int) -> list[str]:
     return taken
 
 
-def main() -> None:
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options of a comparison with float32: which family, on which proteins."""
     data = os.environ.get("RD_TORCH_DATA")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("family", choices=("mini", "650M"))
     parser.add_argument("--output", type=Path, help="result file")
@@ -276,19 +277,27 @@ def main() -> None:
     parser.add_argument("--residues", type=int, help="to compare: 22,000 for mini, 1,500 for 650M")
     parser.add_argument("--fit-residues", type=int, default=5_000, help="to fit the maps of 650M on")
     parser.add_argument("--layers", type=int, default=33, help="a random backbone has at most")
-    arguments = parser.parse_args()
+    return parser
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[rd_torch.RDModel, list[Tensor], Facts]:
+    """The model in float32, the batches to compare on, and the facts of both."""
     found = list(Fasta(arguments.data / "natural50_valid.fasta.xz"))
     short = normalized(each.sequence for each in found if len(each.sequence) <= MOST_RESIDUES)
     proteins = take(short, arguments.residues or (22_000 if arguments.family == "mini" else 1_500))
     batches = [tokenize([each for _, each in batch]) for batch in cut_batches(proteins, TOKENS_PER_BATCH)]
     facts: Facts = {"proteins": len(proteins), "residues": sum(map(len, proteins))}
-    with torch.no_grad():
-        if arguments.family == "mini":
-            model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
-        else:
-            model, more = random_family(take(short, arguments.fit_residues), batches[0], arguments.layers)
-            facts |= more
-        rows = measure(model, batches)
+    if arguments.family == "mini":
+        return rd_torch.RDModel.from_pretrained("esm2-rd-mini"), batches, facts
+    model, more = random_family(take(short, arguments.fit_residues), batches[0], arguments.layers)
+    return model, batches, facts | more
+
+
+@torch.no_grad()
+def main() -> None:
+    arguments = parser_of(__doc__).parse_args()
+    model, batches, facts = prepare(arguments)
+    rows = measure(model, batches)
     title = f"Half precision against float32, per added block: {arguments.family}"
     write_result(title, rows, {**environment(), **facts}, arguments.output)
 

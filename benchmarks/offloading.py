@@ -7,8 +7,8 @@ kept on disk by accelerate's `disk_offload`, which reads a module's weights when
 after. It embeds natural proteins of 100 to 500 residues, sorted by length, in batches of each of `--budgets`
 tokens, padding counted; files are taken out of the system's page cache before every batch, for memory that
 holds no weights does not hold their file either. Of the budgets at which the peak stays below `--gibibytes`
-the fastest counts. The peak is the kernel's own record of resident memory (VmHWM), weights that are in use
-and the interpreter included.
+the fastest counts; where there is none, the fastest of all, with its peak. The peak is the kernel's own
+record of resident memory (VmHWM), weights that are in use and the interpreter included.
 
 "tokens a load" are the real tokens that one reading of the weights serves on average.
 """

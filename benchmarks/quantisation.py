@@ -18,26 +18,15 @@ other round, each after an untimed pass over the smallest batch. "cosine, smalle
 
 from __future__ import annotations
 
-import argparse
 import copy
-import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
-from half_precision import (
-    MOST_RESIDUES,
-    TOKENS_PER_BATCH,
-    compare,
-    embed,
-    random_family,
-    take,
-    three_digits,
-)
+from half_precision import compare, embed, parser_of, prepare, three_digits
 from report import Row, environment, write_result
 from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
@@ -45,11 +34,8 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 
 import rd_torch
 from rd_torch.placement import plain_parts
-from rd_torch.reading import Fasta
-from rd_torch.sequences import cut_batches, normalized, tokenize
 
 MEBI = 2**20
-RESIDUES = {"mini": 22_000, "650M": 1_500}
 
 
 def by_torchao(config: object) -> Callable[[rd_torch.RDModel], rd_torch.RDModel]:
@@ -109,36 +95,17 @@ def measure(model: rd_torch.RDModel, batches: Sequence[Tensor], timed: int, roun
     return rows
 
 
+@torch.no_grad()
 def main() -> None:
-    data = os.environ.get("RD_TORCH_DATA")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("family", choices=RESIDUES)
-    parser.add_argument("--output", type=Path, help="result file")
-    parser.add_argument("--data", type=Path, default=data, required=not data, help="folder of the proteins")
-    parser.add_argument("--residues", type=int, help="to compare: 22,000 for mini, 1,500 for 650M")
-    parser.add_argument("--fit-residues", type=int, default=5_000, help="to fit the maps of 650M on")
-    parser.add_argument("--layers", type=int, default=33, help="a random backbone has at most")
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    found = Fasta(arguments.data / "natural50_valid.fasta.xz")
-    short = normalized(each.sequence for each in found if len(each.sequence) <= MOST_RESIDUES)
-    proteins = take(short, arguments.residues or RESIDUES[arguments.family])
-    batches = [tokenize([each for _, each in batch]) for batch in cut_batches(proteins, TOKENS_PER_BATCH)]
-    facts = {"torchao": version("torchao")}
-    facts |= {"proteins": len(proteins), "residues": sum(map(len, proteins))}
     warnings.simplefilter("ignore")  # of what PyTorch means to deprecate
-    with torch.no_grad():
-        if arguments.family == "mini":
-            model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
-        else:
-            fitted = take(short, arguments.fit_residues)
-            model, more = random_family(fitted, batches[0], arguments.layers)
-            facts |= more
-        rows = measure(model, batches, timed=4, rounds=arguments.rounds)
+    model, batches, facts = prepare(arguments)
+    rows = measure(model, batches, timed=4, rounds=arguments.rounds)
     title = f"int8 beside half precision on a CPU, per added block: {arguments.family}"
-    write_result(title, rows, {**environment(), **facts}, arguments.output)
+    machine = {**environment(), "torchao": version("torchao"), **facts}
+    write_result(title, rows, machine, arguments.output)
 
 
 if __name__ == "__main__":
