@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from pathlib import Path
 
 import torch
 
@@ -28,7 +29,7 @@ def begun(arguments, said=os.devnull, largest_file=None):
 
 
 def _run(arguments, said, largest_file, threads):
-    with open(said, "w") as log:  # noqa: PTH123
+    with Path(said).open("w") as log:
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
     torch.set_num_threads(threads)
