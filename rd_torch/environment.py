@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -16,6 +15,7 @@ from rd_torch.config import ESM2_LEVELS
 PACKAGES: Final = (
     *("torch", "numpy", "safetensors", "huggingface_hub", "h5py", "pyarrow"),
     *("fair-esm", "esm", "transformers", "peft", "accelerate", "lightning", "ray", "triton"),
+    *("torchao", "onnx", "onnxscript", "onnxruntime"),
 )
 """Packages whose versions change what rd_torch does, the optional ones last."""
 
@@ -54,7 +54,7 @@ def describe_environment() -> dict[str, Any]:
         "packages": {package: installed(package) for package in PACKAGES} | {"torch": torch.__version__},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "threads": torch.get_num_threads(),
-        "compiler": any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang", "cl")),
+        "compiler": hardware.has_compiler("C"),
         "devices": [_describe_device(device) for device in hardware.devices()],
     }
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rd_torch import hardware
 from rd_torch.config import ALPHABET
 from rd_torch.model import RDModel
-from rd_torch.placement import plain_parts
+from rd_torch.placement import is_plain
 from rd_torch.preparing import PROBES, obstacle
 from rd_torch.sequences import tokenize
 from rd_torch.tokens import is_real, is_residue
@@ -117,7 +117,7 @@ def format_of(path: Path) -> Format:
         raise ValueError(f"expected a file name that ends in {' or '.join(FORMATS)}, got {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"expected a folder for {path}, got none at {path.parent}")
-    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_EXPORTER:
+    if hardware.is_older(torch.__version__, OLDEST_EXPORTER):
         oldest = ".".join(map(str, OLDEST_EXPORTER))
         raise ImportError(f"expected torch {oldest} or newer to export, got torch {torch.__version__}")
     form = FORMATS[path.suffix]
@@ -127,7 +127,7 @@ def format_of(path: Path) -> Format:
             f"expected the packages {', '.join(form.packages)} to write {path.suffix}, got no "
             f"{', '.join(missing)}: pip install rd_torch[export]"
         )
-    if path.suffix == ".pt2" and not hardware.has_compiler():
+    if path.suffix == ".pt2" and not hardware.has_compiler("C++"):
         raise OSError("expected a C++ compiler to write .pt2, got none: install g++, or name one by CXX")
     return form
 
@@ -144,7 +144,7 @@ def _require_exportable(model: RDModel, form: Format) -> None:
     reason = obstacle(model.family()) or _hidden(model)
     if reason is not None:
         raise ValueError(
-            f"expected a chain as it was loaded to export, got one in which {reason}: merge adapters "
+            f"expected a chain that the exporter can follow, got one in which {reason}: merge adapters "
             "(merge_and_unload), remove hooks, and export before you quantise or offload"
         )
 
@@ -154,8 +154,8 @@ def _hidden(model: RDModel) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             return f"{name} is kept elsewhere"
-        if [part for part, _ in plain_parts(name, parameter)] != [name]:
-            return f"{name} is quantised"
+        if not is_plain(parameter):
+            return f"{name} is quantised or sharded"
     return None
 
 
@@ -231,9 +231,12 @@ def _write_onnx(encoder: _Encoder, path: Path, facts: Mapping[str, str]) -> None
 def _load_onnx(path: Path) -> Run:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`(batch, time)` to `(batch, time, width)` and `(batch, time)`."""
         embeddings, mask = session.run(None, {"tokens": tokens.numpy()})
         return torch.from_numpy(embeddings), torch.from_numpy(mask)
 

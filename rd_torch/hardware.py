@@ -47,9 +47,14 @@ AttentionKernel: TypeAlias = Literal["varlen", "blocks", "buckets"]
 ProductKernel: TypeAlias = Literal["oneDNN", "PyTorch"]
 
 
+def is_older(version: str, oldest: tuple[int, int]) -> bool:
+    """Whether a version of PyTorch, such as `"2.7.1+cpu"`, is older than that."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) < oldest
+
+
 def require_torch(version: str) -> None:
     """Raises an ImportError for a PyTorch that is older than the package supports."""
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
+    if is_older(version, OLDEST_TORCH):
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ImportError(
             f"expected torch {oldest} or newer, got torch {version}: pip install --upgrade 'torch>={oldest}'"
@@ -245,9 +250,11 @@ def has_engine(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def has_compiler() -> bool:
-    """Whether there is a C++ compiler, which what PyTorch's inductor makes for a CPU goes through."""
-    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++"))))
+def has_compiler(language: Literal["C", "C++"]) -> bool:
+    """Whether there is a compiler, which `CC` or `CXX` may name: of C for GPUs' code, of C++ for a CPU's."""
+    names = ("cc", "gcc", "clang", "cl") if language == "C" else ("g++", "clang++", "c++")
+    named = os.environ.get("CC" if language == "C" else "CXX") or names[0]
+    return any(map(shutil.which, (named, *names)))
 
 
 def has_exact_float32(device: torch.device) -> bool:

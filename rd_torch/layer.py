@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,9 +107,10 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     Returns:
         `(tokens, out features)`.
     """
+    out_features = getattr(layer, "out_features", SMALL_PRODUCT)
     if (
         torch.compiler.is_compiling()
-        or _is_small(x, getattr(layer, "out_features", SMALL_PRODUCT))  # which is asked here too for speed
+        or _is_small(x, out_features)  # asked before the mode too, which would add much to it
         or hardware.product_kernel(x.device, x.dtype) != "oneDNN"
         or torch.is_autocast_enabled("cpu")
     ):
@@ -182,14 +184,11 @@ class TransformerLayer(nn.Module):
         self, x: Tensor, packing: Packing, rotation: Rotation, sink: AttentionSink | None = None
     ) -> Tensor:
         """The residual stream `(tokens, width)` one layer on; `sink` receives attention maps if given."""
-        q, k, v = in_chunks(self.heads, x, *rotation, unless=self._is_fetched)
+        fetched = partial(is_fetched, self)  # a chunk more would fetch the weights once more
+        q, k, v = in_chunks(self.heads, x, *rotation, unless=fetched)
         if sink is not None:
             sink(attention_maps(q, k, packing))
-        return in_chunks(self.finish, x, attend(q, k, v, packing), unless=self._is_fetched)[0]
-
-    def _is_fetched(self) -> bool:
-        """Whether weights are read, from a disk say, each time that a module is called."""
-        return is_fetched(self)
+        return in_chunks(self.finish, x, attend(q, k, v, packing), unless=fetched)[0]
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> Heads:
         """What attention needs of each token: the part of the layer before it."""

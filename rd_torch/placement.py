@@ -37,6 +37,11 @@ def is_fetched(module: nn.Module) -> bool:
     return any(part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in module.modules())
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a state dict's value is a plain tensor: not a quantised or sharded one, or something else."""
+    return isinstance(value, Tensor) and not value.is_quantized and not hasattr(value, "__tensor_flatten__")
+
+
 def plain_parts(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """The numbers of a state dict's value, as plain tensors by names of their own.
 
@@ -44,7 +49,7 @@ def plain_parts(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     and what its quantised layers pack. What is no number is given as the bytes of what it is called: a dtype,
     or how a tensor of torchao's treats what it is multiplied by.
     """
-    if hasattr(value, "full_tensor"):  # of FSDP2, which every process has to ask for
+    if hasattr(value, "full_tensor"):  # a shard of FSDP2's: every process has to take part
         value = value.full_tensor()
     if isinstance(value, tuple | list):
         for place, each in enumerate(value):
@@ -105,8 +110,7 @@ class StateDict(Mapping[str, Tensor]):
             place: whose state this is, for the message.
         """
         for name, value in self._state.items():
-            wrapped = hasattr(value, "__tensor_flatten__") or not isinstance(value, Tensor)
-            if wrapped or value.is_quantized:
+            if not is_plain(value):
                 kind = f"{type(value).__module__}.{type(value).__name__}"
                 raise ValueError(
                     f"expected plain tensors to save, got {name} of {place} as a {kind}: save a quantised "

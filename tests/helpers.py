@@ -5,7 +5,7 @@ import math
 import torch
 from esm.model.esm2 import ESM2 as FairESM2
 
-from rd_torch import RDModel, RunningMoments, solve_stages
+from rd_torch import RDModel, RunningMoments, hardware, solve_stages
 from rd_torch.config import ALPHABET
 from rd_torch.letters import RESIDUE_LETTERS
 
@@ -75,5 +75,4 @@ def small_model(predict_from="nested", special_rows="maps"):
 
 def any_size(name):
     """A dimension of any size for `torch.export`, whose older versions want to know the largest."""
-    older = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
-    return torch.export.Dim(name, max=4096) if older else torch.export.Dim(name)
+    return torch.export.Dim(name, max=4096 if hardware.is_older(torch.__version__, (2, 8)) else None)

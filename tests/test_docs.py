@@ -76,7 +76,7 @@ def test_shell_examples_run(tmp_path, monkeypatch):
     Path("table.csv").write_text("clone,heavy,light\nc1,MKTAYIAKQRQ,GSHMLEDPVDA\n")
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("rd-torch")]
     assert len(lines) == 12
-    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_EXPORTER:
+    if hardware.is_older(torch.__version__, OLDEST_EXPORTER):
         lines = [line for line in lines if not line.startswith("rd-torch export")]
     for line in lines:
         result = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])

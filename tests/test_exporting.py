@@ -15,11 +15,11 @@ from helpers import any_size, random_sequence, small_model, tiny_model, tokens_o
 from peft import LoraConfig, get_peft_model
 
 import rd_torch
-from rd_torch import exporting
+from rd_torch import exporting, hardware
 from rd_torch.cli import main
 
 onnxruntime = pytest.importorskip("onnxruntime")
-if tuple(map(int, torch.__version__.split(".")[:2])) < exporting.OLDEST_EXPORTER:
+if hardware.is_older(torch.__version__, exporting.OLDEST_EXPORTER):
     pytest.skip("this PyTorch is refused", allow_module_level=True)
 
 BATCHES = (
@@ -232,7 +232,7 @@ def test_what_is_missing_here_is_said_before(never, tmp_path, monkeypatch):
         assert result.exit_code == 1
         assert result.output.splitlines()[-1].startswith("Error: expected the packages onnx, onnxscript")
     with monkeypatch.context() as patch:
-        patch.setattr("rd_torch.hardware.has_compiler", lambda: False)
+        patch.setattr("rd_torch.hardware.has_compiler", lambda language: language != "C++")
         with pytest.raises(OSError, match="expected a C.. compiler to write .pt2, got none: install g.."):
             rd_torch.export(model, tmp_path / "model.pt2")
     with monkeypatch.context() as patch:
