@@ -18,7 +18,7 @@ endef
 # What holds PyTorch and oneDNN to the vector units that every x86-64 CPU of today has.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
-.PHONY: setup demo test test-all test-portable test-capabilities test-oldest check format lint types docs clean
+.PHONY: setup demo test test-all test-portable test-capabilities test-oldest check format lint types docs pictures clean
 
 setup: .venv/installed
 
@@ -55,8 +55,8 @@ test-oldest:
 	.venv-oldest/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	$(call run-tests,.venv-oldest,not slow)
 
-# The documentation is executed by the tests.
-check: lint types test test-capabilities
+# What the documentation says is executed by the tests.
+check: lint types docs test test-capabilities
 
 format: setup
 	$(BIN)/ruff format .
@@ -69,8 +69,13 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# The documentation as a site, in site/: without network, and every warning is an error.
 docs: setup
-	$(BIN)/pytest tests/test_docs.py -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The pictures of the tutorials, as their blocks draw them.
+pictures: setup
+	$(BIN)/python tests/pages.py
 
 clean:
-	rm -rf .venv .venv-oldest demo build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest demo site build dist .pytest_cache .mypy_cache .ruff_cache
