@@ -258,7 +258,7 @@ def test_other_sequences_and_other_models_are_refused(mini, fasta, tmp_path):
     folder = Folder.begun(out, FORMATS["parquet"])
     limits = steps.Limits(is_budget_free=True, most_deaths=0)
     with pytest.raises(ValueError, match="expected the model esm2-rd-mini on all machines, got another one"):
-        steps.window_embedder(partial(steps.loaded, "esm2-rd-mini"), "cpu", folder, limits)
+        steps.begin_embedding(partial(steps.load_model, "esm2-rd-mini"), "cpu", folder, limits)
     with pytest.raises(FileNotFoundError, match="on a file system that all machines see, got nothing there"):
         Folder.begun(tmp_path / "elsewhere.parquet", FORMATS["parquet"])
 
@@ -359,7 +359,7 @@ def test_a_dataset_gets_a_column_for_what_each_level_adds(ray):
 
 
 def test_columns_that_cannot_be_are_refused():
-    step = steps.column_embedder(load, "cpu", "sequence", {})
+    step = steps.begin_adding_columns(load, "cpu", "sequence", {})
     with pytest.raises(ValueError, match="expected a column 'sequence', got id, letters"):
         step(pa.table({"id": [1], "letters": ["MKV"]}))
     with pytest.raises(ValueError, match="expected no column '28K' yet, got one: rename it"):
