@@ -19,7 +19,7 @@ from rd_torch.model import RDModel
 from rd_torch.pieces import Pieces
 from rd_torch.pooling import Pools, named_pool, pools_of
 from rd_torch.reading import entries_of, sequences_of
-from rd_torch.sequences import normalized, normalized_entries
+from rd_torch.sequences import normalize_entries, normalize_sequences
 from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
 from rd_torch.store.work import Compute, Progress, in_residues
@@ -89,7 +89,7 @@ def embed(
     """
     way = named_pool(pool)
     pieces = None if windows is None else Pieces.of(windows, way)
-    residues = list(normalized(sequences_of(sequences)))
+    residues = list(normalize_sequences(sequences_of(sequences)))
     budget, device = plan_batches(model.family(width).values(), tokens_per_batch)
     if sum(map(len, residues)) > budget:  # one batch is done sooner than anything is compiled for it
         prepare(model)
@@ -166,7 +166,7 @@ def embed_to_store(
     wanted = facts_of(model, name, save_dtype, budget, **cast(EmbedOptions, options))
     with Work(Path(path), form_of_store, wanted, fixed_budget=given is not None, shard=taken) as work:
         names = Names(work.format.key)
-        read = normalized_entries(entries, corrections, strict=strict, max_length=max_length)
+        read = normalize_entries(entries, corrections, strict=strict, max_length=max_length)
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
         with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
             compute = None if only_finish else embed_windows(model, work.facts)

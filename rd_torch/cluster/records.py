@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rd_torch.letters import Corrections
 from rd_torch.reading import Proteins
-from rd_torch.sequences import Entry, normalized_entries, sound
+from rd_torch.sequences import Entry, keep_sound, normalize_entries
 from rd_torch.store import Names, Window, cut_windows
 from rd_torch.store.folder import Folder
 from rd_torch.sums import Summed
@@ -76,12 +76,12 @@ class Records:
             the files; `corrections`, the counts of `Corrections`; `left_out`, unreadable records, as JSON.
         """
         proteins, corrections, read = self.proteins(), Corrections(), 0
-        entries = normalized_entries(
+        entries = normalize_entries(
             proteins.entries(identifier), corrections, strict=self.strict, max_length=self.max_length
         )
         lost: list[Entry] = []
         if names is None:
-            entries = sound(entries, lost)
+            entries = keep_sound(entries, lost)
         # Each window waits for the next, so that the last one can list records that are lost behind it.
         last: tuple[Window[str], dict[str, Any]] | None = None
         for window in cut_windows(entries, tokens_per_batch, names):

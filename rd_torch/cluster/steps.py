@@ -24,7 +24,7 @@ from rd_torch.embedding import EmbedOptions, embed, embed_windows
 from rd_torch.fitting import add_moments, shared_family
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
-from rd_torch.sequences import normalized
+from rd_torch.sequences import normalize_sequences
 from rd_torch.store import Window
 from rd_torch.store.folder import Folder
 from rd_torch.store.parquet import level_columns
@@ -167,7 +167,7 @@ def begin_summing(load: LoadFamily, device: str, column: str, tokens_per_batch: 
         sequences = _sequences(table, column)
         # A table without sequences sends moments of width 1, not a large matrix of zeros.
         moments = RunningMoments(width if sequences else 1, place)
-        row: dict[str, Any] = {"sequences": add_moments(family, moments, normalized(sequences), budget)}
+        row: dict[str, Any] = {"sequences": add_moments(family, moments, normalize_sequences(sequences), budget)}
         count, mean, scatter = moments.parts
         if "number" in table.column_names:
             row |= table.drop_columns(BULK).to_pylist()[0]
