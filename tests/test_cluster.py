@@ -23,7 +23,7 @@ from rd_torch.cluster import Records, Workers, jobs, steps
 from rd_torch.embedding import embed_to_store
 from rd_torch.letters import Corrections
 from rd_torch.reading import Fasta
-from rd_torch.sequences import Entry, normalized_entries, normalized_proteins
+from rd_torch.sequences import Entry, normalize_entries, normalize_proteins
 from rd_torch.store import FORMATS, Names, cut_windows, open_store
 from rd_torch.store.folder import Folder
 
@@ -110,7 +110,7 @@ def begun_locally(model, fasta, path, windows):
         if done[0] >= enough:
             raise Kill
 
-    proteins = list(normalized_proteins(Fasta(fasta)))
+    proteins = list(normalize_proteins(Fasta(fasta)))
     cut = list(cut_windows(starmap(Entry, proteins), BUDGET, Names(str)))
     assert len(cut) > windows + 1
     enough = 1 + sum(window.residues for window in cut[:windows])
@@ -294,7 +294,7 @@ def test_records_are_read_as_locally(fasta):
     assert known["fraction"] == 1
     assert known["corrections"] == [0, 1, cut]
     assert known["left_out"] == "[]"
-    entries = normalized_entries(Fasta(fasta).entries(), Corrections())
+    entries = normalize_entries(Fasta(fasta).entries(), Corrections())
     ours = [each for each, _ in Records(fasta).windows(BUDGET, Names(str))]
     assert ours == list(cut_windows(entries, BUDGET, Names(str)))
 
