@@ -17,7 +17,7 @@ from rd_torch.esm2 import ESM2
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.pieces import Pieces
-from rd_torch.pooling import Pools, named_pool, pools_of
+from rd_torch.pooling import Pools, pool_name, pools_of
 from rd_torch.reading import entries_of, sequences_of
 from rd_torch.sequences import normalize_entries, normalize_sequences
 from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
@@ -87,7 +87,7 @@ def embed(
             pool, width or windows that cannot be.
         MemoryError: for a sequence that takes more memory than there is.
     """
-    way = named_pool(pool)
+    way = pool_name(pool)
     pieces = None if windows is None else Pieces.of(windows, way)
     residues = list(normalize_sequences(sequences_of(sequences)))
     budget, device = plan_batches(model.family(width).values(), tokens_per_batch)
@@ -213,7 +213,7 @@ def facts_of(
     Raises:
         ValueError: for a pool or width that does not exist.
     """
-    pool, windows = named_pool(options.get("pool", "mean")), options.get("windows")
+    pool, windows = pool_name(options.get("pool", "mean")), options.get("windows")
     prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
     return Facts(
         model=name,

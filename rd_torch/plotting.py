@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from rd_torch.sampling import Sample, principal_components, sample_of
+from rd_torch.sampling import Sample, principal_components, read_sample
 from rd_torch.store import Store, open_store
 from rd_torch.store.format import require_folder, written_whole
 
@@ -53,7 +53,7 @@ def plot_store(path: str | Path, output: str | Path, *, width: int | None = None
     require_matplotlib()
     with open_store(path) as store:
         _require_width(store, width)
-        sample = sample_of(store)
+        sample = read_sample(store)
     figure = draw(sample, width)
     write = partial(figure.savefig, format=output.suffix[1:], dpi=160)
     written_whole(output, write, durable=False)

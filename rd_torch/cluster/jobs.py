@@ -24,7 +24,7 @@ from rd_torch.embedding import EmbedOptions, facts_of, warn_renamed
 from rd_torch.fitting import shared_family
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
-from rd_torch.pooling import named_pool
+from rd_torch.pooling import pool_name
 from rd_torch.sequences import Entry
 from rd_torch.store import Format, Names, SaveDtype, Work, format_of
 from rd_torch.store.folder import Failure, Folder
@@ -78,7 +78,7 @@ def require_parts(path: Path, form: str | None, pool: str) -> Format:
     Args:
         path: the store; its suffix names the format.
         form: name of the format, in place of the suffix.
-        pool: how residues become vectors, as `rd_torch.pooling.named_pool` gives it.
+        pool: how residues become vectors, as `rd_torch.pooling.pool_name` gives it.
 
     Returns:
         The format.
@@ -126,7 +126,7 @@ def embed_to_store(
         ValueError: for HDF5, for a store of one vector for each residue, and as `rd_torch.embed_to_store`.
         OSError: where workers die of the same window again and again, and as `rd_torch.embed_to_store`.
     """
-    form = require_parts(path, options.get("form"), named_pool(options.get("pool", "mean")))
+    form = require_parts(path, options.get("form"), pool_name(options.get("pool", "mean")))
     workers, asked = workers.placed(), options.get("tokens_per_batch")
     # The driver cannot see the workers' memory: windows are cut for the most that a device gains from.
     budget = asked or MOST_TOKENS[workers.device]

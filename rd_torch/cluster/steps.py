@@ -167,7 +167,9 @@ def begin_summing(load: LoadFamily, device: str, column: str, tokens_per_batch: 
         sequences = _sequences(table, column)
         # A table without sequences sends moments of width 1, not a large matrix of zeros.
         moments = RunningMoments(width if sequences else 1, place)
-        row: dict[str, Any] = {"sequences": add_moments(family, moments, normalize_sequences(sequences), budget)}
+        row: dict[str, Any] = {
+            "sequences": add_moments(family, moments, normalize_sequences(sequences), budget)
+        }
         count, mean, scatter = moments.parts
         if "number" in table.column_names:
             row |= table.drop_columns(BULK).to_pylist()[0]

@@ -22,7 +22,7 @@ from rd_torch.huggingface.encoder import TransformersEncoder, as_dict_or_tuple
 from rd_torch.model import RDModel
 
 
-class Task(ChainModel):
+class TaskModel(ChainModel):
     """The base class of models for a task on top of a chain.
 
     Args:
@@ -126,7 +126,7 @@ class ClassificationHead(nn.Module):
         return self.out_proj(self.dropout(hidden))
 
 
-class TransformersForSequenceClassification(Task):
+class TransformersForSequenceClassification(TaskModel):
     """A chain with a head on the embedding of `<cls>`, in place of `EsmForSequenceClassification`.
 
     The config's `problem_type` says which loss is taken. Without one, the first labels decide: with
@@ -162,7 +162,7 @@ class TransformersForSequenceClassification(Task):
         return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
-class TransformersForTokenClassification(Task):
+class TransformersForTokenClassification(TaskModel):
     """A chain with a head on every token, in place of `EsmForTokenClassification`.
 
     Args:
@@ -183,7 +183,7 @@ class TransformersForTokenClassification(Task):
         return self.classifier(self.dropout(embeddings))
 
 
-class TransformersForMaskedLM(Task):
+class TransformersForMaskedLM(TaskModel):
     """The largest backbone of a chain with its language-model head, in place of `EsmForMaskedLM`.
 
     One backbone predicts the letters, and the smaller ones are left out. Its head is trainable.
