@@ -182,7 +182,7 @@ def _compare_with_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
     passed = max(worst.values()) <= TOLERANCE
     detail = "largest difference " + ", ".join(f"{key} {value:.1e} SD" for key, value in worst.items())
     if heads:
-        # Where a protein has no pair of residues stands NaN; as 2, no probability, it equals nothing but itself.
+        # NaN stands where a protein has no pair of residues; as 2, it differs from every probability.
         ours, other = (answer["contacts"].nan_to_num(2) for answer in (out, expected))
         difference = (ours - other).abs().max()
         passed &= float(difference) <= CONTACT_TOLERANCE
