@@ -23,6 +23,9 @@ ALPHABET: Final = Alphabet()
 FIRST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[0])
 LAST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[-1])
 
+SPECIAL_TOKENS: Final = 2
+"""`<cls>` in front of a sequence and `<eos>` behind it."""
+
 FORMAT_VERSION: Final = 1
 
 

@@ -11,9 +11,9 @@ from typing import Any, Final, TypedDict, Unpack, cast
 import numpy as np
 import torch
 
+from rd_torch.backbone import ESM2
 from rd_torch.batching import ahead, plan_batches
 from rd_torch.embedder import Embedder, prepare
-from rd_torch.esm2 import ESM2
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.pieces import Pieces

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch import hardware
+from rd_torch.backbone import PROBES, is_real, is_residue, obstacle, tokenize
 from rd_torch.config import ALPHABET
 from rd_torch.model import RDModel
 from rd_torch.placement import is_plain
-from rd_torch.preparing import PROBES, obstacle
-from rd_torch.sequences import tokenize
-from rd_torch.tokens import is_real, is_residue
 from rd_torch.training import evaluating
 
 TOLERANCE: Final = 1e-4

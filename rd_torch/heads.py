@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rd_torch.config import check_choice
-from rd_torch.sequences import SPECIAL_TOKENS
-from rd_torch.tokens import is_real
+from rd_torch.backbone import is_real
+from rd_torch.config import SPECIAL_TOKENS, check_choice
 
 Task = Literal["regression", "classification"]
 Pooling = Literal["mean", "attention"]

@@ -12,8 +12,8 @@ from typing import Self, Unpack, cast
 import torch
 from torch import nn
 
+from rd_torch.backbone import ESM2
 from rd_torch.config import RDConfig, Storage, check_choice
-from rd_torch.esm2 import ESM2
 from rd_torch.nesting import fingerprint, stages_of
 from rd_torch.placement import StateDict
 from rd_torch.weights import (

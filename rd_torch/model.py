@@ -11,17 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch import hardware
+from rd_torch.backbone import (
+    ESM2,
+    AttentionSink,
+    Packing,
+    Prepared,
+    at_least_float32,
+    check_tokens,
+    is_real,
+    is_residue,
+    token_ids,
+)
 from rd_torch.config import ALPHABET, Level, PredictFrom, RDConfig, SpecialRows
-from rd_torch.esm2 import ESM2
-from rd_torch.layer import AttentionSink
 from rd_torch.loading import Pretrained
 from rd_torch.nesting import Nesting
 from rd_torch.output import RDOutput
-from rd_torch.packing import Packing
-from rd_torch.precision import at_least_float32
-from rd_torch.preparing import Prepared
 from rd_torch.stage import ConcatPCA, Maps, nest
-from rd_torch.tokens import check_tokens, is_real, is_residue, token_ids
 from rd_torch.training import Trainable
 
 
@@ -228,11 +233,10 @@ class RDModel(Pretrained, Trainable):
         or are replaced, what was derived from them is made again. On other devices the model is as fast
         as it gets, and is only put in `eval` mode.
 
-        What was made is compared with the modules themselves on two batches of unequal lengths. Where it
-        differs by more than half precision does from float32, where a compiler is missing or fails, memory
-        runs out, or somebody has put hooks or modules of another kind (as PEFT does) into the backbones, the
-        model goes on as it was, with one warning that says why. `embed`, `embed_to_store` and
-        `rd-torch embed` call this by themselves for backbones as they came.
+        What was made is compared with the modules themselves on two batches of unequal lengths. The model
+        goes on as it was, with one warning that says why, where the two differ by more than half precision
+        does from float32, a compiler is missing or fails, memory runs out, or the backbones hold hooks or
+        modules of another kind (as PEFT's). `embed`, `embed_to_store` and `rd-torch embed` call this themselves.
         """
         self.eval()
         if self._prepared is None or not self._prepared.is_current:

@@ -11,9 +11,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from rd_torch.backbone import is_residue, token_ids
 from rd_torch.heads import Head, MatryoshkaHead
 from rd_torch.model import RDModel
-from rd_torch.tokens import is_residue, token_ids
 
 
 class Predictor(nn.Module):

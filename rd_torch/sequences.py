@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Final, NamedTuple
 
-import torch
-from torch import Tensor
-
-from rd_torch.config import ALPHABET
+from rd_torch.config import SPECIAL_TOKENS
 from rd_torch.letters import Corrections, read_residues
-
-SPECIAL_TOKENS: Final = 2
-"""`<cls>` in front of a sequence and `<eos>` behind it."""
 
 WINDOW_BATCHES: Final = 16
 """Batches' worth of sequences that are sorted by length at a time."""
@@ -143,19 +137,6 @@ def normalized(sequences: Iterable[str]) -> Iterator[str]:
     """The same of sequences without identifiers; errors name them by their number, from 1."""
     proteins = ((f"number {number:,}", sequence) for number, sequence in enumerate(sequences, start=1))
     return (protein.sequence for protein in normalized_proteins(proteins))
-
-
-def tokenize(sequences: Sequence[str]) -> Tensor:
-    """`(batch, time)` token ids of normalised sequences, `<cls>` and `<eos>` around each, padded.
-
-    Equal to fair-esm's batch converter on sequences of single letters.
-    """
-    length = max((len(sequence) for sequence in sequences), default=0) + SPECIAL_TOKENS
-    tokens = torch.full((len(sequences), length), ALPHABET.padding_idx)
-    for row, sequence in zip(tokens, sequences, strict=True):
-        ids = [ALPHABET.cls_idx, *map(ALPHABET.tok_to_idx.__getitem__, sequence), ALPHABET.eos_idx]
-        row[: len(ids)] = torch.tensor(ids)
-    return tokens
 
 
 def cut_batches(sequences: Iterable[str], tokens_per_batch: int) -> Iterator[list[tuple[int, str]]]:

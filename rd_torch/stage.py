@@ -15,8 +15,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from rd_torch.backbone import apply_outside_half, at_least_float32
 from rd_torch.config import Explained, Method, PredictFrom
-from rd_torch.precision import apply_outside_half, at_least_float32
 
 
 class Maps(nn.Module):

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from rd_torch.backbone import ESM2
 from rd_torch.config import PredictFrom, Regressor
-from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.nesting import digest_of

@@ -8,8 +8,8 @@ from typing import Any, Self, cast
 
 from torch import nn
 
+from rd_torch.backbone import ESM2
 from rd_torch.config import RDConfig
-from rd_torch.esm2 import ESM2
 
 
 @contextmanager

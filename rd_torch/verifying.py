@@ -13,8 +13,8 @@ from typing import Final, Unpack
 import torch
 from torch import Tensor, nn
 
+from rd_torch.backbone import ESM2
 from rd_torch.config import ALPHABET, ESM2_LEVELS
-from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
 from rd_torch.weights import Hub, PublishedOptions, Source
 from rd_torch.weights.backbone import find_backbone, read_backbone, read_level

@@ -8,8 +8,8 @@ from typing import Any, Final, Self, cast
 import torch
 from transformers import PretrainedConfig
 
+from rd_torch.backbone import ESM2, MissingHead
 from rd_torch.config import RDConfig
-from rd_torch.esm2 import ESM2, MissingHead
 from rd_torch.model import RDModel
 from rd_torch.stage import STAGES
 

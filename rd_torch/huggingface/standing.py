@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rd_torch.esm2 import ESM2
+from rd_torch.backbone import ESM2
 from rd_torch.huggingface.config import RDTransformersConfig
 from rd_torch.huggingface.loading import chain_and_options, is_ours_by_transformers, placed
 from rd_torch.huggingface.names import NamedTwice

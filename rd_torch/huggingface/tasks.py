@@ -15,7 +15,7 @@ from transformers import (
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils import ModelOutput
 
-from rd_torch.esm2 import ESM2
+from rd_torch.backbone import ESM2
 from rd_torch.huggingface.config import RDTransformersConfig
 from rd_torch.huggingface.encoder import TransformersEncoder, as_asked
 from rd_torch.huggingface.standing import Fresh, Standing

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rd_torch.attention import Rotation
+from rd_torch.backbone.attention import Rotation
+from rd_torch.backbone.esm2_heads import ContactHead, LMHead
+from rd_torch.backbone.layer import AttentionSink, TransformerLayer
+from rd_torch.backbone.packing import Packing
+from rd_torch.backbone.precision import ResidualNorm, at_least_float32
 from rd_torch.config import ALPHABET, Level, Reference
-from rd_torch.esm2_heads import ContactHead, LMHead
-from rd_torch.layer import AttentionSink, TransformerLayer
-from rd_torch.packing import Packing
 from rd_torch.placement import StateDict, device_of, is_fetched
-from rd_torch.precision import ResidualNorm, at_least_float32
 
 # Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
 # token dropout left on average, to which every sequence is scaled back.
