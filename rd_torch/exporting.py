@@ -23,8 +23,7 @@ from rd_torch import hardware
 from rd_torch.backbone import PROBES, is_real, is_residue, obstacle, tokenize
 from rd_torch.config import ALPHABET
 from rd_torch.model import RDModel
-from rd_torch.placement import is_plain
-from rd_torch.training import evaluating
+from rd_torch.modules import evaluating, is_plain
 
 TOLERANCE: Final = 1e-4
 """How far a file's embedding may be from the model's, in standard deviations of the model's features."""
@@ -176,10 +175,7 @@ class _Encoder(nn.Module):
 
 def _facts_of(model: RDModel) -> dict[str, str]:
     """What whoever runs the file has to know."""
-    widths = model.config.widths
-    if model.config.method == "naive":  # whose narrower levels are no prefixes
-        *_, last = widths.items()
-        widths = dict([last])
+    widths = model.config.prefixes(model.embed_dim)
     special = {name: ALPHABET.get_idx(name) for name in ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>")}
     facts = {"tokens": ALPHABET.all_toks, "levels": widths, "special": special}
     return {f"rd_torch.{name}": json.dumps(fact) for name, fact in facts.items()} | {

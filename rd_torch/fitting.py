@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rd_torch.backbone import ESM2, Packing, is_real, is_residue
 from rd_torch.batching import plan_batches, run_batches
 from rd_torch.model import RDModel
+from rd_torch.modules import evaluating
 from rd_torch.moments import RunningMoments
 from rd_torch.reading import sequences_of
 from rd_torch.sequences import Entry, normalized
@@ -20,7 +21,6 @@ from rd_torch.solve import check_options
 from rd_torch.store import cut_windows
 from rd_torch.store.work import Progress
 from rd_torch.sums import SolveOptions, Sums
-from rd_torch.training import evaluating
 
 
 def fit(

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -176,8 +176,8 @@ def check_options(
     Raises:
         ValueError: for options of `solve_stages` that cannot be; no moments are needed to tell.
     """
-    check_choice("regressor", regressor, ("pcr", "ols", "ridge"))
-    check_choice("predict_from", predict_from, ("nested", "previous"))
+    check_choice("regressor", regressor, get_args(Regressor))
+    check_choice("predict_from", predict_from, get_args(PredictFrom))
     if not alpha >= 0:
         raise ValueError(f"expected alpha of at least 0, got {alpha}")
     if not sizes:

@@ -15,14 +15,12 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from rd_torch.backbone import ESM2
 from rd_torch.config import PredictFrom, Regressor
 from rd_torch.model import RDModel
+from rd_torch.modules import digest_of
 from rd_torch.moments import RunningMoments
-from rd_torch.nesting import digest_of
-from rd_torch.placement import StateDict
 from rd_torch.solve import solve_stages
 from rd_torch.store import Window
 from rd_torch.store.format import require_folder, written_whole
@@ -220,4 +218,4 @@ def clear(folder: Path) -> None:
 def _fingerprint(family: Mapping[str, ESM2]) -> str:
     """A digest of every number that raw embeddings depend on."""
     heads = [backbone.attention_heads for backbone in family.values()]
-    return digest_of(heads, StateDict(nn.ModuleDict(family), ESM2.counts))
+    return digest_of(heads, {f"{name}.": backbone.embedding_tensors() for name, backbone in family.items()})

@@ -201,7 +201,7 @@ def _has_checksum(path: Path) -> Check:
 
 def _prefixes(model: RDModel, tokens: Tensor) -> Iterator[Check]:
     """Compares every shorter chain with the beginning of the whole, to the bit."""
-    if model.config.method == "naive":
+    if not model.config.is_nested:
         return
     whole = model(tokens).representations
     for name, width in list(model.config.widths.items())[:-1]:

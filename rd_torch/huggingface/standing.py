@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -71,15 +71,20 @@ class Standing(NamedTwice, PreTrainedModel):  # type: ignore[misc]  # transforme
     @property
     def chain(self) -> RDModel:
         """The chain inside."""
-        return cast(RDModel, self.base_model.model)
+        chain: RDModel = self.base_model.model
+        return chain
+
+    @property
+    def _largest(self) -> ESM2:
+        return self.chain.backbones[self.chain.config.levels[-1].name]
 
     def get_input_embeddings(self) -> nn.Module:
         """The largest backbone's table."""
-        return cast(ESM2, self.chain.backbones[self.chain.config.levels[-1].name]).embed_tokens
+        return self._largest.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Puts a module in the place of the largest backbone's table."""
-        cast(ESM2, self.chain.backbones[self.chain.config.levels[-1].name]).embed_tokens = value
+        self._largest.embed_tokens = value
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> nn.Module:
         """Raises a ValueError for any other size than there is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +196,7 @@ class TransformersForMaskedLM(Task):
     @property
     def _backbone(self) -> ESM2:
         (backbone,) = self.chain.backbones.values()
-        return cast(ESM2, backbone)
+        return backbone
 
     def predicted(self, embeddings: Tensor) -> Tensor:
         """`(batch, time, 33)`."""
