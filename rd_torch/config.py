@@ -17,6 +17,11 @@ SpecialRows: TypeAlias = Literal["maps", "larger"]
 Method: TypeAlias = Literal["rd", "naive"]
 Storage: TypeAlias = Literal["included", "referenced"]
 
+# Which of the maps that the authors published.
+PublishedRegressor: TypeAlias = Literal["pcr", "linear", "ridge"]
+PCA: TypeAlias = Literal["incremental", "fbpca"]
+SequenceCount: TypeAlias = Literal["0.5k", "1k", "5k", "10k"]
+
 ALPHABET: Final = Alphabet()
 """The alphabet of every size of ESM-2."""
 

@@ -17,10 +17,10 @@ from rd_torch.modules import evaluating
 from rd_torch.moments import RunningMoments
 from rd_torch.reading import sequences_of
 from rd_torch.sequences import Entry, normalized
-from rd_torch.solve import check_options
+from rd_torch.solve import SolveOptions, check_options
 from rd_torch.store import cut_windows
 from rd_torch.store.work import Progress
-from rd_torch.sums import SolveOptions, Sums
+from rd_torch.sums import Sums
 
 
 def fit(

@@ -16,10 +16,17 @@ from torch import Tensor, nn
 from rd_torch.backbone import ESM2
 from rd_torch.config import ALPHABET, ESM2_LEVELS
 from rd_torch.model import RDModel
-from rd_torch.weights import Hub, PublishedOptions, Source
-from rd_torch.weights.backbone import find_backbone, read_backbone, read_level
-from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256
-from rd_torch.weights.tensors import sha256_of
+from rd_torch.weights import (
+    FAIR_ESM_NAMES,
+    FAIR_ESM_SHA256,
+    Hub,
+    PublishedOptions,
+    Source,
+    find_backbone,
+    read_backbone,
+    read_level,
+    sha256_of,
+)
 
 SEQUENCES: Final = (
     "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",

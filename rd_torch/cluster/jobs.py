@@ -35,10 +35,11 @@ from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.pooling import named_pool
 from rd_torch.sequences import Entry
+from rd_torch.solve import SolveOptions
 from rd_torch.store import Format, Names, SaveDtype, Work, format_of
 from rd_torch.store.folder import Failure, Folder
 from rd_torch.store.work import in_residues
-from rd_torch.sums import SolveOptions, Sums
+from rd_torch.sums import Sums
 
 FORMATS: Final = ("parquet", "pt")
 """Those whose windows need no further work when the last is done."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeAlias, TypedDict, get_args
+from typing import Final, NamedTuple, TypeAlias, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 
 from rd_torch.config import (
     ESM2_LEVELS,
+    PCA,
     Explained,
     Method,
     PredictFrom,
+    PublishedRegressor,
     RDConfig,
     Reference,
+    SequenceCount,
     SpecialRows,
     check_choice,
 )
@@ -29,10 +32,6 @@ from rd_torch.stage import STAGES
 from rd_torch.weights.hub import Hub
 from rd_torch.weights.known import ESM2_ON_HUB, PUBLISHED_MAPS
 from rd_torch.weights.tensors import Tensors, require_file, require_finite
-
-PublishedRegressor: TypeAlias = Literal["pcr", "linear", "ridge"]
-PCA: TypeAlias = Literal["incremental", "fbpca"]
-SequenceCount: TypeAlias = Literal["0.5k", "1k", "5k", "10k"]
 
 FOLDER: Final = "weights"
 Array: TypeAlias = NDArray[np.float64]
