@@ -50,13 +50,10 @@ from report import Row, environment, write_result
 from torch import Tensor, nn
 
 import rd_torch
+from rd_torch.backbone import ESM2, MEAN_SHARE_KEPT, Packing, TransformerLayer, is_residue, tokenize
 from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
-from rd_torch.esm2 import ESM2, MEAN_SHARE_KEPT
-from rd_torch.layer import TransformerLayer
-from rd_torch.packing import Packing
 from rd_torch.reading import Fasta
-from rd_torch.sequences import cut_batches, normalize_sequences, tokenize
-from rd_torch.tokens import is_residue
+from rd_torch.sequences import cut_batches, normalize_sequences
 
 LEVELS = ("8M", "35M", "150M", "650M")
 DTYPES = (torch.float16, torch.bfloat16)

@@ -32,9 +32,10 @@ from contenders import add_data_argument, random_family
 from report import Row, environment, write_result
 
 import rd_torch
+from rd_torch.backbone import tokenize
 from rd_torch.config import ESM2_LEVELS
 from rd_torch.reading import Fasta
-from rd_torch.sequences import Entry, Protein, cut_batches, normalize_proteins, tokenize
+from rd_torch.sequences import Entry, Protein, cut_batches, normalize_proteins
 from rd_torch.store import Names, cut_windows
 
 TOKENS_PER_BATCH = 8_192

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rd_torch.backbone import is_residue, obstacle
 from rd_torch.batching import require_memory, run_batches
 from rd_torch.model import RDModel
 from rd_torch.pieces import Blend, Pieces
 from rd_torch.pooling import pool_residues
-from rd_torch.preparing import obstacle
 from rd_torch.store import Row
-from rd_torch.tokens import is_residue
 
 
 class Embedder(NamedTuple):

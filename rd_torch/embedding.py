@@ -13,9 +13,9 @@ import torch
 
 from rd_torch.batching import ahead, plan_batches
 from rd_torch.embedder import Embedder, prepare
-from rd_torch.esm2 import ESM2
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
+from rd_torch.modules import evaluating
 from rd_torch.pieces import Pieces
 from rd_torch.pooling import Pools, pool_name, pools_of
 from rd_torch.reading import entries_of, sequences_of
@@ -23,7 +23,6 @@ from rd_torch.sequences import normalize_entries, normalize_sequences
 from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
 from rd_torch.store.work import Compute, Progress, in_residues
-from rd_torch.training import evaluating
 
 WINDOWS_AHEAD: Final = 1
 """Windows that are read while one is embedded."""
@@ -220,7 +219,7 @@ def facts_of(
         fingerprint=model.fingerprint(),
         levels=tuple(prefixes),
         widths=tuple(prefixes.values()),
-        num_layers=cast(ESM2, model.backbones[list(prefixes)[-1]]).num_layers,
+        num_layers=model.backbones[list(prefixes)[-1]].num_layers,
         pool=pool,
         backbone_dtype=str(model.dtype).removeprefix("torch."),
         save_dtype=save_dtype,

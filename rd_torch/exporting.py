@@ -20,13 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch import hardware
+from rd_torch.backbone import PROBES, is_real, is_residue, obstacle, tokenize
 from rd_torch.config import ALPHABET
 from rd_torch.model import RDModel
-from rd_torch.placement import is_plain
-from rd_torch.preparing import PROBES, obstacle
-from rd_torch.sequences import tokenize
-from rd_torch.tokens import is_real, is_residue
-from rd_torch.training import evaluating
+from rd_torch.modules import evaluating, is_plain
 
 TOLERANCE: Final = 1e-4
 """Largest difference of a file's embeddings from the model's, in standard deviations of the model's."""
@@ -182,10 +179,7 @@ class _Encoder(nn.Module):
 
 def _facts_of(model: RDModel) -> dict[str, str]:
     """Return the facts that a program which runs the file has to know, as its metadata has them."""
-    widths = model.config.widths
-    if model.config.method == "naive":  # the baseline's narrower levels are no prefixes
-        *_, last = widths.items()
-        widths = dict([last])
+    widths = model.config.prefixes(model.embed_dim)
     special = {name: ALPHABET.get_idx(name) for name in ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>")}
     facts = {"tokens": ALPHABET.all_toks, "levels": widths, "special": special}
     return {f"rd_torch.{name}": json.dumps(fact) for name, fact in facts.items()} | {

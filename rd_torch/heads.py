@@ -7,15 +7,15 @@ no residue, count in no loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal, cast, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rd_torch.config import check_choice
-from rd_torch.sequences import SPECIAL_TOKENS
-from rd_torch.tokens import is_real
+from rd_torch.backbone import is_real
+from rd_torch.config import SPECIAL_TOKENS, check_choice
+from rd_torch.modules import modules_of
 
 Task = Literal["regression", "classification"]
 Pooling = Literal["mean", "attention"]
@@ -236,7 +236,7 @@ class MatryoshkaHead(nn.Module):
         widths = [head.width for head in heads]
         if not heads or len(set(widths)) < len(widths):
             raise ValueError(f"expected heads of different widths, got widths {widths}")
-        self.heads = nn.ModuleDict({str(head.width): head for head in sorted(heads, key=lambda h: h.width)})
+        self.heads = modules_of({str(head.width): head for head in sorted(heads, key=lambda h: h.width)})
 
     @property
     def width(self) -> int:
@@ -250,8 +250,7 @@ class MatryoshkaHead(nn.Module):
     def loss(self, predictions: dict[int, Tensor], labels: Tensor, residue_mask: Tensor) -> Tensor:
         """Return the mean of the heads' losses; the arguments are those of a head."""
         losses = [
-            cast(Head, self.heads[str(width)]).loss(each, labels, residue_mask)
-            for width, each in predictions.items()
+            self.heads[str(width)].loss(each, labels, residue_mask) for width, each in predictions.items()
         ]
         return torch.stack(losses).mean()
 

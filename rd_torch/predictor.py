@@ -11,9 +11,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from rd_torch.backbone import is_residue, token_ids
 from rd_torch.heads import Head, MatryoshkaHead
 from rd_torch.model import RDModel
-from rd_torch.tokens import is_residue, token_ids
 
 
 class Predictor(nn.Module):
@@ -28,17 +28,19 @@ class Predictor(nn.Module):
         ValueError: for a head that reads more features than the model has.
     """
 
+    model: RDModel
+    head: Head | MatryoshkaHead
+
     def __init__(self, model: nn.Module, head: Head | MatryoshkaHead) -> None:
         super().__init__()
-        config = cast(RDModel, model).config
-        if head.width > cast(RDModel, model).embed_dim:
+        chain = cast(RDModel, model)  # PEFT's wrapper hands on what it does not have itself
+        if head.width > chain.embed_dim:
             raise ValueError(
-                f"expected a head of at most the model's width, {cast(RDModel, model).embed_dim}, "
-                f"got {head.width}"
+                f"expected a head of at most the model's width, {chain.embed_dim}, got {head.width}"
             )
-        needed = config.levels_for(head.width)
-        whole = len(needed) == len(config.levels)
-        self.model = model if whole else cast(RDModel, model).truncate(needed[-1])
+        needed = chain.config.levels_for(head.width)
+        whole = len(needed) == len(chain.config.levels)
+        self.model = chain if whole else chain.truncate(needed[-1])
         self.head = head
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
@@ -55,18 +57,18 @@ class Predictor(nn.Module):
             ValueError: as the model and the head do.
         """
         residue_mask = is_residue(token_ids(tokens))
-        embeddings = cast(RDModel, self.model).encode(tokens, width=self.head.width)
+        embeddings = self.model.encode(tokens, width=self.head.width)
         predictions = self.head(embeddings, residue_mask)
         if labels is None:
             return {"predictions": predictions}
-        loss = cast(Head, self.head).loss(predictions, labels, residue_mask)
+        loss = self.head.loss(predictions, labels, residue_mask)
         return {"loss": loss, "predictions": predictions}
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
         """Enable it in the model, since training loops ask the module that they are given."""
-        cast(RDModel, self.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **others: Any

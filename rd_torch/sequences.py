@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Final, NamedTuple
 
-import torch
-from torch import Tensor
-
-from rd_torch.config import ALPHABET
+from rd_torch.config import SPECIAL_TOKENS
 from rd_torch.letters import Corrections, read_residues
-
-SPECIAL_TOKENS: Final = 2
-"""Number of tokens around a sequence: `<cls>` before it and `<eos>` after it."""
 
 WINDOW_BATCHES: Final = 16
 """Number of batches that a window of records is cut for.
@@ -158,23 +152,6 @@ def normalize_sequences(sequences: Iterable[str]) -> Iterator[str]:
     """Read sequences without identifiers likewise; errors name a sequence by its number, from 1."""
     proteins = ((f"number {number:,}", sequence) for number, sequence in enumerate(sequences, start=1))
     return (protein.sequence for protein in normalize_proteins(proteins))
-
-
-def tokenize(sequences: Sequence[str]) -> Tensor:
-    """Turn normalised sequences into token ids, as fair-esm's batch converter does.
-
-    Args:
-        sequences: residues alone, one letter each.
-
-    Returns:
-        `(batch, time)` int64 ids with `<cls>` and `<eos>` around each sequence and `<pad>` at the right.
-    """
-    length = max((len(sequence) for sequence in sequences), default=0) + SPECIAL_TOKENS
-    tokens = torch.full((len(sequences), length), ALPHABET.padding_idx)
-    for row, sequence in zip(tokens, sequences, strict=True):
-        ids = [ALPHABET.cls_idx, *map(ALPHABET.tok_to_idx.__getitem__, sequence), ALPHABET.eos_idx]
-        row[: len(ids)] = torch.tensor(ids)
-    return tokens
 
 
 def cut_batches(sequences: Iterable[str], tokens_per_batch: int) -> Iterator[list[tuple[int, str]]]:

@@ -13,13 +13,20 @@ from typing import Final, Unpack
 import torch
 from torch import Tensor, nn
 
+from rd_torch.backbone import ESM2
 from rd_torch.config import ALPHABET, ESM2_LEVELS
-from rd_torch.esm2 import ESM2
 from rd_torch.model import RDModel
-from rd_torch.weights import Hub, PublishedOptions, Source
-from rd_torch.weights.backbone import find_backbone, read_backbone, read_level
-from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256
-from rd_torch.weights.tensors import sha256_of
+from rd_torch.weights import (
+    FAIR_ESM_NAMES,
+    FAIR_ESM_SHA256,
+    Hub,
+    PublishedOptions,
+    Source,
+    find_backbone,
+    read_backbone,
+    read_level,
+    sha256_of,
+)
 
 SEQUENCES: Final = (
     "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",
@@ -216,7 +223,7 @@ def _compare_checksum(path: Path) -> Check:
 
 def _compare_prefixes(model: RDModel, tokens: Tensor) -> Iterator[Check]:
     """Compare the embedding of every shorter chain with the first features of the whole, to the bit."""
-    if model.config.method == "naive":
+    if not model.config.is_nested:
         return
     whole = model(tokens).representations
     for name, width in list(model.config.widths.items())[:-1]:

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rd_torch.backbone.tokens import is_residue, tokenize
 from rd_torch.config import ALPHABET
 from rd_torch.letters import RESIDUE_LETTERS, Corrections
 from rd_torch.reading import Fasta
-from rd_torch.sequences import Protein, cut_batches, normalize, normalize_sequences, tokenize
-from rd_torch.tokens import is_residue
+from rd_torch.sequences import Protein, cut_batches, normalize, normalize_sequences
 
 LETTERS = st.text(alphabet="".join(sorted(RESIDUE_LETTERS)), min_size=1, max_size=40)
 FASTA = ">sp|P1|ONE first protein\nMKT\nAYI\n\n>two\nGG\n"

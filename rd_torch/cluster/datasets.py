@@ -21,7 +21,8 @@ from rd_torch.cluster.workers import AS_MANY_AS_FIT, Worker, Workers, run
 from rd_torch.embedding import EmbedOptions
 from rd_torch.fitting import shared_family
 from rd_torch.model import RDModel
-from rd_torch.sums import SolveOptions, Sums
+from rd_torch.solve import SolveOptions
+from rd_torch.sums import Sums
 
 ROWS_PER_BATCH: Final = 1_024
 """Rows that a worker takes at a time: enough for many batches, each of sequences of similar length."""

@@ -26,10 +26,11 @@ from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.pooling import pool_name
 from rd_torch.sequences import Entry
+from rd_torch.solve import SolveOptions
 from rd_torch.store import Format, Names, SaveDtype, Work, format_of
 from rd_torch.store.folder import Failure, Folder
 from rd_torch.store.work import in_residues
-from rd_torch.sums import SolveOptions, Sums
+from rd_torch.sums import Sums
 
 FORMATS_IN_PARTS: Final = ("parquet", "pt")
 """Formats whose store is a folder of the windows' files. HDF5 puts all windows into one file at the end."""

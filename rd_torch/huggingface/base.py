@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rd_torch.esm2 import ESM2
+from rd_torch.backbone import ESM2
 from rd_torch.huggingface.config import RDTransformersConfig
 from rd_torch.huggingface.loading import load_chain, place_on_devices, was_saved_by_transformers
 from rd_torch.huggingface.names import NamedTwice
@@ -75,15 +75,20 @@ class ChainModel(NamedTwice, PreTrainedModel):  # type: ignore[misc]  # transfor
     @property
     def chain(self) -> RDModel:
         """The chain that runs inside."""
-        return cast(RDModel, self.base_model.model)
+        chain: RDModel = self.base_model.model
+        return chain
+
+    @property
+    def _largest(self) -> ESM2:
+        return self.chain.backbones[self.chain.config.levels[-1].name]
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the largest backbone's table of token embeddings."""
-        return cast(ESM2, self.chain.backbones[self.chain.config.levels[-1].name]).embed_tokens
+        return self._largest.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the largest backbone's table of token embeddings by a module."""
-        cast(ESM2, self.chain.backbones[self.chain.config.levels[-1].name]).embed_tokens = value
+        self._largest.embed_tokens = value
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> nn.Module:
         """Refuse to change the number of tokens, which is the same in every backbone.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Self
 
 import torch
 from transformers import PretrainedConfig
 
+from rd_torch.backbone import ESM2, MissingHead
 from rd_torch.config import RDConfig
-from rd_torch.esm2 import ESM2, MissingHead
 from rd_torch.model import RDModel
-from rd_torch.stage import STAGES
+from rd_torch.stage import map_shapes, stages_of
 
 HEADS: Final = ("lm_head", "contact_head")
 """Parts of a backbone that its checkpoint may lack."""
@@ -66,7 +66,7 @@ class RDTransformersConfig(PretrainedConfig):  # type: ignore[misc]  # transform
 
     def empty_chain(self) -> RDModel:
         """Make the chain that this config describes, with weights and maps that are still to be loaded."""
-        config = RDConfig.from_dict(cast(dict[str, Any], self.chain))
+        config = RDConfig.from_dict(self.chain or {})
         backbones = {}
         for level in config.levels:
             backbone = ESM2(level.num_layers, level.width, level.attention_heads)
@@ -75,21 +75,9 @@ class RDTransformersConfig(PretrainedConfig):  # type: ignore[misc]  # transform
                 if f"{level.name}.{head}" in self.missing_heads:
                     setattr(backbone, head, MissingHead())
             backbones[level.name] = backbone
-        kind, exact = (
-            STAGES[config.method],
-            torch.float32,
-        )  # transformers may have made another dtype the default
-        stages = [
-            kind(
-                **{part: torch.zeros(shape, dtype=exact) for part, shape in shapes.items()},
-                explained=explained,
-            )
-            for shapes, explained in zip(config.map_shapes.values(), config.explained, strict=True)
-        ]
-        return RDModel(
-            backbones,
-            stages,
-            predict_from=config.predict_from,
-            special_rows=config.special_rows,
-            provenance=config.provenance,
-        )
+        exact = torch.float32  # transformers may have made another dtype the default
+        maps = {
+            level: {part: torch.zeros(shape, dtype=exact) for part, shape in shapes.items()}
+            for level, shapes in map_shapes(config).items()
+        }
+        return RDModel.of(config, backbones, list(stages_of(config, maps).values()))

@@ -10,9 +10,7 @@ import torch
 
 from rd_torch.huggingface.config import RDTransformersConfig
 from rd_torch.model import RDModel
-from rd_torch.weights import PublishedOptions
-from rd_torch.weights.folder import CONFIG
-from rd_torch.weights.tensors import read_json
+from rd_torch.weights import CONFIG, PublishedOptions, read_json
 
 IGNORED_OPTIONS: Final = {
     "add_pooling_layer": (False, None),

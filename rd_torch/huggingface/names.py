@@ -8,7 +8,7 @@ from typing import Any, Final, cast
 
 from torch import nn
 
-from rd_torch.layer import TransformerLayer
+from rd_torch.backbone import TransformerLayer
 
 LAYER: Final = {
     "attention.self": ("self_attn", {"query": "q_proj", "key": "k_proj", "value": "v_proj"}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transformers import (
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils import ModelOutput
 
-from rd_torch.esm2 import ESM2
+from rd_torch.backbone import ESM2
 from rd_torch.huggingface.base import ChainModel, HeadLinear
 from rd_torch.huggingface.config import RDTransformersConfig
 from rd_torch.huggingface.encoder import TransformersEncoder, as_dict_or_tuple
@@ -208,7 +208,7 @@ class TransformersForMaskedLM(TaskModel):
     @property
     def _backbone(self) -> ESM2:
         (backbone,) = self.chain.backbones.values()
-        return cast(ESM2, backbone)
+        return backbone
 
     def predicted(self, embeddings: Tensor) -> Tensor:
         """Return `(batch, time, 33)` logits."""
