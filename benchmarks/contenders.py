@@ -20,10 +20,11 @@ from esm.model.esm2 import ESM2 as FairESM2
 from torch import Tensor, nn
 
 import rd_torch
-from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
+from rd_torch.backbone import tokenize
+from rd_torch.config import ALPHABET, ESM2_LEVELS, SPECIAL_TOKENS, Level
 from rd_torch.letters import Corrections
 from rd_torch.reading import Fasta
-from rd_torch.sequences import SPECIAL_TOKENS, cut_batches, normalize, tokenize
+from rd_torch.sequences import cut_batches, normalize
 
 if TYPE_CHECKING:
     from transformers import EsmConfig, EsmModel

@@ -38,10 +38,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import rd_torch
+from rd_torch.backbone import is_residue, tokenize
+from rd_torch.config import SPECIAL_TOKENS
 from rd_torch.heads import Head
 from rd_torch.letters import Corrections
-from rd_torch.sequences import SPECIAL_TOKENS, Protein, cut_batches, normalize, tokenize
-from rd_torch.tokens import is_residue
+from rd_torch.sequences import Protein, cut_batches, normalize
 
 BASELINE, FROZEN, LORA, FULL = "baseline", "frozen", "LoRA", "full"
 APPROACHES = (BASELINE, FROZEN, LORA, FULL)

@@ -38,7 +38,7 @@ from report import Row, environment, write_result
 
 import rd_torch
 from rd_torch import sums
-from rd_torch.sequences import tokenize
+from rd_torch.backbone import tokenize
 
 PAPER_RESIDUES = 1000 * 400
 FORWARD, UPDATE, SOLVE, REST = "forward passes", "update of the moments", "solving", "everything else"

@@ -39,7 +39,7 @@ from report import Row, environment, write_result
 from torch import Tensor, nn
 
 import rd_torch
-from rd_torch.tokens import is_residue
+from rd_torch.backbone import is_residue
 
 STATES = 3
 FAIR = "fair-esm"

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rd_torch import cluster, pretrained
+    from rd_torch.backbone import ESM2
     from rd_torch.combining import combine_stores
     from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig, Reference
     from rd_torch.embedding import embed, embed_to_store
-    from rd_torch.esm2 import ESM2
     from rd_torch.exporting import export
     from rd_torch.fitting import fit
     from rd_torch.heads import MatryoshkaHead, ResidueHead, SequenceHead, align_labels
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ConcatPCA": "stage",
-    "ESM2": "esm2",
+    "ESM2": "backbone",
     "ESM2_LEVELS": "config",
     "Explained": "config",
     "Fasta": "reading",

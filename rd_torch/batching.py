@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from rd_torch import hardware
-from rd_torch.esm2 import ESM2
-from rd_torch.sequences import SPECIAL_TOKENS, cut_batches, tokenize
+from rd_torch.backbone import ESM2, tokenize
+from rd_torch.config import SPECIAL_TOKENS
+from rd_torch.sequences import cut_batches
 
 Result = TypeVar("Result")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rd_torch.batching import ahead
 from rd_torch.matching import require_names, require_raw
-from rd_torch.nesting import Nesting, bytes_of
+from rd_torch.modules import bytes_of
+from rd_torch.nesting import Nesting
 from rd_torch.store import (
     Facts,
     Names,

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers import SHAPES, random_sequence, small_model, tokens_of
 
-from rd_torch import attention, hardware
-from rd_torch.attention import attend, attend_varlen
-from rd_torch.packing import Packing
+from rd_torch import hardware
+from rd_torch.backbone import attention
+from rd_torch.backbone.attention import attend, attend_varlen
+from rd_torch.backbone.packing import Packing
 
 pytestmark = pytest.mark.capability
 

@@ -143,7 +143,7 @@ def test_the_estimate_covers_what_a_forward_pass_takes():
 import pathlib, re, torch
 from rd_torch import RDModel
 from rd_torch.batching import bytes_per_token
-from rd_torch.esm2 import ESM2
+from rd_torch.backbone.esm2 import ESM2
 torch.set_num_threads(1)
 model = RDModel({"only": ESM2(2, 640, 20)}, []).eval()
 tokens = torch.full((8, 512), 5)
@@ -168,7 +168,7 @@ def test_a_real_shortage_of_memory_halves_the_batch(tmp_path):
     code = """
 import resource, warnings, torch, psutil
 from rd_torch import RDModel, embed
-from rd_torch.esm2 import ESM2
+from rd_torch.backbone.esm2 import ESM2
 torch.set_num_threads(1)
 model = RDModel({"only": ESM2(1, 640, 20)}, []).eval()
 embed(model, ["MKV"])

@@ -171,7 +171,7 @@ def test_verify_fails_on_files_that_differ(hub, tmp_path, monkeypatch):
 
 
 def test_verify_notices_a_forward_pass_that_differs(hub, monkeypatch):
-    monkeypatch.setattr("rd_torch.esm2.MEAN_SHARE_KEPT", 0.8801)
+    monkeypatch.setattr("rd_torch.backbone.esm2.MEAN_SHARE_KEPT", 0.8801)
     result = run("verify", "35M")
     assert result.exit_code == 1
     assert "FAIL  35M against fair-esm: largest difference" in result.output

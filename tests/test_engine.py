@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
-from rd_torch import embed, embed_to_store, engine, hardware, open_store, preparing
-from rd_torch.engine import Engine, Inputs, Shape, Slot, shape_for
-from rd_torch.esm2 import token_dropout
-from rd_torch.layer import TransformerLayer
+from rd_torch import embed, embed_to_store, hardware, open_store
+from rd_torch.backbone import engine, preparing
+from rd_torch.backbone.engine import Engine, Inputs, Shape, Slot, shape_for
+from rd_torch.backbone.esm2 import token_dropout
+from rd_torch.backbone.layer import TransformerLayer
+from rd_torch.backbone.packing import Packing
+from rd_torch.backbone.preparing import LIMITS, PROBES, Prepared
 from rd_torch.model import RDModel
-from rd_torch.packing import Packing
-from rd_torch.preparing import LIMITS, PROBES, Prepared
 
 BATCHES = [
     ("MKV", random_sequence(40)),

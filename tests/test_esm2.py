@@ -7,11 +7,11 @@ from torch import nn
 from torch.nn import functional
 
 from rd_torch import ESM2, ESM2_LEVELS, Level, RDModel, hardware
-from rd_torch import layer as layers
-from rd_torch.attention import RotaryEmbedding
+from rd_torch.backbone import layer as layers
+from rd_torch.backbone.attention import RotaryEmbedding
+from rd_torch.backbone.layer import project
+from rd_torch.backbone.packing import Packing
 from rd_torch.config import ALPHABET
-from rd_torch.layer import project
-from rd_torch.packing import Packing
 
 TOLERANCE = 2e-5
 PAD, MASK = ALPHABET.padding_idx, ALPHABET.mask_idx

@@ -9,8 +9,8 @@ from helpers import random_esm2, random_sequence, tokens_of
 from torch import nn
 
 from rd_torch import ESM2
+from rd_torch.backbone.esm2_heads import ContactHead, LMHead
 from rd_torch.config import ALPHABET
-from rd_torch.esm2_heads import ContactHead, LMHead
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 BATCHES = {

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from rd_torch import packing as packing_module
-from rd_torch.packing import SHORTEST_SHARE, Packing, in_chunks
+from rd_torch.backbone import packing as packing_module
+from rd_torch.backbone.packing import SHORTEST_SHARE, Packing, in_chunks
 
 LENGTHS = (3, 40, 17, 39, 1, 34, 33, 20)
 REAL = {

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from rd_torch import ESM2, RDModel
+from rd_torch.backbone.esm2 import token_dropout
+from rd_torch.backbone.packing import Packing
+from rd_torch.backbone.tokens import is_real, token_ids
 from rd_torch.config import ALPHABET
-from rd_torch.esm2 import token_dropout
-from rd_torch.packing import Packing
-from rd_torch.tokens import is_real, token_ids
 
 PAD, MASK, SIZE = ALPHABET.padding_idx, ALPHABET.mask_idx, len(ALPHABET)
 RESIDUES = slice(4, 29)

@@ -11,9 +11,10 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rd_torch import RDModel, hardware, layer
+from rd_torch import RDModel, hardware
+from rd_torch.backbone import layer
+from rd_torch.backbone.packing import Packing
 from rd_torch.config import ALPHABET
-from rd_torch.packing import Packing
 
 PAD = ALPHABET.padding_idx
 LEVELS = [*SHAPES]

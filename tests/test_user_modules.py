@@ -366,8 +366,8 @@ def test_weights_that_are_fetched_for_each_call_give_the_same_bits(offload, dtyp
 @pytest.mark.parametrize("offload", [cpu_offloaded, disk_offloaded])
 def test_one_load_of_a_layer_serves_the_whole_batch(offload, tmp_path, monkeypatch):
     """Although without hooks a layer runs chunk by chunk."""
-    monkeypatch.setattr("rd_torch.packing.CHUNK_TOKENS", 8)
-    monkeypatch.setattr("rd_torch.packing.CHUNK_FEATURES", 8)
+    monkeypatch.setattr("rd_torch.backbone.packing.CHUNK_TOKENS", 8)
+    monkeypatch.setattr("rd_torch.backbone.packing.CHUNK_FEATURES", 8)
     calls = []
 
     def counted(linear):

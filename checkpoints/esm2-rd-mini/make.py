@@ -18,8 +18,9 @@ import torch
 from train import LEVELS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, new_parser, read_sequences
 
 from rd_torch import fit
-from rd_torch.esm2 import ESM2
-from rd_torch.sequences import SPECIAL_TOKENS, cut_batches, tokenize
+from rd_torch.backbone import ESM2, tokenize
+from rd_torch.config import SPECIAL_TOKENS
+from rd_torch.sequences import cut_batches
 
 HERE = Path(__file__).parent
 MASK_SEEDS = (0, 1, 2)

@@ -11,8 +11,8 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor
 
+from rd_torch.backbone import EMBEDDING
 from rd_torch.config import ESM2_LEVELS, Level, Reference
-from rd_torch.esm2 import EMBEDDING
 from rd_torch.weights.folder import CONFIG, backbone_file
 from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.known import reference_to

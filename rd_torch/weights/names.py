@@ -10,8 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from rd_torch.attention import RotaryEmbedding
-from rd_torch.esm2 import EMBEDDING
+from rd_torch.backbone import EMBEDDING, inverse_frequencies
 
 SHARED_ANGLES: Final = "rot_emb.inv_freq"
 ANGLES: Final = "layers.{}.self_attn.rot_emb.inv_freq"
@@ -68,7 +67,7 @@ def complete(tensors: Mapping[str, Tensor], num_layers: int, head_size: int) -> 
             "which shifts embeddings slightly",
             stacklevel=4,
         )
-        shared = RotaryEmbedding(head_size).inv_freq
+        shared = inverse_frequencies(head_size)
     if shared is not None:
         result.update({ANGLES.format(layer): shared for layer in range(num_layers)})
     return result

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch import hardware
-from rd_torch.attention import RotaryEmbedding
-from rd_torch.engine import Engine
-from rd_torch.esm2 import ESM2
-from rd_torch.layer import SelfAttention, TransformerLayer
-from rd_torch.packing import Packing
-from rd_torch.precision import BranchNorm, ResidualNorm
-from rd_torch.sequences import tokenize
-from rd_torch.tokens import is_real
+from rd_torch.backbone.attention import RotaryEmbedding
+from rd_torch.backbone.engine import Engine
+from rd_torch.backbone.esm2 import ESM2
+from rd_torch.backbone.layer import SelfAttention, TransformerLayer
+from rd_torch.backbone.packing import Packing
+from rd_torch.backbone.precision import BranchNorm, ResidualNorm
+from rd_torch.backbone.tokens import is_real, tokenize
 
 UBIQUITIN: Final = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 PROBES: Final = (

@@ -20,13 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rd_torch import hardware
-from rd_torch.packing import Packing, is_recorded
-from rd_torch.precision import apply_outside_half, at_least_float32
+from rd_torch.backbone.packing import Packing, is_recorded
+from rd_torch.backbone.precision import apply_outside_half, at_least_float32
 
 Rotation = tuple[Tensor, Tensor]
 
 # Scores that are computed at a time on the CPU: 4 MiB in bfloat16, which a last-level cache holds.
 BLOCK: Final = 1 << 21
+
+
+def inverse_frequencies(head_size: int) -> Tensor:
+    """Fresh frequencies of the angles, `10,000 ** -(k / head_size)` for every even k: `(head_size / 2,)`."""
+    return torch.tensor([10_000.0 ** -(k / head_size) for k in range(0, head_size, 2)], dtype=torch.float32)
 
 
 class RotaryEmbedding(nn.Module):
@@ -40,8 +45,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_size: int) -> None:
         super().__init__()
-        inv_freq = [10_000.0 ** -(k / head_size) for k in range(0, head_size, 2)]
-        self.register_buffer("inv_freq", torch.tensor(inv_freq, dtype=torch.float32))
+        self.register_buffer("inv_freq", inverse_frequencies(head_size))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         self.inv_freq = apply_outside_half(fn, self.inv_freq)

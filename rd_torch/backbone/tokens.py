@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from rd_torch.config import ALPHABET, FIRST_RESIDUE, LAST_RESIDUE
+from rd_torch.config import ALPHABET, FIRST_RESIDUE, LAST_RESIDUE, SPECIAL_TOKENS
 
 SUM_TOLERANCE: Final = 5e-3
 """How far a distribution may sum from one: softmax in bfloat16 comes to 4e-3."""
+
+
+def tokenize(sequences: Sequence[str]) -> Tensor:
+    """`(batch, time)` token ids of normalised sequences, `<cls>` and `<eos>` around each, padded.
+
+    Equal to fair-esm's batch converter on sequences of single letters.
+    """
+    length = max((len(sequence) for sequence in sequences), default=0) + SPECIAL_TOKENS
+    tokens = torch.full((len(sequences), length), ALPHABET.padding_idx)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        ids = [ALPHABET.cls_idx, *map(ALPHABET.tok_to_idx.__getitem__, sequence), ALPHABET.eos_idx]
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens
 
 
 def is_residue(ids: Tensor) -> Tensor:

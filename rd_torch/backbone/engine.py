@@ -12,18 +12,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rd_torch import hardware
-from rd_torch.attention import attend, attend_varlen
+from rd_torch.backbone.attention import attend, attend_varlen
+from rd_torch.backbone.esm2 import ESM2, token_dropout
+from rd_torch.backbone.layer import Heads, TransformerLayer
+from rd_torch.backbone.packing import Packing
+from rd_torch.backbone.precision import at_least_float32
 from rd_torch.config import ALPHABET
-from rd_torch.esm2 import ESM2, token_dropout
-from rd_torch.layer import Heads, TransformerLayer
-from rd_torch.packing import Packing
-from rd_torch.precision import at_least_float32
 
 GRAPH_TOKENS: Final = 16_384
 """Packed tokens up to which graphs pay: above, kernels run longer than it takes to launch them."""
@@ -213,6 +213,6 @@ class Engine:
         x = backbone.embedded(inputs.ids, inputs.scale)
         rotation = backbone.rotation(inputs.positions)
         for layer in backbone.layers:
-            q, k, v = self._heads(cast(TransformerLayer, layer), x, *rotation)
-            (x,) = self._finish(cast(TransformerLayer, layer), x, inputs.mix(q, k, v))
+            q, k, v = self._heads(layer, x, *rotation)
+            (x,) = self._finish(layer, x, inputs.mix(q, k, v))
         return backbone.emb_layer_norm_after(x)
