@@ -86,6 +86,11 @@ def solve_stages(
     Raises:
         ValueError: for moments of fewer than two rows or another width, levels that are not there or
             not in order, or a number of directions that cannot be.
+
+    Examples:
+        >>> moments = rd_torch.RunningMoments(5)  # of residues by the raw features of two backbones
+        >>> moments.update(torch.randn(1_000, 5))
+        >>> (stage,) = rd_torch.solve_stages(moments, {"small": 2, "large": 3}, regressor="ols")
     """
     columns, sizes = _chain(moments, widths, levels)
     counts = check_options(sizes, added=added, regressor=regressor, alpha=alpha, predict_from=predict_from)
@@ -129,6 +134,11 @@ def concat_pca(
     Raises:
         ValueError: for moments of fewer than two rows or another width, or levels that are not there or
             not in order.
+
+    Examples:
+        >>> moments = rd_torch.RunningMoments(5)
+        >>> moments.update(torch.randn(1_000, 5))
+        >>> (stage,) = rd_torch.concat_pca(moments, {"small": 2, "large": 3})
     """
     columns, sizes = _chain(moments, widths, levels)
     covariance, raw, means = _joint(moments, columns, sizes)
