@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rd_torch import hardware
 from rd_torch.backbone import PROBES, is_real, is_residue, obstacle, tokenize
 from rd_torch.config import ALPHABET
+from rd_torch.disk import move
 from rd_torch.model import RDModel
 from rd_torch.placement import is_plain
 from rd_torch.training import evaluating
@@ -92,7 +93,7 @@ def export(model: RDModel, path: str | Path) -> None:
             form.write(_Encoder(model).eval(), part, _facts_of(model))
         _require_equal(form.load(part), model)
         for written in sorted(part.parent.iterdir(), key=lambda each: each == part):  # the file itself last
-            written.replace(path.parent / written.name)
+            move(written, path.parent / written.name, durable=False)
 
 
 @contextmanager
