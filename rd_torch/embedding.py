@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rd_torch.backbone import ESM2
-from rd_torch.batching import ahead, plan_batches
+from rd_torch.batching import plan_batches
 from rd_torch.embedder import Embedder, prepare
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
@@ -23,6 +23,7 @@ from rd_torch.sequences import normalized, normalized_entries
 from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
 from rd_torch.store.work import Compute, Progress, in_residues
+from rd_torch.threads import run_ahead
 from rd_torch.training import evaluating
 
 WINDOWS_AHEAD: Final = 1
@@ -168,7 +169,7 @@ def embed_to_store(
         names = Names(work.format.key)
         read = normalized_entries(entries, corrections, strict=strict, max_length=max_length)
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
-        with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
+        with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
             compute = None if only_finish else embed_windows(model, work.facts)
             failures = work.fill(windows, compute, in_residues(progress))
     corrections.warn()

@@ -8,7 +8,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-from rd_torch.batching import ahead
 from rd_torch.disk import Lock, busy_error, is_held, require_folder, sync, take_lock, write_whole
 from rd_torch.store.facts import Facts
 from rd_torch.store.failures import read_failures, write_failures
@@ -17,6 +16,7 @@ from rd_torch.store.format import Format, Row, require_fitting
 from rd_torch.store.shards import Shard
 from rd_torch.store.store import Store
 from rd_torch.store.windows import Content, Length, Window
+from rd_torch.threads import run_ahead
 
 Compute: TypeAlias = Callable[[Window[Content], dict[int, str]], Iterable[list[Row]]]
 
@@ -163,7 +163,7 @@ class Work(Folder):
                     f"is not, with {window.names[0]!r} and what follows it: run its shard again first"
                 )
             failures = dict(window.faults)
-            with closing(ahead(compute(window, failures), BATCHES_AHEAD)) as batches:
+            with closing(run_ahead(compute(window, failures), BATCHES_AHEAD)) as batches:
                 rows = _reported(window, batches, report)
                 self.write(window, rows, failures, apart=self._shard is not None)
         if last is None:
