@@ -11,7 +11,7 @@ from typing import Any, Final, TypedDict, Unpack, cast
 import numpy as np
 import torch
 
-from rd_torch.batching import ahead, plan_batches
+from rd_torch.batching import plan_batches
 from rd_torch.embedder import Embedder, prepare
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
@@ -23,6 +23,7 @@ from rd_torch.sequences import normalize_entries, normalize_sequences
 from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
 from rd_torch.store.work import Compute, Progress, in_residues
+from rd_torch.threads import run_ahead
 
 WINDOWS_AHEAD: Final = 1
 """Windows that are read while one is embedded."""
@@ -181,7 +182,7 @@ def embed_to_store(
         names = Names(work.format.key)
         read = normalize_entries(entries, corrections, strict=strict, max_length=max_length)
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
-        with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
+        with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
             compute = None if only_finish else embed_windows(model, work.facts)
             failures = work.fill(windows, compute, in_residues(progress))
     corrections.warn()

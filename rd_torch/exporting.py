@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rd_torch import hardware
 from rd_torch.backbone import PROBES, is_real, is_residue, obstacle, tokenize
 from rd_torch.config import ALPHABET
+from rd_torch.disk import move
 from rd_torch.model import RDModel
 from rd_torch.modules import evaluating, is_plain
 
@@ -103,7 +104,7 @@ def export(model: RDModel, path: str | Path) -> None:
         _require_equal(exporter.load(part), model)
         # The file itself comes last: whoever sees it finds its weights beside it.
         for written in sorted(part.parent.iterdir(), key=lambda each: each == part):
-            written.replace(path.parent / written.name)
+            move(written, path.parent / written.name, durable=False)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from rd_torch.disk import require_folder, write_whole
 from rd_torch.sampling import Sample, principal_components, read_sample
 from rd_torch.store import Store, open_store
-from rd_torch.store.format import require_folder, written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def plot_store(path: str | Path, output: str | Path, *, width: int | None = None
         sample = read_sample(store)
     figure = draw(sample, width)
     write = partial(figure.savefig, format=output.suffix[1:], dpi=160)
-    written_whole(output, write, durable=False)
+    write_whole(output, write, durable=False)
 
 
 def require_matplotlib() -> None:

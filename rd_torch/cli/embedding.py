@@ -123,8 +123,8 @@ def embed(
       rd-torch embed proteome.fasta -o proteome.parquet --cluster 10.0.0.1:6379
     """
     from rd_torch.cli.progress import Progress
+    from rd_torch.disk import require_folder
     from rd_torch.store import format_of
-    from rd_torch.store.format import require_folder
     from rd_torch.weights import DEFAULT_MODEL, read_checkpoint
 
     require_one(width, level)
