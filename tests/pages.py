@@ -6,7 +6,11 @@ Blocks of `python` and `sh` are executed in the order of the page; a block with 
 block before it printed, to within rounding. Blocks of `text` are for the reader alone.
 """
 
+import ast
 import contextlib
+import doctest
+import importlib
+import inspect
 import io
 import math
 import os
@@ -22,11 +26,13 @@ from unittest import mock
 
 import esm
 import matplotlib as mpl
+import torch
 from click.testing import CliRunner
 from helpers import random_esm2
 from matplotlib import style
 from PIL import Image
 
+import rd_torch
 from rd_torch import RDModel
 from rd_torch.cli import main
 from rd_torch.weights import PublishedOptions
@@ -149,6 +155,28 @@ def require_alike(got, expected, place):
         leave = 10.0**-digits * (3 if digits > 1 else digits)
         near = math.isclose(float(one.replace(",", "")), float(other.replace(",", "")), abs_tol=1.01 * leave)
         assert near, f"{place} expected {other}, got {one} in\n{got}"
+
+
+def docstring_of(name):
+    """What stands below a public name, which a constant does not carry at run time."""
+    value = getattr(rd_torch, name)
+    if inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value):
+        return inspect.cleandoc(value.__doc__)
+    home = importlib.import_module(f"rd_torch.{rd_torch._HOMES[name]}")
+    body = ast.parse(inspect.getsource(home)).body
+    place = next(k for k, node in enumerate(body) if getattr(getattr(node, "target", None), "id", "") == name)
+    return inspect.cleandoc(ast.literal_eval(body[place + 1].value))
+
+
+def run_example(name):
+    """Runs the example of a public name, after the imports that the reference names."""
+    text = docstring_of(name)
+    example = doctest.DocTestParser().get_doctest(text, {"rd_torch": rd_torch, "torch": torch}, name, None, 0)
+    assert "\nExamples:\n" in text
+    assert example.examples
+    said = []
+    failed, _ = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=said.append)
+    assert not failed, "".join(said)
 
 
 def keep_small(source, target):

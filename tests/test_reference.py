@@ -1,42 +1,16 @@
 """The reference: every public name is in it once, with an example that runs."""
 
-import ast
-import doctest
-import importlib
-import inspect
 import re
 
 import pytest
 import torch
-from pages import DOCS, without_downloads
+from pages import DOCS, run_example, without_downloads
 
 import rd_torch
 from rd_torch import hardware
 from rd_torch.exporting import OLDEST_EXPORTER
 
 PAGES = sorted((DOCS / "reference").glob("*.md"))
-
-
-def docstring_of(name):
-    """What stands below a public name, which a constant does not carry at run time."""
-    value = getattr(rd_torch, name)
-    if inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value):
-        return inspect.cleandoc(value.__doc__)
-    home = importlib.import_module(f"rd_torch.{rd_torch._HOMES[name]}")
-    body = ast.parse(inspect.getsource(home)).body
-    place = next(k for k, node in enumerate(body) if getattr(getattr(node, "target", None), "id", "") == name)
-    return inspect.cleandoc(ast.literal_eval(body[place + 1].value))
-
-
-def run_example(name):
-    """Runs the example of a public name, after the imports that the reference names."""
-    text = docstring_of(name)
-    example = doctest.DocTestParser().get_doctest(text, {"rd_torch": rd_torch, "torch": torch}, name, None, 0)
-    assert "\nExamples:\n" in text
-    assert example.examples
-    said = []
-    failed, _ = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=said.append)
-    assert not failed, "".join(said)
 
 
 @pytest.mark.parametrize("name", sorted(set(rd_torch.__all__) - {"cluster"}))  # which test_cluster.py runs
