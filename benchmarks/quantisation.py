@@ -33,7 +33,7 @@ from torch.ao.quantization import quantize_dynamic
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
 import rd_torch
-from rd_torch.placement import plain_parts
+from rd_torch.modules import plain_parts
 
 MEBI = 2**20
 

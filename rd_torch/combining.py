@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rd_torch.matching import require_names, require_raw
-from rd_torch.nesting import Nesting, bytes_of
+from rd_torch.modules import bytes_of
+from rd_torch.nesting import Nesting
 from rd_torch.store import (
     Facts,
     Names,

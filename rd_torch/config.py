@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from numbers import Integral
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from rd_torch.alphabet import Alphabet
 from rd_torch.letters import RESIDUE_LETTERS
@@ -16,6 +16,11 @@ PredictFrom: TypeAlias = Literal["nested", "previous"]
 SpecialRows: TypeAlias = Literal["maps", "larger"]
 Method: TypeAlias = Literal["rd", "naive"]
 Storage: TypeAlias = Literal["included", "referenced"]
+
+# Which of the maps that the authors published.
+PublishedRegressor: TypeAlias = Literal["pcr", "linear", "ridge"]
+PCA: TypeAlias = Literal["incremental", "fbpca"]
+SequenceCount: TypeAlias = Literal["0.5k", "1k", "5k", "10k"]
 
 ALPHABET: Final = Alphabet()
 """The alphabet of every size of ESM-2."""
@@ -142,9 +147,9 @@ class RDConfig:
                 f"expected one stage fewer than the {len(self.levels)} levels, "
                 f"got {len(self.added)} and {len(self.explained)} reports"
             )
-        check_choice("predict_from", self.predict_from, ("nested", "previous"))
-        check_choice("special_rows", self.special_rows, ("maps", "larger"))
-        check_choice("method", self.method, ("rd", "naive"))
+        check_choice("predict_from", self.predict_from, get_args(PredictFrom))
+        check_choice("special_rows", self.special_rows, get_args(SpecialRows))
+        check_choice("method", self.method, get_args(Method))
         self._check_special_rows()
 
     def _check_special_rows(self) -> None:
@@ -157,25 +162,15 @@ class RDConfig:
             )
 
     @property
+    def is_nested(self) -> bool:
+        """Whether narrower levels are prefixes of wider ones, as all but the baseline's are."""
+        return self.method != "naive"
+
+    @property
     def widths(self) -> dict[str, int]:
         """Nested width of each level, smallest first."""
         totals = accumulate(self.added, initial=self.levels[0].width)
         return {level.name: width for level, width in zip(self.levels, totals, strict=True)}
-
-    @property
-    def map_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Shapes of a stage's tensors by the level that it leads to."""
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        nested = self.predict_from == "nested"
-        for (smaller, larger), added in zip(pairwise(self.levels), self.added, strict=True):
-            before, q = self.widths[smaller.name], larger.width
-            source = before if nested else smaller.width
-            shapes[larger.name] = (
-                {"W": (source, q), "b": (q,), "m": (q,), "V": (q, added)}
-                if self.method == "rd"
-                else {"mean": (before + q,), "components": (before + q, before + added)}
-            )
-        return shapes
 
     def require_level(self, level: str) -> None:
         """Raises a ValueError that lists the levels unless `level` is one of them."""
@@ -218,7 +213,7 @@ class RDConfig:
         The baseline's levels are no prefixes: of those the last stands alone.
         """
         levels = self.levels_for(width)
-        shown = levels if self.method == "rd" else levels[-1:]
+        shown = levels if self.is_nested else levels[-1:]
         return {level: min(width, self.widths[level]) for level in shown}
 
     def until(self, level: str) -> RDConfig:

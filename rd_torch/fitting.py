@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from rd_torch.backbone import ESM2, Packing, is_real, is_residue
 from rd_torch.batching import plan_batches, run_batches
 from rd_torch.model import RDModel
+from rd_torch.modules import evaluating
 from rd_torch.moments import RunningMoments
 from rd_torch.reading import sequences_of
-from rd_torch.sequences import Entry, normalized
-from rd_torch.solve import check_options
+from rd_torch.sequences import Entry, normalize_sequences
+from rd_torch.solve import SolveOptions, check_options
 from rd_torch.store import cut_windows
 from rd_torch.store.work import Progress
-from rd_torch.sums import SolveOptions, Sums
-from rd_torch.training import evaluating
+from rd_torch.sums import Sums
 
 
 def fit(
@@ -60,7 +60,7 @@ def fit(
             or a folder that was begun with other backbones or sequences.
         TypeError: for a backbone of another kind, or what holds no sequences.
     """
-    letters = normalized(sequences_of(sequences))
+    letters = normalize_sequences(sequences_of(sequences))
     family = shared_family(backbones, **options)
     budget, device = plan_batches(family.values(), tokens_per_batch)
     with (

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from rd_torch import hardware
 from rd_torch.backbone import (
-    ESM2,
     AttentionSink,
     Packing,
     Prepared,
-    at_least_float32,
     check_tokens,
     is_real,
     is_residue,
     token_ids,
 )
-from rd_torch.config import ALPHABET, Level, PredictFrom, RDConfig, SpecialRows
-from rd_torch.loading import Pretrained
+from rd_torch.chain import Chain
+from rd_torch.config import ALPHABET, Storage
+from rd_torch.loading import read_family, write_chain
 from rd_torch.nesting import Nesting
 from rd_torch.output import RDOutput
-from rd_torch.stage import ConcatPCA, Maps, nest
-from rd_torch.training import Trainable
+from rd_torch.stage import nest, stages_of
+from rd_torch.weights import Hub, PublishedOptions, Source, Upload, read_checkpoint, upload
 
 
-class RDModel(Pretrained, Trainable):
+class RDModel(Chain):
     """A family of ESM-2 backbones and the stages that nest their embeddings.
 
     Every prefix of the embedding that ends at a level's width is, to the bit, the embedding of the
@@ -61,72 +60,92 @@ class RDModel(Pretrained, Trainable):
     prepend_bos = ALPHABET.prepend_bos
     append_eos = ALPHABET.append_eos
 
-    def __init__(
+    _prepared: Prepared | None = None
+
+    @classmethod
+    def from_pretrained(  # noqa: PLR0913, PLR0917  # mirrors transformers' own
+        cls,
+        name_or_folder: str | Path,
+        level: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        backbones: Mapping[str, Source | nn.Module] | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **published: Unpack[PublishedOptions],
+    ) -> Self:
+        """Loads a checkpoint in `eval` mode; of everything only what `level` needs.
+
+        Args:
+            name_or_folder: a checkpoint of ours: folder, Hub id, or `"esm2-rd-mini"`, which comes with
+                the package; the authors' maps: `"singhlab/plm_reverse_distillation"` or a folder that
+                holds their `weights/`; or one ESM-2: file, folder or Hub id.
+            level: the level to end at; the authors' maps need one.
+            dtype: the backbones' dtype, by default float32, or as our checkpoint stores it; the maps
+                stay in float32 (float64 if that is asked).
+            device: where the model goes.
+            backbones: other backbones by level: file, folder, Hub id, `Reference` or module. A module
+                is shared, unless it needs another dtype or device.
+            revision: of the Hub id: commit, tag or branch.
+            cache_dir: the Hub's cache, by default where `HF_HOME` has it.
+            local_files_only: never ask the network.
+            **published: which of the authors' maps, see `PublishedOptions`.
+
+        Raises:
+            FileNotFoundError: for a checkpoint, or a file of it, that is not there.
+            ValueError: for a file that does not read, match or fit, a checksum that differs, or an
+                unknown level or option.
+        """
+        hub = Hub(cache_dir, local_files_only)
+        checkpoint = read_checkpoint(name_or_folder, level, hub, revision, **published)
+        family = read_family(checkpoint, backbones or {}, hub, dtype, device)
+        stages = stages_of(checkpoint.config, checkpoint.maps)
+        return cls.of(checkpoint.config, family, list(stages.values())).to(device=device, dtype=dtype).eval()
+
+    def save_pretrained(
         self,
-        backbones: Mapping[str, nn.Module],
-        stages: Sequence[Maps],
+        folder: str | Path,
         *,
-        predict_from: PredictFrom = "nested",
-        special_rows: SpecialRows = "maps",
-        provenance: Mapping[str, Any] | None = None,
+        backbones: Storage = "included",
+        cache_dir: str | Path | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__()
-        family = {name: ESM2.sharing(module) for name, module in backbones.items()}
-        for backbone in family.values():
-            backbone.freeze_heads()
-        widths = [backbone.embed_dim for backbone in family.values()][:1]
-        for stage in stages:
-            widths.append(stage.width_after(widths[-1]))
-        self.config = RDConfig(
-            levels=tuple(
-                Level(name, each.num_layers, each.embed_dim, each.attention_heads, each.reference)
-                for name, each in family.items()
-            ),
-            added=tuple(after - before for before, after in pairwise(widths)),
-            explained=tuple(stage.explained for stage in stages),
-            predict_from=predict_from,
-            special_rows=special_rows,
-            provenance=dict(provenance or {}),
-            method="naive" if any(isinstance(stage, ConcatPCA) for stage in stages) else "rd",
-        )
-        for (name, expected), stage in zip(self.config.map_shapes.items(), stages, strict=True):
-            got = {part: tuple(tensor.shape) for part, tensor in stage.named_buffers()}
-            if got != expected:
-                raise ValueError(f"expected {expected} in the stage that leads to {name}, got {got}")
-        self._prepared: Prepared | None = None
-        dtype = at_least_float32(next(iter(family.values())).dtype)
-        self.backbones = nn.ModuleDict(family)
-        self.stages = nn.ModuleDict(
-            {
-                level.name: stage if stage.dtype == dtype else copy.deepcopy(stage).to(dtype)
-                for level, stage in zip(self.config.levels[1:], stages, strict=True)
-            }
-        )
+        """Writes config, maps, model card and backbones to a folder that `from_pretrained` reads to the bit.
 
-    @property
-    def embed_dim(self) -> int:
-        """Width of the whole nested embedding."""
-        return self.config.widths[self.config.levels[-1].name]
+        Args:
+            folder: made if need be.
+            backbones: `"included"`, or `"referenced"`: Hub id, commit and checksums in place of the
+                tensors, for backbones that are what came from there.
+            cache_dir: the Hub's cache, where references are compared with.
+            name: what the card calls the model, by default the folder.
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The backbones' dtype."""
-        return next(iter(self.family().values())).dtype
+        Raises:
+            ValueError: for a reference to a backbone that came from elsewhere or was changed since, or a
+                quantised one, whose weights are no plain tensors.
+        """
+        place = Path(folder)
+        write_chain(self, place, backbones, Hub(cache_dir), name or place.resolve().name)
 
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go."""
-        return next(iter(self.family().values())).device
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        backbones: Storage = "included",
+        cache_dir: str | Path | None = None,
+        **options: Unpack[Upload],
+    ) -> str:
+        """Saves to a repository of the Hub, made if need be; returns the address of the commit.
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the largest backbone."""
-        return self.config.levels[-1].num_layers
-
-    @property
-    def attention_heads(self) -> int:
-        """Attention heads a layer of the largest backbone."""
-        return self.config.levels[-1].attention_heads
+        Args:
+            repo: repository id, `"name/chain"`.
+            backbones: as in `save_pretrained`.
+            cache_dir: as in `save_pretrained`.
+            **options: `private`, `token`, `revision` (a branch) and `commit_message`.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, backbones=backbones, cache_dir=cache_dir, name=repo)
+            return upload(Path(folder), repo, **options)
 
     def forward(
         self,
@@ -164,8 +183,8 @@ class RDModel(Pretrained, Trainable):
         levels = self._nest(raw)
         *_, name = raw
         nested = packing.unpack(levels[name][:, :width])
-        separate = levels if self.config.method == "naive" else {}
-        largest = cast(ESM2, self.backbones[name])
+        separate = {} if self.config.is_nested else levels
+        largest = self.backbones[name]
         attentions = torch.stack(maps, 1) if maps else None
         ids = token_ids(tokens)
         return RDOutput(
@@ -199,31 +218,6 @@ class RDModel(Pretrained, Trainable):
         """Contact probabilities of the largest backbone, `(batch, residues, residues)`."""
         return self(tokens, return_contacts=True).contacts
 
-    def truncate(self, level: str) -> RDModel:
-        """The chain that ends at `level`: the same modules, without the ones above it.
-
-        Raises:
-            ValueError: for a level that is not there.
-        """
-        self.config.require_level(level)
-        names = list(self.config.widths)
-        run = names[: names.index(level) + 1]
-        return RDModel(
-            {name: self.backbones[name] for name in run},
-            [cast(Maps, self.stages[name]) for name in run[1:]],
-            predict_from=self.config.predict_from,
-            special_rows=self.config.special_rows,
-            provenance=self.config.provenance,
-        ).train(self.training)
-
-    def family(self, width: int | None = None) -> dict[str, ESM2]:
-        """The backbones that run for `width` features, by default all, smallest first.
-
-        Raises:
-            ValueError: for a width that does not exist.
-        """
-        return {name: cast(ESM2, self.backbones[name]) for name in self.config.levels_for(width)}
-
     def prepare_inference(self) -> RDModel:
         """Makes inference fast on a CUDA device, for batches of any lengths; returns the model itself.
 
@@ -236,7 +230,8 @@ class RDModel(Pretrained, Trainable):
         What was made is compared with the modules themselves on two batches of unequal lengths. The model
         goes on as it was, with one warning that says why, where the two differ by more than half precision
         does from float32, a compiler is missing or fails, memory runs out, or the backbones hold hooks or
-        modules of another kind (as PEFT's). `embed`, `embed_to_store` and `rd-torch embed` call this themselves.
+        modules of another kind (as PEFT's). `embed`, `embed_to_store` and `rd-torch embed` call this
+        themselves.
         """
         self.eval()
         if self._prepared is None or not self._prepared.is_current:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rd_torch.config import RDConfig
-from rd_torch.placement import plain_parts
-from rd_torch.stage import STAGES, Maps, nest
-from rd_torch.weights import Checkpoint, PublishedOptions, read_checkpoint
+from rd_torch.modules import Modules, StateDict, digest_of, modules_of
+from rd_torch.stage import Maps, nest, stages_of
+from rd_torch.weights import PublishedOptions, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Nesting:
     """
 
     config: RDConfig
-    stages: nn.ModuleDict
+    stages: Modules[Maps]
     name: str = ""
 
     @classmethod
@@ -48,7 +45,8 @@ class Nesting:
             ValueError: for a file that does not read or fit, or an unknown level or option.
         """
         checkpoint = read_checkpoint(name_or_folder, level, **published)
-        return cls(checkpoint.config, nn.ModuleDict(stages_of(checkpoint)), str(name_or_folder))
+        stages = stages_of(checkpoint.config, checkpoint.maps)
+        return cls(checkpoint.config, modules_of(stages), str(name_or_folder))
 
     def combine(self, embeddings: Mapping[str, Tensor]) -> Tensor:
         """Nested embeddings from raw ones.
@@ -76,42 +74,20 @@ class Nesting:
     def until(self, level: str) -> Nesting:
         """The same up to `level`; the stages are shared."""
         config = self.config.until(level)
-        return Nesting(
-            config, nn.ModuleDict({name: self.stages[name] for name in config.map_shapes}), self.name
-        )
+        stages = {level.name: self.stages[level.name] for level in config.levels[1:]}
+        return Nesting(config, modules_of(stages), self.name)
 
     def fingerprint(self) -> str:
         """A digest of shapes, choices and every number of the maps."""
-        return fingerprint(
-            self.config, {f"stages.{name}": part for name, part in self.stages.state_dict().items()}
-        )
+        return fingerprint(self.config, {"stages.": StateDict(self.stages)})
 
 
-def stages_of(checkpoint: Checkpoint) -> dict[str, Maps]:
-    """The stages of a checkpoint by the level that they lead to."""
-    config = checkpoint.config
-    return {
-        level.name: STAGES[config.method](**checkpoint.maps[level.name], explained=explained)
-        for level, explained in zip(config.levels[1:], config.explained, strict=True)
-    }
+def fingerprint(config: RDConfig, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Digests what embeddings depend on: shapes, choices and every number of the tensors.
 
-
-def fingerprint(config: RDConfig, tensors: Mapping[str, Tensor]) -> str:
-    """A digest of what embeddings depend on: shapes, choices and every number of the tensors."""
+    Args:
+        config: the chain's.
+        tensors: state dicts by what stands before their names.
+    """
     heads = [level.attention_heads for level in config.levels]
     return digest_of((config.method, config.predict_from, config.special_rows, config.widths, heads), tensors)
-
-
-def digest_of(facts: object, tensors: Mapping[str, Tensor]) -> str:
-    """A digest of facts, as JSON takes them, and every number of the tensors."""
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    for name in sorted(tensors):
-        for part, tensor in plain_parts(name, tensors[name]):
-            digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(bytes_of(tensor))
-    return digest.hexdigest()[:32]
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's numbers, for digests."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

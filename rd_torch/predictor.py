@@ -1,4 +1,4 @@
-"""A chain and a head as one module, as training loops want it.
+"""A chain and a head as one module, which is what training loops take.
 
 predictor = Predictor(model, SequenceHead(128, 1, task="regression"))
 loss = predictor(tokens, labels)["loss"]
@@ -17,64 +17,70 @@ from rd_torch.model import RDModel
 
 
 class Predictor(nn.Module):
-    """A chain and a head as one module, as training loops want it.
+    """A chain and a head as one module, which is what training loops take.
 
     Args:
         model: an `RDModel`, bare or wrapped by PEFT. Backbones above the head's width are left out, so that
-            every parameter that can train gets a gradient at every step.
-        head: what reads the embeddings.
+            every trainable parameter gets a gradient at every step.
+        head: the head that reads the embeddings.
 
     Raises:
         ValueError: for a head that reads more features than the model has.
     """
 
+    model: RDModel
+    head: Head | MatryoshkaHead
+
     def __init__(self, model: nn.Module, head: Head | MatryoshkaHead) -> None:
         super().__init__()
-        config = cast(RDModel, model).config
-        if head.width > cast(RDModel, model).embed_dim:
+        chain = cast(RDModel, model)  # PEFT's wrapper hands on what it does not have itself
+        if head.width > chain.embed_dim:
             raise ValueError(
-                f"expected a head of at most the model's width, {cast(RDModel, model).embed_dim}, "
-                f"got {head.width}"
+                f"expected a head of at most the model's width, {chain.embed_dim}, got {head.width}"
             )
-        needed = config.levels_for(head.width)
-        whole = len(needed) == len(config.levels)
-        self.model = model if whole else cast(RDModel, model).truncate(needed[-1])
+        needed = chain.config.levels_for(head.width)
+        whole = len(needed) == len(chain.config.levels)
+        self.model = chain if whole else chain.truncate(needed[-1])
         self.head = head
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
-        """Predictions, and the loss where labels come.
+        """Predict, and compute the loss where there are labels.
 
         Args:
-            tokens: as `RDModel` takes them.
-            labels: as the head's loss takes them.
+            tokens: `(batch, time)` ids, or `(batch, time, 33)` distributions, as for `RDModel`.
+            labels: labels as for the head's `loss`.
 
         Returns:
-            `{"loss": (), "predictions": ...}`, or without the loss.
+            `"predictions"` of the head and, where there are labels, `"loss"`, a scalar.
 
         Raises:
-            ValueError: what the model and the head raise.
+            ValueError: as the model and the head do.
         """
         residue_mask = is_residue(token_ids(tokens))
-        embeddings = cast(RDModel, self.model).encode(tokens, width=self.head.width)
+        embeddings = self.model.encode(tokens, width=self.head.width)
         predictions = self.head(embeddings, residue_mask)
         if labels is None:
             return {"predictions": predictions}
-        loss = cast(Head, self.head).loss(predictions, labels, residue_mask)
+        loss = self.head.loss(predictions, labels, residue_mask)
         return {"loss": loss, "predictions": predictions}
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """The model's own: training loops ask the module that they are given."""
-        cast(RDModel, self.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        """Enable it in the model, since training loops ask the module that they are given."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **others: Any
     ) -> None:
-        """The same under the name, and with the defaults, that newer versions of transformers have.
+        """Enable it likewise, under the name that newer versions of transformers have.
+
+        Args:
+            activation_checkpointing_kwargs: options as for `gradient_checkpointing_enable`.
+            **others: options of transformers, which must have their default values.
 
         Raises:
-            ValueError: for other options than there are.
+            ValueError: for another value.
         """
         if others not in ({}, {"every_n_layers": 1, "offload": False}):
             raise ValueError(f"expected every layer to be checkpointed and nothing offloaded, got {others}")

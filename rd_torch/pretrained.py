@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from rd_torch.alphabet import Alphabet
-from rd_torch.config import ESM2_LEVELS, Method, check_choice
+from rd_torch.config import ESM2_LEVELS, PCA, Method, PublishedRegressor, SequenceCount, check_choice
 from rd_torch.model import RDModel
 from rd_torch.weights import PUBLISHED_MAPS, Source
-from rd_torch.weights.published import PCA, PublishedRegressor, SequenceCount
 
 _PREFIXES: Final = ("esm2.rd/", "esm2_rd_")
 _COUNTS: Final[dict[int, SequenceCount]] = {500: "0.5k", 1_000: "1k", 5_000: "5k", 10_000: "10k"}

@@ -8,11 +8,12 @@ arXiv 2603.07710). Everything is float64.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral
-from typing import Literal
+from typing import Final, Literal, TypeAlias, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +33,16 @@ CONSTANT_CUTOFF = 1e-13
 column, centred in float64, leaves rounding of that size."""
 
 Filter = Callable[[Tensor], Tensor]
+Added: TypeAlias = Sequence[int] | int | Literal["all"] | None
+
+
+class SolveOptions(TypedDict, total=False):
+    """The options of `solve_stages`, which has their meaning and their defaults."""
+
+    added: Added
+    regressor: Regressor
+    alpha: float
+    predict_from: PredictFrom
 
 
 def solve_stages(
@@ -39,7 +50,7 @@ def solve_stages(
     widths: Mapping[str, int] | Sequence[int],
     *,
     levels: Sequence[Hashable] | None = None,
-    added: Sequence[int] | int | Literal["all"] | None = None,
+    added: Added = None,
     regressor: Regressor = "pcr",
     alpha: float = 1.0,
     predict_from: PredictFrom = "nested",
@@ -77,7 +88,7 @@ def solve_stages(
             not in order, or a number of directions that cannot be.
     """
     columns, sizes = _chain(moments, widths, levels)
-    counts = check_options(sizes, added, regressor, alpha, predict_from)
+    counts = check_options(sizes, added=added, regressor=regressor, alpha=alpha, predict_from=predict_from)
     covariance, raw, means = _joint(moments, columns, sizes)
     nested, nested_mean = raw[0], means[0]
     stages = []
@@ -164,20 +175,27 @@ def _joint(
     return covariance, identity.split(list(sizes), dim=1), moments.mean[columns].split(list(sizes))
 
 
-def check_options(
-    sizes: Sequence[int],
-    added: Sequence[int] | int | Literal["all"] | None = None,
-    regressor: Regressor = "pcr",
-    alpha: float = 1.0,
-    predict_from: PredictFrom = "nested",
-) -> list[int]:
-    """Directions that each stage of a chain of raw widths `sizes` adds.
+SOLVE_DEFAULTS: Final[SolveOptions] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(solve_stages).parameters.items()
+    if name in SolveOptions.__annotations__
+}  # type: ignore[assignment]  # the names are the options'
+
+
+def check_options(sizes: Sequence[int], **options: Unpack[SolveOptions]) -> list[int]:
+    """Checks options of `solve_stages` before there are moments; returns how many directions each stage adds.
+
+    Args:
+        sizes: raw widths of the chain's backbones, in order.
+        **options: what is not given has its default.
 
     Raises:
-        ValueError: for options of `solve_stages` that cannot be; no moments are needed to tell.
+        ValueError: for options that cannot be.
     """
-    check_choice("regressor", regressor, ("pcr", "ols", "ridge"))
-    check_choice("predict_from", predict_from, ("nested", "previous"))
+    chosen: SolveOptions = {**SOLVE_DEFAULTS, **options}
+    added, alpha = chosen["added"], chosen["alpha"]
+    check_choice("regressor", chosen["regressor"], get_args(Regressor))
+    check_choice("predict_from", chosen["predict_from"], get_args(PredictFrom))
     if not alpha >= 0:
         raise ValueError(f"expected alpha of at least 0, got {alpha}")
     if not sizes:

@@ -10,13 +10,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final
+from itertools import pairwise
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
 from rd_torch.backbone import apply_outside_half, at_least_float32
-from rd_torch.config import Explained, Method, PredictFrom
+from rd_torch.config import Explained, Method, PredictFrom, RDConfig
+from rd_torch.modules import Modules
 
 
 class Maps(nn.Module):
@@ -26,9 +28,14 @@ class Maps(nn.Module):
         explained: what the maps explained on the data they were fitted on, where that is known.
         **parts: the tensors, all of one dtype.
 
+    Attributes:
+        method: the method of a chain of such stages.
+
     Raises:
         ValueError: when dtypes differ.
     """
+
+    method: ClassVar[Method]
 
     def __init__(self, explained: Explained | None, **parts: Tensor) -> None:
         super().__init__()
@@ -46,6 +53,18 @@ class Maps(nn.Module):
 
     def width_after(self, width: int) -> int:
         """Width of what comes out for an embedding of the given width."""
+        raise NotImplementedError
+
+    @classmethod
+    def shapes(cls, nested: int, larger: int, source: int, added: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors, by name, of a step from `nested` to `nested + added` features.
+
+        Args:
+            nested: features of the embedding that comes in.
+            larger: features of the next backbone's embedding.
+            source: features that W acts on.
+            added: features that come out more than come in.
+        """
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Maps:
@@ -70,6 +89,7 @@ class Stage(Maps):
         ValueError: when the shapes do not fit together, or dtypes differ.
     """
 
+    method = "rd"
     W: Tensor
     b: Tensor
     m: Tensor
@@ -85,6 +105,11 @@ class Stage(Maps):
                 "expected W (source, q), b (q,), m (q,), V (q, added), got " + ", ".join(map(str, shapes))
             )
         super().__init__(explained, W=W, b=b, m=m, V=V)
+
+    @classmethod
+    def shapes(cls, nested: int, larger: int, source: int, added: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of W, b, m and V."""
+        return {"W": (source, larger), "b": (larger,), "m": (larger,), "V": (larger, added)}
 
     @property
     def added(self) -> int:
@@ -140,6 +165,7 @@ class ConcatPCA(Maps):
         ValueError: when the shapes do not fit together, or dtypes differ.
     """
 
+    method = "naive"
     mean: Tensor
     components: Tensor
 
@@ -150,6 +176,11 @@ class ConcatPCA(Maps):
                 f"got {tuple(mean.shape)}, {tuple(components.shape)}"
             )
         super().__init__(explained, mean=mean, components=components)
+
+    @classmethod
+    def shapes(cls, nested: int, larger: int, source: int, added: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the mean and the components; the baseline has no use for `source`."""
+        return {"mean": (nested + larger,), "components": (nested + larger, nested + added)}
 
     def width_after(self, width: int) -> int:
         """Width of what comes out, whatever comes in."""
@@ -183,11 +214,31 @@ class ConcatPCA(Maps):
         return f"both={self.components.shape[0]}, width={self.components.shape[1]}"
 
 
-STAGES: Final[Mapping[Method, type[Stage] | type[ConcatPCA]]] = {"rd": Stage, "naive": ConcatPCA}
+STAGES: Final[Mapping[Method, type[Stage] | type[ConcatPCA]]] = {
+    kind.method: kind for kind in (Stage, ConcatPCA)
+}
 """The class of a chain's stages by its method."""
 
 
-def nest(raw: Mapping[str, Tensor], stages: nn.ModuleDict, predict_from: PredictFrom) -> dict[str, Tensor]:
+def map_shapes(config: RDConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of each stage's tensors, by name, by the level that the stage leads to."""
+    shapes = {}
+    for (smaller, larger), added in zip(pairwise(config.levels), config.added, strict=True):
+        nested = config.widths[smaller.name]
+        source = nested if config.predict_from == "nested" else smaller.width
+        shapes[larger.name] = STAGES[config.method].shapes(nested, larger.width, source, added)
+    return shapes
+
+
+def stages_of(config: RDConfig, maps: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Maps]:
+    """Makes the stages of a config from their tensors, by the level that each leads to."""
+    return {
+        level.name: STAGES[config.method](**maps[level.name], explained=explained)
+        for level, explained in zip(config.levels[1:], config.explained, strict=True)
+    }
+
+
+def nest(raw: Mapping[str, Tensor], stages: Modules[Maps], predict_from: PredictFrom) -> dict[str, Tensor]:
     """Runs a chain's stages over raw embeddings.
 
     Args:

@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Literal, Self, TypedDict, Unpack
+from typing import Any, Final, Self, Unpack
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from rd_torch.backbone import ESM2
-from rd_torch.config import PredictFrom, Regressor
 from rd_torch.disk import LOCK, Lock, require_folder, take_lock, write_whole
 from rd_torch.model import RDModel
+from rd_torch.modules import digest_of
 from rd_torch.moments import RunningMoments
-from rd_torch.nesting import digest_of
-from rd_torch.placement import StateDict
-from rd_torch.solve import solve_stages
+from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions, solve_stages
 from rd_torch.store import Window
 
 SECONDS_BETWEEN_SAVES: Final = 60
 """At most so often are moments saved: those of the whole ESM-2 family are 865 MB."""
 
 MOMENTS: Final = "moments.safetensors"
-
-
-class SolveOptions(TypedDict, total=False):
-    """What `solve_stages` may be told, with its defaults."""
-
-    added: Sequence[int] | int | Literal["all"] | None
-    regressor: Regressor
-    alpha: float
-    predict_from: PredictFrom
 
 
 @dataclass(frozen=True)
@@ -188,12 +176,13 @@ class Sums:
         """The model of the family and its moments, in `eval` mode."""
         widths = {name: backbone.embed_dim for name, backbone in self.family.items()}
         stages = solve_stages(self.moments, widths, **options)
+        chosen: SolveOptions = {"regressor": SOLVE_DEFAULTS["regressor"], **options}
         counts = {"sequences": self.sequences, "residues": self.moments.count}
         return RDModel(
             self.family,
             stages,
-            predict_from=options.get("predict_from", "nested"),
-            provenance={**(provenance or {}), "fit": counts | {"solve": {"regressor": "pcr", **options}}},
+            predict_from=options.get("predict_from", SOLVE_DEFAULTS["predict_from"]),
+            provenance={**(provenance or {}), "fit": counts | {"solve": chosen}},
         ).eval()
 
     def __enter__(self) -> Self:
@@ -218,4 +207,4 @@ def clear(folder: Path) -> None:
 def _fingerprint(family: Mapping[str, ESM2]) -> str:
     """A digest of every number that raw embeddings depend on."""
     heads = [backbone.attention_heads for backbone in family.values()]
-    return digest_of(heads, StateDict(nn.ModuleDict(family), ESM2.counts))
+    return digest_of(heads, {f"{name}.": backbone.embedding_tensors() for name, backbone in family.items()})

@@ -12,7 +12,7 @@ from torch.ao.quantization import quantize_dynamic
 
 import rd_torch
 from rd_torch import RDModel
-from rd_torch.placement import plain_parts
+from rd_torch.modules import plain_parts
 from rd_torch.store.folder import Folder
 
 try:

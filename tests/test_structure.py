@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rd_torch"
-TABLE = re.findall(r"^\| `([\w/]+(?:\.py)?)` \|", (PACKAGE / "README.md").read_text(), re.M)
+ROWS = re.findall(r"^\| `([\w/]+(?:\.py)?)` \|", (PACKAGE / "README.md").read_text(), re.M)
+ROOMS = [row for row in ROWS if row.count("/") == row.endswith("/")]
+INSIDE = [row for row in ROWS if row not in ROOMS]
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 SOURCES = [path for path in FILES if path.name != "__init__.py"]
 
@@ -23,7 +25,7 @@ def room(path):
 
 
 def imports(path):
-    """Files of the package that a file imports at any depth, but for type checking."""
+    """What a file imports of the package at any depth, but for type checking: `(module's parts, name)`."""
     tree = ast.parse((PACKAGE / path).read_text())
     skipped = {
         id(inner)
@@ -36,26 +38,36 @@ def imports(path):
             continue
         package, *parts = (node.module or "").split(".")
         if package == "rd_torch":
-            for name in parts[:1] or [alias.name for alias in node.names]:
-                yield f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
+            for alias in node.names:
+                yield (parts, alias.name) if parts else ([alias.name], "")
 
 
-def test_the_table_of_files_is_true():
-    assert list(dict.fromkeys(TABLE)) == TABLE
-    assert set(TABLE) == {room(path) for path in SOURCES}
+def imported_rooms(path):
+    for parts, _ in imports(path):
+        yield f"{parts[0]}/" if (PACKAGE / parts[0]).is_dir() else f"{parts[0]}.py"
+
+
+def test_the_tables_of_files_are_true():
+    assert len(set(ROWS)) == len(ROWS)
+    assert set(ROOMS) == {room(path) for path in SOURCES}
+    assert set(INSIDE) == {str(path) for path in SOURCES if len(path.parts) > 1}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_each_file_imports_only_from_rooms_above_it(path):
     if path.name == "__init__.py" and len(path.parts) == 1:
         return
-    place = TABLE.index(room(path))
-    for other in imports(path):
-        assert (
-            TABLE.index(other) <= place
-            if other == room(path) and "/" in other
-            else TABLE.index(other) < place
-        )
+    own, place = room(path), ROOMS.index(room(path))
+    assert all(ROOMS.index(other) < place for other in imported_rooms(path) if other != own or "/" not in own)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if len(path.parts) > 1], ids=str)
+def test_within_a_folder_each_file_imports_only_from_files_above_it(path):
+    place = INSIDE.index(str(path))
+    for (package, *file), _ in imports(path):
+        if package == path.parts[0] and path.name != "__main__.py":
+            assert file, "a file imports from the face that imports it"
+            assert INSIDE.index(f"{package}/{file[0]}.py") < place
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -213,6 +213,6 @@ class Engine:
         x = backbone.embedded(inputs.ids, inputs.scale)
         rotation = backbone.rotation(inputs.positions)
         for layer in backbone.layers:
-            q, k, v = self._heads(cast(TransformerLayer, layer), x, *rotation)
-            (x,) = self._finish(cast(TransformerLayer, layer), x, inputs.mix(q, k, v))
+            q, k, v = self._heads(layer, x, *rotation)
+            (x,) = self._finish(layer, x, inputs.mix(q, k, v))
         return backbone.emb_layer_norm_after(x)

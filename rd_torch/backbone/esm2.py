@@ -7,7 +7,6 @@ attention maps are built only when asked for, and the residual stream is float32
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from rd_torch.backbone.layer import AttentionSink, TransformerLayer
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import ResidualNorm, at_least_float32
 from rd_torch.config import ALPHABET, Level, Reference
-from rd_torch.placement import StateDict, device_of, is_fetched
+from rd_torch.modules import StateDict, device_of, is_fetched, row_of
 
 # Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
 # token dropout left on average, to which every sequence is scaled back.
@@ -124,7 +123,7 @@ class ESM2(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(len(ALPHABET), embed_dim), freeze=False)
         if not self.embed_tokens.weight.is_meta:  # where normal_ would import the compiler for a second
             nn.init.normal_(self.embed_tokens.weight)
-        self.layers = nn.ModuleList(TransformerLayer(embed_dim, attention_heads) for _ in range(num_layers))
+        self.layers = row_of(TransformerLayer(embed_dim, attention_heads) for _ in range(num_layers))
         self.emb_layer_norm_after = ResidualNorm(embed_dim)
         self.lm_head = LMHead(embed_dim, len(ALPHABET), self.embed_tokens)
         self.contact_head = ContactHead(
@@ -198,10 +197,9 @@ class ESM2(nn.Module):
         for head in (self.lm_head, self.contact_head):
             head.requires_grad_(False)
 
-    @staticmethod
-    def counts(name: str) -> bool:
-        """Whether embeddings depend on the tensor of this name, which the heads' are not."""
-        return not re.search(r"(^|\.)(lm_head|contact_head)\.", name)
+    def embedding_tensors(self) -> StateDict:
+        """The tensors that embeddings depend on, by fair-esm's names: all but the heads'."""
+        return StateDict(self, lambda name: not name.startswith(("lm_head.", "contact_head.")))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -256,7 +254,7 @@ class ESM2(nn.Module):
 
     def rotation(self, positions: Tensor) -> Rotation:
         """Cosines and signed sines of `(tokens,)` positions."""
-        return cast(TransformerLayer, self.layers[0]).self_attn.rot_emb(positions)
+        return self.layers[0].self_attn.rot_emb(positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The language-model head's logits, `(..., 33)`, of final hidden states."""

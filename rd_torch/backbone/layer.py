@@ -17,7 +17,7 @@ from rd_torch import hardware
 from rd_torch.backbone.attention import RotaryEmbedding, Rotation, attend, attention_maps, rotate
 from rd_torch.backbone.packing import Packing, in_chunks, is_recorded
 from rd_torch.backbone.precision import BranchNorm
-from rd_torch.placement import is_fetched
+from rd_torch.modules import is_fetched
 
 # Multiply-adds of a product below which oneDNN takes longer to set it up, some 40 microseconds, than PyTorch
 # to compute it in float32. Measured with AVX2; above, oneDNN is at most a sixth slower, and mostly faster.

@@ -171,10 +171,10 @@ def _embed(**parameters: Any) -> None:
 
 def named_way(ways: tuple[str, ...]) -> str:
     """What `--pool` says, given once or several times."""
-    from rd_torch.pooling import named_pool
+    from rd_torch.pooling import pool_name
 
     try:
-        return named_pool("+".join(ways).replace(",", "+"))
+        return pool_name("+".join(ways).replace(",", "+"))
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
 

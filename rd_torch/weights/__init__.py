@@ -1,22 +1,31 @@
-"""Where checkpoints come from; one file a format."""
+"""Where checkpoints come from, and how they are written; one file a format."""
 
-from rd_torch.weights.backbone import Source, require_unchanged
-from rd_torch.weights.folder import write_folder
+from rd_torch.weights.backbone import Source, find_backbone, read_backbone, read_level, require_unchanged
+from rd_torch.weights.folder import CONFIG, write_folder
 from rd_torch.weights.hub import Hub, Upload, upload
-from rd_torch.weights.known import PUBLISHED_MAPS
+from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256, PUBLISHED_MAPS
 from rd_torch.weights.published import PublishedOptions
 from rd_torch.weights.source import DEFAULT_MODEL, Checkpoint, read_checkpoint, shipped
+from rd_torch.weights.tensors import read_json, sha256_of
 
 __all__ = [
+    "CONFIG",
     "DEFAULT_MODEL",
+    "FAIR_ESM_NAMES",
+    "FAIR_ESM_SHA256",
     "PUBLISHED_MAPS",
     "Checkpoint",
     "Hub",
     "PublishedOptions",
     "Source",
     "Upload",
+    "find_backbone",
+    "read_backbone",
     "read_checkpoint",
+    "read_json",
+    "read_level",
     "require_unchanged",
+    "sha256_of",
     "shipped",
     "upload",
     "write_folder",

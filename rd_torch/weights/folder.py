@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rd_torch.config import RDConfig
 from rd_torch.disk import write_whole
+from rd_torch.stage import map_shapes
 from rd_torch.weights.card import model_card
 from rd_torch.weights.tensors import Tensors, read_json, read_tensors, require_finite
 
@@ -79,7 +80,7 @@ def read_maps(path: Path, config: RDConfig) -> dict[str, Tensors]:
         FileNotFoundError: for a file that is missing.
         ValueError: for a file that is truncated, holds NaN, or is not what the config says.
     """
-    shapes = config.map_shapes
+    shapes = map_shapes(config)
     flat = dict(read_tensors(path, [f"{name}.{part}" for name in shapes for part in shapes[name]]))
     require_finite(flat, path)
     maps = {}

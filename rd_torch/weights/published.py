@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeAlias, TypedDict, get_args
+from typing import Final, NamedTuple, TypeAlias, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -17,21 +17,21 @@ from numpy.typing import NDArray
 
 from rd_torch.config import (
     ESM2_LEVELS,
+    PCA,
     Explained,
     Method,
     PredictFrom,
+    PublishedRegressor,
     RDConfig,
     Reference,
+    SequenceCount,
     SpecialRows,
     check_choice,
 )
+from rd_torch.stage import STAGES
 from rd_torch.weights.hub import Hub
 from rd_torch.weights.known import ESM2_ON_HUB, PUBLISHED_MAPS
 from rd_torch.weights.tensors import Tensors, require_file, require_finite
-
-PublishedRegressor: TypeAlias = Literal["pcr", "linear", "ridge"]
-PCA: TypeAlias = Literal["incremental", "fbpca"]
-SequenceCount: TypeAlias = Literal["0.5k", "1k", "5k", "10k"]
 
 FOLDER: Final = "weights"
 Array: TypeAlias = NDArray[np.float64]
@@ -168,7 +168,7 @@ def _read_map(path: Path, choice: Choice, *, source: int, nested: int, q: int) -
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name], dtype=np.float64) for name in file.files}
-        tensors = _naive(arrays) if choice.method == "naive" else _rd(arrays, pcr=choice.regressor == "pcr")
+        tensors = _READERS[choice.method](arrays, choice)
     except KeyError as error:
         raise ValueError(f"expected {choice.regressor} maps with {error} in {path}, got none") from error
     except _BROKEN as error:
@@ -176,7 +176,8 @@ def _read_map(path: Path, choice: Choice, *, source: int, nested: int, q: int) -
             f"expected an .npz of numbers in {path}, got one that does not read, or that would run code if "
             f"it were trusted; nothing of it was run: {error}"
         ) from error
-    rows = {"mean": nested + q} if choice.method == "naive" else {"W": source, "b": q, "m": q, "V": q}
+    kind = STAGES[choice.method]
+    rows = {name: shape[0] for name, shape in kind.shapes(nested, q, source, added=0).items()}
     got = {name: tensors[name].shape[0] for name in rows}
     if got != rows:
         raise ValueError(f"expected maps with {rows} rows in {path}, got {got}: another family's, or renamed")
@@ -184,16 +185,16 @@ def _read_map(path: Path, choice: Choice, *, source: int, nested: int, q: int) -
     ratio = arrays.get("pca__explained_variance_ratio_")
     return _Map(
         tensors,
-        tensors["components"].shape[1] if choice.method == "naive" else nested + tensors["V"].shape[1],
+        kind(**tensors, explained=None).width_after(nested),
         None if ratio is None else Explained(r2=None, kept=float(ratio.sum())),
         arrays.get("regressor__input_mean_"),
     )
 
 
-def _rd(arrays: Mapping[str, Array], *, pcr: bool) -> Tensors:
+def _rd(arrays: Mapping[str, Array], choice: Choice) -> Tensors:
     """W, b, m and V from a regression and the components of its residual."""
     coefficients, intercept = arrays["regressor__coef_"], arrays["regressor__intercept_"]
-    if pcr:
+    if choice.regressor == "pcr":
         kept = int(arrays["regressor__n_significant_pcs_"])
         W = arrays["regressor__input_components_"][:, :kept] @ coefficients.T
         b = intercept + arrays["regressor__output_mean_"] - arrays["regressor__input_mean_"] @ W
@@ -202,9 +203,12 @@ def _rd(arrays: Mapping[str, Array], *, pcr: bool) -> Tensors:
     return _float32({"W": W, "b": b, "m": arrays["pca__mean_"], "V": arrays["pca__components_"].T})
 
 
-def _naive(arrays: Mapping[str, Array]) -> Tensors:
+def _naive(arrays: Mapping[str, Array], _: Choice) -> Tensors:
     """Mean and components of two embeddings side by side."""
     return _float32({"mean": arrays["pca__mean_"], "components": arrays["pca__components_"].T})
+
+
+_READERS: Final = {"rd": _rd, "naive": _naive}
 
 
 def _float32(arrays: Mapping[str, Array]) -> Tensors:

@@ -1,20 +1,69 @@
-"""Where a module's tensors are. Others may keep them elsewhere, on a disk say, and fetch them for each call.
+"""What this package asks of any PyTorch module: where its tensors are, its mode, its typed parts.
 
-accelerate's `cpu_offload`, `disk_offload` and `dispatch_model` do so by hooks: between calls a parameter is
-on the meta device, of the right shape and dtype and without numbers. So nothing in this package reads a
-weight but the module that owns it, in its own `forward`; what has to know more asks here. Quantisers put
-other things than plain tensors into state dicts, of which `plain_parts` makes some.
+Other libraries may keep tensors elsewhere, on a disk for example, and fetch them for each call. accelerate's
+`cpu_offload`, `disk_offload` and `dispatch_model` do so by hooks: between calls a parameter is on the meta
+device, with the right shape and dtype but without numbers. So only the module that owns a weight reads it, in
+its own `forward`; whatever else needs to know about weights asks here. Quantisers put other things than plain
+tensors into state dicts; `plain_parts` takes those apart.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+Part = TypeVar("Part", bound=nn.Module)
+
+if TYPE_CHECKING:
+
+    class Modules(nn.ModuleDict, Generic[Part]):
+        """An `nn.ModuleDict` whose modules are of one known type."""
+
+        def __getitem__(self, key: str) -> Part: ...
+        def values(self) -> ValuesView[Part]: ...
+        def items(self) -> ItemsView[str, Part]: ...
+
+    class ModuleRow(nn.ModuleList, Generic[Part]):
+        """An `nn.ModuleList` whose modules are of one known type."""
+
+        def __getitem__(self, index: int) -> Part: ...  # type: ignore[override]  # slices are not used
+        def __iter__(self) -> Iterator[Part]: ...
+else:  # PyTorch's own classes, which other libraries look for
+    Modules, ModuleRow = nn.ModuleDict, nn.ModuleList
+
+
+def modules_of(parts: Mapping[str, Part]) -> Modules[Part]:
+    """Makes an `nn.ModuleDict` whose modules type checkers know."""
+    return cast("Modules[Part]", nn.ModuleDict(parts))
+
+
+def row_of(parts: Iterable[Part]) -> ModuleRow[Part]:
+    """Makes an `nn.ModuleList` whose modules type checkers know."""
+    return cast("ModuleRow[Part]", nn.ModuleList(parts))
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Puts every module inside the given ones into `eval` mode, and back into its own mode at the end.
+
+    Backbones have no dropout of their own, but what other libraries put into them, such as LoRA, may have.
+    """
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for part in modes:
+            part.training = False
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -131,3 +180,24 @@ class StateDict(Mapping[str, Tensor]):
                 if not tensor.is_meta:
                     return tensor
         raise ValueError(f"expected a module with numbers, got {name} on the meta device, without any")
+
+
+def digest_of(facts: object, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Digests facts, as JSON takes them, and every number of some state dicts.
+
+    Args:
+        facts: what the digest depends on besides the tensors.
+        tensors: state dicts by what stands before their names; a tensor is read when it is its turn.
+    """
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    names = [(f"{prefix}{name}", state, name) for prefix, state in tensors.items() for name in state]
+    for whole, state, name in sorted(names, key=lambda item: item[0]):
+        for part, tensor in plain_parts(whole, state[name]):
+            digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(bytes_of(tensor))
+    return digest.hexdigest()[:32]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's numbers as bytes, for digests."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

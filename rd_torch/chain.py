@@ -1,0 +1,199 @@
+"""`Chain`: backbones and stages as one module that owns them, whatever is computed with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from rd_torch.backbone import ESM2, at_least_float32
+from rd_torch.config import Level, Method, PredictFrom, RDConfig, SpecialRows
+from rd_torch.modules import Modules, StateDict, modules_of
+from rd_torch.nesting import fingerprint
+from rd_torch.stage import Maps, map_shapes
+
+
+class Chain(nn.Module):
+    """Backbones and stages as one module: what they are, how they are cut, frozen and told apart.
+
+    Arguments and errors are those of `RDModel`, which computes embeddings with it.
+    """
+
+    config: RDConfig
+    backbones: Modules[ESM2]
+    stages: Modules[Maps]
+
+    def __init__(
+        self,
+        backbones: Mapping[str, nn.Module],
+        stages: Sequence[Maps],
+        *,
+        predict_from: PredictFrom = "nested",
+        special_rows: SpecialRows = "maps",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        family = {name: ESM2.sharing(module) for name, module in backbones.items()}
+        for backbone in family.values():
+            backbone.freeze_heads()
+        widths = [backbone.embed_dim for backbone in family.values()][:1]
+        for stage in stages:
+            widths.append(stage.width_after(widths[-1]))
+        self.config = RDConfig(
+            levels=tuple(
+                Level(name, each.num_layers, each.embed_dim, each.attention_heads, each.reference)
+                for name, each in family.items()
+            ),
+            added=tuple(after - before for before, after in pairwise(widths)),
+            explained=tuple(stage.explained for stage in stages),
+            predict_from=predict_from,
+            special_rows=special_rows,
+            provenance=dict(provenance or {}),
+            method=_method_of(stages),
+        )
+        for (name, expected), stage in zip(map_shapes(self.config).items(), stages, strict=True):
+            got = {part: tuple(tensor.shape) for part, tensor in stage.named_buffers()}
+            if got != expected:
+                raise ValueError(f"expected {expected} in the stage that leads to {name}, got {got}")
+        dtype = at_least_float32(next(iter(family.values())).dtype)
+        self.backbones = modules_of(family)
+        self.stages = modules_of(
+            {
+                level.name: stage if stage.dtype == dtype else copy.deepcopy(stage).to(dtype)
+                for level, stage in zip(self.config.levels[1:], stages, strict=True)
+            }
+        )
+
+    @classmethod
+    def of(cls, config: RDConfig, backbones: Mapping[str, nn.Module], stages: Sequence[Maps]) -> Self:
+        """Makes a chain with the choices of a config; levels and widths are those of the parts."""
+        return cls(
+            backbones,
+            stages,
+            predict_from=config.predict_from,
+            special_rows=config.special_rows,
+            provenance=config.provenance,
+        )
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the whole nested embedding."""
+        return self.config.widths[self.config.levels[-1].name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbones' dtype."""
+        return next(iter(self.family().values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return next(iter(self.family().values())).device
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the largest backbone."""
+        return self.config.levels[-1].num_layers
+
+    @property
+    def attention_heads(self) -> int:
+        """Attention heads a layer of the largest backbone."""
+        return self.config.levels[-1].attention_heads
+
+    def truncate(self, level: str) -> Self:
+        """The chain that ends at `level`: the same modules, without the ones above it.
+
+        Raises:
+            ValueError: for a level that is not there.
+        """
+        self.config.require_level(level)
+        names = list(self.config.widths)
+        run = names[: names.index(level) + 1]
+        backbones = {name: self.backbones[name] for name in run}
+        return self.of(self.config, backbones, [self.stages[name] for name in run[1:]]).train(self.training)
+
+    def family(self, width: int | None = None) -> dict[str, ESM2]:
+        """The backbones that run for `width` features, by default all, smallest first.
+
+        Raises:
+            ValueError: for a width that does not exist.
+        """
+        return {name: self.backbones[name] for name in self.config.levels_for(width)}
+
+    def fingerprint(self) -> str:
+        """A digest of what embeddings depend on: shapes, choices and every number of backbones and maps.
+
+        Two chains with the same fingerprint are the same in the same dtype, wherever they come from.
+        """
+        backbones = {f"backbones.{name}.": each.embedding_tensors() for name, each in self.backbones.items()}
+        return fingerprint(self.config, backbones | {"stages.": StateDict(self.stages)})
+
+    def freeze_backbones(self, *levels: str, except_top: int = 0) -> Self:
+        """Stops backbones from training; the maps are frozen already. Returns the model itself.
+
+        Frozen layers run as in inference and keep no activations, unless something below them trains.
+
+        Args:
+            *levels: which, by name; by default all.
+            except_top: top layers of each that stay as they are, and the last LayerNorm with them.
+
+        Raises:
+            ValueError: for a level that is not there, or more top layers than it has.
+        """
+        for name in levels or self.backbones:
+            self.config.require_level(name)
+            backbone = self.backbones[name]
+            if not 0 <= except_top <= backbone.num_layers:
+                raise ValueError(
+                    f"expected except_top from 0 to {backbone.num_layers}, the layers of level {name}, "
+                    f"got {except_top}: name the levels that have more"
+                )
+            layers = list(backbone.layers)
+            kept = [*layers[len(layers) - except_top :], backbone.emb_layer_norm_after] if except_top else []
+            left = {id(parameter) for module in kept for parameter in module.parameters()}
+            for parameter in backbone.parameters():
+                if id(parameter) not in left:
+                    parameter.requires_grad_(False)
+        return self
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keeps only what goes from layer to layer; the backward pass computes the rest again.
+
+        Args:
+            gradient_checkpointing_kwargs: nothing, or `{"use_reentrant": False}`: the one way there is
+                here, because the other loses gradients where the first input has none.
+
+        Raises:
+            ValueError: for other options.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options not in ({}, {"use_reentrant": False}):
+            raise ValueError(f"expected no options but {{'use_reentrant': False}}, got {options}")
+        self._set_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps all activations again."""
+        self._set_checkpointing(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any backbone computes its layers again in the backward pass."""
+        return any(backbone.checkpointing for backbone in self.backbones.values())
+
+    def _set_checkpointing(self, on: bool) -> None:
+        for backbone in self.backbones.values():
+            backbone.checkpointing = on
+
+
+def _method_of(stages: Sequence[Maps]) -> Method:
+    """The method of which the stages are; reverse distillation where there are none."""
+    methods = {stage.method for stage in stages}
+    if len(methods) > 1:
+        raise ValueError("expected stages of one kind, got some of `Stage` and some of `ConcatPCA`")
+    return methods.pop() if methods else "rd"
