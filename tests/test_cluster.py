@@ -24,7 +24,7 @@ from rd_torch.embedding import embed_to_store
 from rd_torch.letters import Corrections
 from rd_torch.reading import Fasta
 from rd_torch.sequences import Entry, normalize_entries, normalize_proteins
-from rd_torch.store import FORMATS, Names, cut_windows, open_store
+from rd_torch.store import Names, cut_windows, load_format, open_store
 from rd_torch.store.folder import Folder
 
 pytestmark = [
@@ -255,12 +255,12 @@ def test_other_sequences_and_other_models_are_refused(mini, fasta, tmp_path):
     error = refused(embed(other, out, *ON_ONE))
     assert f"Error: expected the sequences with which {out} was begun, got others in the " in error
 
-    folder = Folder.begun(out, FORMATS["parquet"])
+    folder = Folder.begun(out, load_format("parquet"))
     limits = steps.Limits(is_budget_free=True, most_deaths=0)
     with pytest.raises(ValueError, match="expected the model esm2-rd-mini on all machines, got another one"):
         steps.begin_embedding(partial(steps.load_model, "esm2-rd-mini"), "cpu", folder, limits)
     with pytest.raises(FileNotFoundError, match="on a file system that all machines see, got nothing there"):
-        Folder.begun(tmp_path / "elsewhere.parquet", FORMATS["parquet"])
+        Folder.begun(tmp_path / "elsewhere.parquet", load_format("parquet"))
 
 
 def refused(result):

@@ -16,11 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rd_torch
+from rd_torch import store as face
+from rd_torch.cluster import require_parts
 from rd_torch.embedding import embed_to_store
 from rd_torch.sequences import Protein
-from rd_torch.store import Names, format_of, open_store
+from rd_torch.store import FORMATS, Names, format_of, load_format, open_store
 from rd_torch.store.hdf5 import columns
 from rd_torch.store.naming import dataset_name, file_name, identifier_of
+from rd_torch.store.parquet import Parquet, ParquetStore
 
 SEQUENCES = ["MKTAYIAKQR", "M", "GGGSXBUZO" * 30, "MLLAVLYCLLWSFQTSA", "MKV"]
 PROTEINS = [Protein(f"sp|P{i}/x", sequence) for i, sequence in enumerate(SEQUENCES)]
@@ -337,3 +340,59 @@ def test_a_quarter_of_the_width_reads_at_most_two_fifths_of_the_bytes(tmp_path, 
     residues = sum(len(protein.sequence) for protein in proteins) if pool == "none" else len(proteins)
     assert whole >= residues * 128 * 4
     assert narrow <= 0.4 * whole
+
+
+def test_every_name_of_the_face_loads_and_unknown_ones_do_not():
+    assert set(face.__all__) == set(face._HOMES)
+    assert all(getattr(face, name) is not None for name in face.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        face.nothing  # noqa: B018  # the access is the test
+
+
+def test_formats_are_listed_without_torch_and_loaded_one_by_one():
+    code = """
+import sys
+from rd_torch.store import FORMATS, Failure, format_of
+print(*FORMATS, *sorted({"torch", "pyarrow", "h5py"} & set(sys.modules)))
+format_of("out.pt")
+print(*sorted({"torch", "pyarrow", "h5py"} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "h5 parquet pt\ntorch\n"
+    assert [load_format(name).name for name in FORMATS] == list(FORMATS)
+
+
+class Fourth(Parquet):
+    """A format that somebody adds."""
+
+    name = "fourth"
+
+    @staticmethod
+    def claims(path):
+        return path.suffix == ".fourth"
+
+
+@pytest.fixture
+def fourth(monkeypatch):
+    """Its line in the list, before those of formats that claim any file or folder."""
+    monkeypatch.setitem(sys.modules, "rd_torch.store.fourth", sys.modules[__name__])
+    before = dict(FORMATS)
+    FORMATS.clear()
+    FORMATS.update({"fourth": ("fourth", "Fourth"), **before})
+    yield
+    FORMATS.clear()
+    FORMATS.update(before)
+
+
+@pytest.mark.usefixtures("fourth")
+def test_a_format_is_a_file_of_its_own_and_a_line_in_the_list(mini, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(Fourth, "open", lambda _, path: opened.append(path) or ParquetStore(path))
+    with stored(mini, tmp_path, "fourth") as store:
+        assert list(store) == IDENTIFIERS
+    assert opened == [tmp_path / "out.fourth"]
+    with pytest.raises(ValueError, match="ends in .fourth, .h5, .parquet, .pt, or a format of fourth, h5, "):
+        format_of("out.csv")
+    assert require_parts(tmp_path / "out.fourth", None, "mean").name == "fourth"
+    with pytest.raises(ValueError, match="expected .fourth or .parquet or .pt, and pooling, on a cluster"):
+        require_parts(tmp_path / "out.h5", None, "mean")

@@ -117,10 +117,9 @@ def fit(
 
 def _list(left_out: list[Entry], path: Path) -> None:
     """Lists what could not be read, and ends the command with the status for that."""
-    from rd_torch.store.failures import write_failures
-    from rd_torch.store.folder import failure_of
+    from rd_torch.store import Failure, write_failures
 
-    write_failures(path, [(entry.identifier, failure_of(entry)) for entry in left_out])
+    write_failures(path, [(entry.identifier, Failure.of(entry)) for entry in left_out])
     list_failures(path, len(left_out))
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rd_torch.store import FORMATS
+
 if TYPE_CHECKING:
     import torch
 
@@ -54,7 +56,7 @@ output_option = option(
 format_option = option(
     "--format",
     "form",
-    type=click.Choice(["h5", "parquet", "pt"]),
+    type=click.Choice(list(FORMATS)),
     help="Format.  [default: by the output's name]",
 )
 save_dtype_option = option(

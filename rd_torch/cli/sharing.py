@@ -114,7 +114,7 @@ def listed_beside(output: Path) -> Path:
 
 def count_listed(output: Path) -> int:
     """How many records are listed there."""
-    from rd_torch.store.failures import read_failures
+    from rd_torch.store import read_failures
 
     return len(read_failures(listed_beside(output)))
 

@@ -27,13 +27,18 @@ from rd_torch.model import RDModel
 from rd_torch.pooling import pool_name
 from rd_torch.sequences import Entry
 from rd_torch.solve import SolveOptions
-from rd_torch.store import Format, Names, SaveDtype, Work, format_of
-from rd_torch.store.folder import Failure, Folder
-from rd_torch.store.work import in_residues
+from rd_torch.store import (
+    FORMATS,
+    Failure,
+    Folder,
+    Format,
+    Names,
+    SaveDtype,
+    Work,
+    format_of,
+    load_format,
+)
 from rd_torch.sums import Sums
-
-FORMATS_IN_PARTS: Final = ("parquet", "pt")
-"""Formats whose store is a folder of the windows' files. HDF5 puts all windows into one file at the end."""
 
 MOST_DEATHS: Final = 5
 """Number of workers that may die of the same window before the job is given up.
@@ -74,7 +79,7 @@ class StoreOptions(EmbedOptions, total=False):
 
 
 def require_parts(path: Path, form: str | None, pool: str) -> Format:
-    """Return the format of a store, if workers can write it.
+    """Return the format of a store, if workers can write it, which leaves nothing to put together.
 
     Args:
         path: the store; its suffix names the format.
@@ -88,10 +93,11 @@ def require_parts(path: Path, form: str | None, pool: str) -> Format:
         ValueError: for HDF5, and for a store of one vector for each residue.
     """
     found = format_of(path, form)
-    if found.name not in FORMATS_IN_PARTS or pool == "none":
+    if not found.in_parts or pool == "none":
+        in_parts = [f".{form.name}" for form in map(load_format, FORMATS) if form.in_parts]
         raise ValueError(
-            f"expected .parquet or .pt, and pooling, on a cluster, got .{found.name} and --pool {pool}: "
-            "take one of those, or leave --cluster out"
+            f"expected {' or '.join(in_parts)}, and pooling, on a cluster, got .{found.name} and "
+            f"--pool {pool}: take one of those, or leave --cluster out"
         )
     return found
 
@@ -137,7 +143,7 @@ def embed_to_store(
         folder = Folder(work.path, form, work.facts)
         if work.is_finished:
             windows = records.windows(work.facts.tokens_per_batch, Names(form.key), form.identifier)
-            return work.fill((window for window, _ in windows), lambda *_: (), in_residues(progress))
+            return work.fill((window for window, _ in windows), lambda *_: (), progress)
         forget_deaths(folder)
         limits = Limits(asked is None, MOST_DEATHS)
         begin = partial(begin_embedding, load, workers.device, folder, limits)

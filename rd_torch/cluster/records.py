@@ -13,8 +13,7 @@ import pyarrow as pa
 from rd_torch.letters import Corrections
 from rd_torch.reading import Proteins
 from rd_torch.sequences import Entry, keep_sound, normalize_entries
-from rd_torch.store import Names, Window, cut_windows
-from rd_torch.store.folder import Folder
+from rd_torch.store import Folder, Names, Window, cut_windows
 from rd_torch.sums import Summed
 
 BULK: Final = ("names", "contents", "lengths", "marks")

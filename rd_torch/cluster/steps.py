@@ -25,9 +25,7 @@ from rd_torch.fitting import add_moments, shared_family
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.sequences import normalize_sequences
-from rd_torch.store import Window
-from rd_torch.store.folder import Folder
-from rd_torch.store.parquet import level_columns
+from rd_torch.store import Folder, Window, level_columns
 from rd_torch.sums import Sums
 
 ModelOrName: TypeAlias = str | Path | RDModel

@@ -48,6 +48,7 @@ class FairESM(Format):
     dtypes = ("float32", "float16", "bfloat16")
     pools = (*POOLS, "none")
     identifier = "header"
+    in_parts = True
 
     @staticmethod
     def key(name: str) -> str:
@@ -82,6 +83,11 @@ class FairESM(Format):
         }
         write_whole(folder / FACTS, lambda part: part.write_text(json.dumps(said)))
         folder.replace(path)
+
+    @staticmethod
+    def claims(path: Path) -> bool:
+        """Whether it is no file: asked last, after every other format of folders."""
+        return not path.is_file()
 
     def open(self, path: Path) -> Store:
         """Reads a folder of this layout, of fair-esm too."""

@@ -8,35 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from rd_torch.disk import move, part_folder, sync, write_whole
-from rd_torch.sequences import Entry
 from rd_torch.store.facts import Facts
+from rd_torch.store.failures import Failure
 from rd_torch.store.format import Format, Row
 from rd_torch.store.windows import Window
-
-
-class Failure(NamedTuple):
-    """A record that could not be embedded.
-
-    Attributes:
-        residues: how many it has; 0 where it could not be read.
-        reason: why.
-        source: the file it is from, if any.
-        line: the line where it stands there, or its number among what was given, from 1; 0 where that is not
-            known.
-    """
-
-    residues: int
-    reason: str
-    source: str = ""
-    line: int = 0
-
-
-def failure_of(entry: Entry) -> Failure:
-    """What is listed of a record that cannot be read."""
-    return Failure(0, entry.fault, entry.source, entry.line)
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,15 @@ class Format(ABC):
         dtypes: what it can hold.
         pools: how residues can be pooled in it.
         identifier: what is taken of a FASTA header unless somebody chooses, as `rd_torch.Proteins` says.
+        in_parts: whether the store is the folder of the windows' files, so that there is nothing to put
+            together when the last of them is written.
     """
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     pools: ClassVar[tuple[str, ...]]
     identifier: ClassVar[str] = "word"
+    in_parts: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
@@ -58,6 +61,11 @@ class Format(ABC):
             checksum: of all records, written into the store.
             path: the store; nothing is there yet.
         """
+
+    @staticmethod
+    @abstractmethod
+    def claims(path: Path) -> bool:
+        """Whether a file or folder that somebody opens is taken for one of this format."""
 
     @abstractmethod
     def open(self, path: Path) -> Store:

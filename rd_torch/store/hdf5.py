@@ -82,6 +82,11 @@ class HDF5(Format):
         write_whole(whole, partial(_merge, names, attributes))
         whole.replace(path)
 
+    @staticmethod
+    def claims(path: Path) -> bool:
+        """Whether it is a file."""
+        return path.is_file()
+
     def open(self, path: Path) -> Store:
         """Reads any file of this layout, of other programs too."""
         return HDF5Store(path)

@@ -38,6 +38,7 @@ class Parquet(Format):
     name = "parquet"
     dtypes = ("float32", "float16")
     pools = POOLS
+    in_parts = True
 
     @staticmethod
     def key(name: str) -> str:
@@ -55,6 +56,11 @@ class Parquet(Format):
     ) -> None:
         """The folder of the windows, renamed."""
         folder.replace(path)
+
+    @staticmethod
+    def claims(path: Path) -> bool:
+        """Whether parquet files are in the folder."""
+        return any(path.glob("*.parquet"))
 
     def open(self, path: Path) -> Store:
         """Reads a folder that this class wrote."""

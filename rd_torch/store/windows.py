@@ -20,6 +20,11 @@ Place: TypeAlias = tuple[str, int]
 """The file and the line where a record stands; no file and its number where it came from elsewhere."""
 
 
+def count_residues(lengths: Iterable[Length]) -> int:
+    """Residues of records of these lengths, as far as they are counted."""
+    return sum(filter(None, lengths))
+
+
 class Record(NamedTuple, Generic[Content]):
     """A record on its way into a store.
 
@@ -69,7 +74,7 @@ class Window(Generic[Content]):
     @property
     def residues(self) -> int:
         """Residues of all its records, as far as they are counted."""
-        return sum(length or 0 for length in self.lengths)
+        return count_residues(self.lengths)
 
 
 def cut_windows(

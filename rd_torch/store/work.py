@@ -10,20 +10,17 @@ from typing import Any, Final, Self, TypeAlias
 
 from rd_torch.disk import Lock, busy_error, is_held, require_folder, sync, take_lock, write_whole
 from rd_torch.store.facts import Facts
-from rd_torch.store.failures import read_failures, write_failures
-from rd_torch.store.folder import Done, Failure, Folder
+from rd_torch.store.failures import Failure, failure_list, read_failures, write_failures
+from rd_torch.store.folder import Done, Folder
 from rd_torch.store.format import Format, Row, require_fitting
 from rd_torch.store.shards import Shard
 from rd_torch.store.store import Store
-from rd_torch.store.windows import Content, Length, Window
+from rd_torch.store.windows import Content, Length, Window, count_residues
 from rd_torch.threads import run_ahead
 
 Compute: TypeAlias = Callable[[Window[Content], dict[int, str]], Iterable[list[Row]]]
 
-Report: TypeAlias = Callable[[list[Length], bool], object]
-"""Called with the lengths of records that are done, and whether they were so before."""
-
-Progress: TypeAlias = Callable[[int, bool], object]
+ProgressCallback: TypeAlias = Callable[[int, bool], object]
 """Called with how much is done, and whether it was so before."""
 
 PATIENCE: Final = 600.0
@@ -130,7 +127,11 @@ class Work(Folder):
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def fill(
-        self, windows: Iterable[Window[Content]], compute: Compute[Content] | None, report: Report
+        self,
+        windows: Iterable[Window[Content]],
+        compute: Compute[Content] | None,
+        progress: ProgressCallback,
+        count: Callable[[list[Length]], int] = count_residues,
     ) -> dict[str, Failure]:
         """Computes and writes what is not done and, unless other shards have still to, finishes the store.
 
@@ -141,7 +142,8 @@ class Work(Folder):
             windows: all of them, in order.
             compute: embeds a window, batch by batch; takes what cannot be embedded, by place with the
                 reason, into the dictionary. None where all windows are done and only to be put together.
-            report: called with the lengths of records that are done, and whether they were so before.
+            progress: is called with how much is done, and whether it was done before.
+            count: how much is done when records of these lengths are; by default their residues.
 
         Returns:
             The records that could not be embedded, by name; where the store is not finished, this shard's.
@@ -155,7 +157,7 @@ class Work(Folder):
             last = window
             is_others = self._shard is not None and not self._shard.takes(window.number)
             if self.is_finished or self.done(window) or is_others:
-                report(window.lengths, True)
+                progress(count(window.lengths), True)
                 continue
             if compute is None:
                 raise ValueError(
@@ -164,7 +166,7 @@ class Work(Folder):
                 )
             failures = dict(window.faults)
             with closing(run_ahead(compute(window, failures), BATCHES_AHEAD)) as batches:
-                rows = _reported(window, batches, report)
+                rows = _reported(window, batches, lambda lengths: progress(count(lengths), False))
                 self.write(window, rows, failures, apart=self._shard is not None)
         if last is None:
             raise ValueError("expected at least one protein to embed, got none")
@@ -213,23 +215,18 @@ class Work(Folder):
                     f"expected the {kind} of which {self.path} is, got others: take another output"
                 )
             self._leave()
-            return read_failures(self.failed)
+            return read_failures(failure_list(self.path))
         if self.said(windows).is_file():
             raise ValueError(
                 f"expected the {kind} with which {self.path} was begun, got fewer: take those, or "
                 "another output"
             )
         failures = self._failures(range(windows))
-        write_failures(self.failed, failures.items())
+        write_failures(failure_list(self.path), failures.items())
         self.format.finish(self.folder / "data", self.names(windows), self.facts, checksum, self.path)
         sync(self.path.parent)
         self._leave()
         return failures
-
-    @property
-    def failed(self) -> Path:
-        """Where records that could not be embedded are listed."""
-        return self.path.with_name(f"{self.path.name}.failed.tsv")
 
     def _leave(self) -> None:
         """Removes the folder of the work."""
@@ -248,16 +245,13 @@ class Work(Folder):
         self.close()
 
 
-def in_residues(progress: Progress) -> Report:
-    """What counts the residues of records that are done."""
-    return lambda lengths, before: progress(sum(filter(None, lengths)), before)
-
-
-def _reported(window: Window[Any], batches: Iterable[list[Row]], report: Report) -> Iterator[Row]:
+def _reported(
+    window: Window[Any], batches: Iterable[list[Row]], report: Callable[[list[Length]], object]
+) -> Iterator[Row]:
     """The rows of a window; says which have come."""
     for rows in batches:
         yield from rows
-        report([window.lengths[place] for place, _ in rows], False)
+        report([window.lengths[place] for place, _ in rows])
 
 
 def _opened(form: Format, path: Path) -> Store:

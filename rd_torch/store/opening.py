@@ -1,0 +1,34 @@
+"""`open_store`: an embedding file or folder, whichever format it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rd_torch.disk import part_folder
+from rd_torch.store.formats import FORMATS, load_format
+from rd_torch.store.store import Store
+
+
+def open_store(path: str | Path) -> Store:
+    """Opens an embedding file or folder of any format, ours or other programs'.
+
+    An HDF5 file with a dataset a protein, a folder of our parquet files, or a folder of `.pt` files as
+    fair-esm's `extract.py` writes them.
+
+    Args:
+        path: the file or folder.
+
+    Returns:
+        A `Store`: by identifier, place or slice, at any width, as numpy or torch, without reading the rest.
+
+    Raises:
+        FileNotFoundError: where nothing is.
+        ValueError: for anything else.
+    """
+    path = Path(path)
+    if not path.exists():
+        unfinished = part_folder(path).is_dir()
+        cure = ": it is unfinished, run the same command again" if unfinished else ""
+        raise FileNotFoundError(f"expected an embedding file or folder at {path}, got nothing there{cure}")
+    forms = map(load_format, FORMATS)
+    return next(form for form in forms if form.claims(path)).open(path)
