@@ -72,17 +72,15 @@ class FairESM(Format):
             paths.append(path)
         return paths
 
-    def finish(
-        self, folder: Path, names: Iterable[tuple[str, Path]], facts: Facts, checksum: str, path: Path
-    ) -> None:
-        """The folder of the records, with their identifiers in order and the facts, renamed."""
+    def finish(self, folder: Path, records: Iterable[tuple[str, Path]], facts: Facts, checksum: str) -> Path:
+        """The folder of the records, with their identifiers in order and the facts."""
         said = {
             "facts": facts.to_json(),
             "checksum": checksum,
-            "identifiers": [name for name, _ in names],
+            "identifiers": [name for name, _ in records],
         }
         write_whole(folder / FACTS, lambda part: part.write_text(json.dumps(said)))
-        folder.replace(path)
+        return folder
 
     @staticmethod
     def claims(path: Path) -> bool:

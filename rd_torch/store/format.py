@@ -49,17 +49,17 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def finish(
-        self, folder: Path, names: Iterable[tuple[str, Path]], facts: Facts, checksum: str, path: Path
-    ) -> None:
-        """Makes the finished store of the written windows under another name, then renames it.
+    def finish(self, folder: Path, records: Iterable[tuple[str, Path]], facts: Facts, checksum: str) -> Path:
+        """Make the whole store of the windows that were written, under a name of its own.
 
         Args:
-            folder: where the windows are.
-            names: each record in FASTA order, with its window's first file.
-            facts: written into the store.
-            checksum: of all records, written into the store.
-            path: the store; nothing is there yet.
+            folder: where the windows' files are.
+            records: the name of each embedded record in FASTA order, with the first file of its window.
+            facts: what was embedded with what, which is written into the store.
+            checksum: checksum of all records, which is written into the store.
+
+        Returns:
+            The file or folder that is the store, which the caller moves to its place.
         """
 
     @staticmethod

@@ -70,17 +70,15 @@ class HDF5(Format):
         write_whole(path, fill)
         return [path]
 
-    def finish(
-        self, folder: Path, names: Iterable[tuple[str, Path]], facts: Facts, checksum: str, path: Path
-    ) -> None:
+    def finish(self, folder: Path, records: Iterable[tuple[str, Path]], facts: Facts, checksum: str) -> Path:
         """One file of all windows."""
         said = {name: value for name, value in asdict(facts).items() if value is not None}
         attributes = said | {"width": facts.width, "facts": facts.to_json(), "checksum": checksum}
         attributes[MODEL_NAME] = facts.model
         attributes["boundaries"] = facts.boundaries
         whole = folder.with_name("finished.h5")
-        write_whole(whole, partial(_merge, names, attributes))
-        whole.replace(path)
+        write_whole(whole, partial(_merge, records, attributes))
+        return whole
 
     @staticmethod
     def claims(path: Path) -> bool:

@@ -51,11 +51,9 @@ class Parquet(Format):
         write_whole(path, partial(pq.write_table, table(window, rows, facts), **_WRITING))
         return [path]
 
-    def finish(
-        self, folder: Path, names: Iterable[tuple[str, Path]], facts: Facts, checksum: str, path: Path
-    ) -> None:
-        """The folder of the windows, renamed."""
-        folder.replace(path)
+    def finish(self, folder: Path, records: Iterable[tuple[str, Path]], facts: Facts, checksum: str) -> Path:
+        """The folder of the windows."""
+        return folder
 
     @staticmethod
     def claims(path: Path) -> bool:

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-from rd_torch.disk import Lock, busy_error, is_held, require_folder, sync, take_lock, write_whole
+from rd_torch.disk import Lock, busy_error, is_held, move, require_folder, take_lock, write_whole
 from rd_torch.store.facts import Facts
 from rd_torch.store.failures import Failure, failure_list, read_failures, write_failures
 from rd_torch.store.folder import Done, Folder
@@ -223,8 +223,8 @@ class Work(Folder):
             )
         failures = self._failures(range(windows))
         write_failures(failure_list(self.path), failures.items())
-        self.format.finish(self.folder / "data", self.names(windows), self.facts, checksum, self.path)
-        sync(self.path.parent)
+        whole = self.format.finish(self.folder / "data", self.names(windows), self.facts, checksum)
+        move(whole, self.path)
         self._leave()
         return failures
 
