@@ -134,7 +134,9 @@ def test_wrong_files_get_one_clear_line(tmp_path, fasta):
     assert "expected a folder" in refused("embed", fasta, "-o", tmp_path / "no" / "out.h5")
     assert "output that ends in .h5, .parquet, .pt" in refused("embed", fasta, "-o", tmp_path / "out.csv")
     (tmp_path / "folder.h5").mkdir()
-    assert "got something else: take another output" in refused("embed", fasta, "-o", tmp_path / "folder.h5")
+    assert "got something else: choose another output" in refused(
+        "embed", fasta, "-o", tmp_path / "folder.h5"
+    )
     assert "is a file" in refused("fit", fasta, "-o", fasta)
     assert "first line starts with '>'" in refused("embed", __file__, "-o", tmp_path / "out.h5")
 

@@ -255,12 +255,12 @@ def test_other_sequences_and_other_models_are_refused(mini, fasta, tmp_path):
     error = refused(embed(other, out, *ON_ONE))
     assert f"Error: expected the sequences with which {out} was begun, got others in the " in error
 
-    folder = Folder.begun(out, load_format("parquet"))
+    folder = Folder.open(out, load_format("parquet"))
     limits = steps.Limits(is_budget_free=True, most_deaths=0)
     with pytest.raises(ValueError, match="expected the model esm2-rd-mini on all machines, got another one"):
         steps.begin_embedding(partial(steps.load_model, "esm2-rd-mini"), "cpu", folder, limits)
     with pytest.raises(FileNotFoundError, match="on a file system that all machines see, got nothing there"):
-        Folder.begun(tmp_path / "elsewhere.parquet", load_format("parquet"))
+        Folder.open(tmp_path / "elsewhere.parquet", load_format("parquet"))
 
 
 def refused(result):

@@ -294,7 +294,7 @@ def test_records_that_were_added_are_refused_by_a_finished_store_and_embedded_by
 ):
     more = [*PROTEINS, Protein("more", "MK")]
     embed(mini, tmp_path / "finished.h5")
-    with pytest.raises(ValueError, match="expected the sequences of which .* is, got others"):
+    with pytest.raises(ValueError, match="expected the sequences with which .* was made, got others"):
         embed(mini, tmp_path / "finished.h5", proteins=more)
     interrupt(mini, tmp_path / "out.h5", 2)
     embed(mini, tmp_path / "out.h5", proteins=more)

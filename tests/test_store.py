@@ -21,7 +21,7 @@ from rd_torch.cluster import require_parts
 from rd_torch.embedding import embed_to_store
 from rd_torch.sequences import Protein
 from rd_torch.store import FORMATS, Names, format_of, load_format, open_store
-from rd_torch.store.hdf5 import columns
+from rd_torch.store.hdf5 import chunk_columns
 from rd_torch.store.naming import dataset_name, file_name, identifier_of
 from rd_torch.store.parquet import Parquet, ParquetStore
 
@@ -121,10 +121,10 @@ def test_hdf5_is_laid_out_as_uniprot_does_it_and_says_what_it_is(mini, tmp_path)
 
 
 def test_chunks_divide_the_levels_where_they_can():
-    assert columns((320, 480, 640, 1280, 2560, 5120)) == 160
-    assert columns((32, 48, 64, 128)) == 16
-    assert columns((32, 50)) == 16
-    assert columns((5,)) == 5
+    assert chunk_columns((320, 480, 640, 1280, 2560, 5120)) == 160
+    assert chunk_columns((32, 48, 64, 128)) == 16
+    assert chunk_columns((32, 50)) == 16
+    assert chunk_columns((5,)) == 5
 
 
 def test_parquet_has_a_column_for_what_each_level_adds_in_other_engines_too(mini, tmp_path):
@@ -281,7 +281,7 @@ def test_long_names_are_cut_and_stay_different():
 @given(st.lists(st.sampled_from(["a", "b", "a#2", "a#2#2", "A"]), max_size=30))
 def test_every_record_gets_a_name_of_its_own_and_the_first_keeps_its_own(identifiers):
     names = Names(str)
-    given_ = [names.unique(each) for each in identifiers]
+    given_ = [names.take(each) for each in identifiers]
     assert len(set(given_)) == len(given_)
     for place, (identifier, name) in enumerate(zip(identifiers, given_, strict=True)):
         assert re.fullmatch(re.escape(identifier) + r"(#\d+)?", name)

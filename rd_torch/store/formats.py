@@ -22,7 +22,14 @@ torch, h5py and pyarrow. A store is opened by the first format that claims it.
 
 
 def load_format(name: str) -> Format:
-    """Load the format of that name."""
+    """Load a format.
+
+    Args:
+        name: one of the names in `FORMATS`.
+
+    Returns:
+        The format.
+    """
     file, kind = FORMATS[name]
     form: Format = getattr(import_module(f"rd_torch.store.{file}"), kind)()
     return form
@@ -34,6 +41,9 @@ def format_of(path: str | Path, name: str | None = None) -> Format:
     Args:
         path: the store; the ending of its name tells the format.
         name: name of the format, in place of the ending.
+
+    Returns:
+        The format.
 
     Raises:
         ValueError: for a format that does not exist.

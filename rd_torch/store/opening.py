@@ -1,4 +1,4 @@
-"""`open_store`: an embedding file or folder, whichever format it has."""
+"""`open_store`: reads an embedding file or folder, whichever format it has."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from rd_torch.store.store import Store
 
 
 def open_store(path: str | Path) -> Store:
-    """Opens an embedding file or folder of any format, ours or other programs'.
+    """Open an embedding file or folder of any format, whether this package or another program wrote it.
 
-    An HDF5 file with a dataset a protein, a folder of our parquet files, or a folder of `.pt` files as
-    fair-esm's `extract.py` writes them.
+    That is an HDF5 file with one dataset for each protein, a folder of parquet files that this package wrote,
+    or a folder of `.pt` files as fair-esm's `extract.py` writes them.
 
     Args:
         path: the file or folder.
 
     Returns:
-        A `Store`: by identifier, place or slice, at any width, as numpy or torch, without reading the rest.
+        A `Store`, which reads embeddings by identifier, place or slice, at any width, as numpy or torch, and
+        does not read the rest.
 
     Raises:
-        FileNotFoundError: where nothing is.
+        FileNotFoundError: where there is nothing at the path.
         ValueError: for anything else.
     """
     path = Path(path)
