@@ -82,6 +82,15 @@ def export(model: RDModel, path: str | Path) -> None:
         ImportError: where a package is missing, or PyTorch is older than 2.8.
         OSError: where there is no C++ compiler for `.pt2`, or no folder for the file.
         RuntimeError: where the file does not give the model's embeddings; it is not kept.
+
+    Examples:
+        >>> chain = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="28K")
+        >>> rd_torch.export(chain, "model.onnx")
+        >>> import onnxruntime
+        >>> session = onnxruntime.InferenceSession("model.onnx")
+        >>> embeddings, mask = session.run(None, {"tokens": torch.tensor([[0, 20, 15, 7, 2]]).numpy()})
+        >>> embeddings.shape, mask.tolist()
+        ((1, 5, 32), [[False, True, True, True, False]])
     """
     if not isinstance(model, RDModel):
         raise TypeError(f"expected an RDModel to export, got {type(model).__name__}: export the chain in it")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import random_sequence
+from pages import run_example
 
 import rd_torch
 from rd_torch import cluster, sums
@@ -469,3 +470,7 @@ def test_workers_fill_the_machines_there_are(monkeypatch, ray):
     assert placed([{"CPU": 16.0, "GPU": 4.0}], num_gpus=0.5) == (8, 1, 0.5, "cuda")
     assert placed([{"CPU": 16.0, "GPU": 4.0}], num_gpus=0, num_cpus=2) == (8, 2, 0, "cpu")
     assert placed([{"CPU": 1.0}], count=3, num_gpus=1) == (3, 1, 1, "cuda"), "machines may be yet to come"
+
+
+def test_the_example_of_the_reference_runs():
+    run_example("cluster")
