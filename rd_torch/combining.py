@@ -27,7 +27,7 @@ from rd_torch.store import (
     gather,
     open_store,
 )
-from rd_torch.store.work import Progress
+from rd_torch.store.work import ProgressCallback
 from rd_torch.threads import run_ahead
 
 Raw: TypeAlias = dict[str, Tensor]
@@ -53,7 +53,7 @@ def combine_stores(
     width: int | None = None,
     form: str | None = None,
     save_dtype: SaveDtype = "float32",
-    progress: Progress = lambda records, before: None,
+    progress: ProgressCallback = lambda records, before: None,
 ) -> None:
     """Nests raw embeddings that lie in files, into an embedding file or folder; no backbone runs.
 

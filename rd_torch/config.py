@@ -17,6 +17,12 @@ SpecialRows: TypeAlias = Literal["maps", "larger"]
 Method: TypeAlias = Literal["rd", "naive"]
 Storage: TypeAlias = Literal["included", "referenced"]
 
+FloatType: TypeAlias = Literal["float32", "float16", "bfloat16"]
+"""The types of number that backbones compute in and stores hold, as PyTorch names them."""
+
+FormatName: TypeAlias = Literal["h5", "parquet", "pt"]
+"""The formats of a store; `rd_torch.store` has what writes and reads each."""
+
 # Which of the maps that the authors published.
 PublishedRegressor: TypeAlias = Literal["pcr", "linear", "ridge"]
 PCA: TypeAlias = Literal["incremental", "fbpca"]

@@ -22,7 +22,7 @@ from rd_torch.reading import entries_of, sequences_of
 from rd_torch.sequences import normalize_entries, normalize_sequences
 from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
-from rd_torch.store.work import Compute, Progress, in_residues
+from rd_torch.store.work import Compute, ProgressCallback, in_residues
 from rd_torch.threads import run_ahead
 
 WINDOWS_AHEAD: Final = 1
@@ -120,7 +120,7 @@ def embed_to_store(
     form: str | None = None,
     save_dtype: SaveDtype = "float32",
     name: str = "",
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
     **options: Unpack[StoreOptions],
 ) -> dict[str, Failure]:
     """Embeds proteins into an embedding file or folder, which `rd_torch.open_store` reads.

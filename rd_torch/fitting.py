@@ -19,7 +19,7 @@ from rd_torch.reading import sequences_of
 from rd_torch.sequences import Entry, normalize_sequences
 from rd_torch.solve import SolveOptions, check_options
 from rd_torch.store import cut_windows
-from rd_torch.store.work import Progress
+from rd_torch.store.work import ProgressCallback
 from rd_torch.sums import Sums
 
 
@@ -28,7 +28,7 @@ def fit(
     sequences: Iterable[str],
     *,
     tokens_per_batch: int | None = None,
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
     provenance: Mapping[str, Any] | None = None,
     work_folder: str | Path | None = None,
     **options: Unpack[SolveOptions],
@@ -84,7 +84,7 @@ def fit_entries(
     entries: Iterable[Entry],
     *,
     tokens_per_batch: int | None = None,
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
     provenance: Mapping[str, Any] | None = None,
     work_folder: str | Path | None = None,
     **options: Unpack[SolveOptions],
@@ -126,7 +126,7 @@ def add_moments(
     moments: RunningMoments,
     sequences: Iterable[str],
     tokens_per_batch: int,
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
 ) -> int:
     """Adds the residues of normalised sequences to the family's joint moments; returns how many came."""
     device = next(iter(family.values())).device

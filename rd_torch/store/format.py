@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
+from rd_torch.config import FormatName
 from rd_torch.pooling import pools_of
 from rd_torch.store.facts import Facts
 from rd_torch.store.store import Store
@@ -28,7 +29,7 @@ class Format(ABC):
         identifier: what is taken of a FASTA header unless somebody chooses, as `rd_torch.Proteins` says.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[FormatName]
     dtypes: ClassVar[tuple[str, ...]]
     pools: ClassVar[tuple[str, ...]]
     identifier: ClassVar[str] = "word"

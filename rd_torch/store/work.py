@@ -23,7 +23,7 @@ Compute: TypeAlias = Callable[[Window[Content], dict[int, str]], Iterable[list[R
 Report: TypeAlias = Callable[[list[Length], bool], object]
 """Called with the lengths of records that are done, and whether they were so before."""
 
-Progress: TypeAlias = Callable[[int, bool], object]
+ProgressCallback: TypeAlias = Callable[[int, bool], object]
 """Called with how much is done, and whether it was so before."""
 
 PATIENCE: Final = 600.0
@@ -248,7 +248,7 @@ class Work(Folder):
         self.close()
 
 
-def in_residues(progress: Progress) -> Report:
+def in_residues(progress: ProgressCallback) -> Report:
     """What counts the residues of records that are done."""
     return lambda lengths, before: progress(sum(filter(None, lengths)), before)
 
