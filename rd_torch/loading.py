@@ -48,7 +48,7 @@ def read_family(
         family[level.name] = (
             _fitted(other, dtype, device)
             if isinstance(other, nn.Module)
-            else ESM2.from_tensors(*checkpoint.backbone(level, other, hub, dtype=dtype, device=device))
+            else ESM2.from_tensors(*checkpoint.read_backbone(level, other, hub, dtype=dtype, device=device))
         )
     return family
 

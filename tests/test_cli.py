@@ -108,7 +108,10 @@ def test_corrections_are_counted_in_one_warning_and_refused_when_strict(tmp_path
         (("--width", "0"), "width from 1 to 128"),
         (("--level", "3B"), "level to be one of '28K', '90K', '207K', '1M', got '3B'"),
         (("--level", "90K", "--width", "3"), "expected --width or --level, got both"),
-        (("--model", "nowhere"), "expected a checkpoint folder, a shipped one (esm2-rd-mini)"),
+        (
+            ("--model", "nowhere"),
+            "expected a checkpoint's folder, the name of a shipped checkpoint (esm2-rd-mini)",
+        ),
         (("--device", "warp"), "expected a device that is there, got 'warp'"),
         (("--device", "cuda:99"), "expected a device that is there, got 'cuda:99'"),
         (

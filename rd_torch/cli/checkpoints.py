@@ -73,7 +73,7 @@ def download(level: str, cache_dir: str | None, **options: Any) -> None:
     hub = Hub(cache_dir)
     checkpoint = read_checkpoint(PUBLISHED_MAPS, level, hub, **given(options))
     for each in checkpoint.config.levels:
-        for path in checkpoint.find(each, None, hub).paths:
+        for path in checkpoint.find_backbone(each, None, hub).paths:
             click.echo(f"{each.name:>5}  {path.stat().st_size / 2**20:8,.0f} MiB  {path}")
     click.echo(f"Everything for {level} is there; load it with HF_HUB_OFFLINE=1 where there is no network.")
 
