@@ -11,7 +11,6 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor
 
-from rd_torch.batching import ahead
 from rd_torch.matching import require_names, require_raw
 from rd_torch.modules import bytes_of
 from rd_torch.nesting import Nesting
@@ -29,6 +28,7 @@ from rd_torch.store import (
     open_store,
 )
 from rd_torch.store.work import Progress
+from rd_torch.threads import run_ahead
 
 Raw: TypeAlias = dict[str, Tensor]
 """A record's raw embeddings by level, `(width,)` or `(residues, width)`."""
@@ -95,7 +95,9 @@ def combine_stores(
                 """The rows of a window, batch by batch."""
                 return _nested(nesting, window, work.facts)
 
-            with closing(ahead(cut, WINDOWS_AHEAD)) as windows:  # which reads no more before files are closed
+            with closing(
+                run_ahead(cut, WINDOWS_AHEAD)
+            ) as windows:  # which reads no more before files are closed
                 work.fill(windows, nested, lambda done, before: progress(len(done), before))
     if names.renamed:
         warnings.warn(

@@ -11,18 +11,19 @@ from typing import Any, Final, TypedDict, Unpack, cast
 import numpy as np
 import torch
 
-from rd_torch.batching import ahead, plan_batches
+from rd_torch.batching import plan_batches
 from rd_torch.embedder import Embedder, prepare
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.modules import evaluating
 from rd_torch.pieces import Pieces
-from rd_torch.pooling import Pools, named_pool, pools_of
+from rd_torch.pooling import Pools, pool_name, pools_of
 from rd_torch.reading import entries_of, sequences_of
-from rd_torch.sequences import normalized, normalized_entries
+from rd_torch.sequences import normalize_entries, normalize_sequences
 from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
 from rd_torch.store.work import Compute, Progress, in_residues
+from rd_torch.threads import run_ahead
 
 WINDOWS_AHEAD: Final = 1
 """Windows that are read while one is embedded."""
@@ -86,9 +87,9 @@ def embed(
             pool, width or windows that cannot be.
         MemoryError: for a sequence that takes more memory than there is.
     """
-    way = named_pool(pool)
+    way = pool_name(pool)
     pieces = None if windows is None else Pieces.of(windows, way)
-    residues = list(normalized(sequences_of(sequences)))
+    residues = list(normalize_sequences(sequences_of(sequences)))
     budget, device = plan_batches(model.family(width).values(), tokens_per_batch)
     if sum(map(len, residues)) > budget:  # one batch is done sooner than anything is compiled for it
         prepare(model)
@@ -165,9 +166,9 @@ def embed_to_store(
     wanted = facts_of(model, name, save_dtype, budget, **cast(EmbedOptions, options))
     with Work(Path(path), form_of_store, wanted, fixed_budget=given is not None, shard=taken) as work:
         names = Names(work.format.key)
-        read = normalized_entries(entries, corrections, strict=strict, max_length=max_length)
+        read = normalize_entries(entries, corrections, strict=strict, max_length=max_length)
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
-        with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
+        with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
             compute = None if only_finish else embed_windows(model, work.facts)
             failures = work.fill(windows, compute, in_residues(progress))
     corrections.warn()
@@ -212,7 +213,7 @@ def facts_of(
     Raises:
         ValueError: for a pool or width that does not exist.
     """
-    pool, windows = named_pool(options.get("pool", "mean")), options.get("windows")
+    pool, windows = pool_name(options.get("pool", "mean")), options.get("windows")
     prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
     return Facts(
         model=name,

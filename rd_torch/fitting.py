@@ -16,7 +16,7 @@ from rd_torch.model import RDModel
 from rd_torch.modules import evaluating
 from rd_torch.moments import RunningMoments
 from rd_torch.reading import sequences_of
-from rd_torch.sequences import Entry, normalized
+from rd_torch.sequences import Entry, normalize_sequences
 from rd_torch.solve import SolveOptions, check_options
 from rd_torch.store import cut_windows
 from rd_torch.store.work import Progress
@@ -60,7 +60,7 @@ def fit(
             or a folder that was begun with other backbones or sequences.
         TypeError: for a backbone of another kind, or what holds no sequences.
     """
-    letters = normalized(sequences_of(sequences))
+    letters = normalize_sequences(sequences_of(sequences))
     family = shared_family(backbones, **options)
     budget, device = plan_batches(family.values(), tokens_per_batch)
     with (

@@ -23,7 +23,7 @@ from rd_torch.cluster import Records, Workers, jobs, steps
 from rd_torch.embedding import embed_to_store
 from rd_torch.letters import Corrections
 from rd_torch.reading import Fasta
-from rd_torch.sequences import Entry, normalized_entries, normalized_proteins
+from rd_torch.sequences import Entry, normalize_entries, normalize_proteins
 from rd_torch.store import FORMATS, Names, cut_windows, open_store
 from rd_torch.store.folder import Folder
 
@@ -110,7 +110,7 @@ def begun_locally(model, fasta, path, windows):
         if done[0] >= enough:
             raise Kill
 
-    proteins = list(normalized_proteins(Fasta(fasta)))
+    proteins = list(normalize_proteins(Fasta(fasta)))
     cut = list(cut_windows(starmap(Entry, proteins), BUDGET, Names(str)))
     assert len(cut) > windows + 1
     enough = 1 + sum(window.residues for window in cut[:windows])
@@ -258,7 +258,7 @@ def test_other_sequences_and_other_models_are_refused(mini, fasta, tmp_path):
     folder = Folder.begun(out, FORMATS["parquet"])
     limits = steps.Limits(is_budget_free=True, most_deaths=0)
     with pytest.raises(ValueError, match="expected the model esm2-rd-mini on all machines, got another one"):
-        steps.window_embedder(partial(steps.loaded, "esm2-rd-mini"), "cpu", folder, limits)
+        steps.begin_embedding(partial(steps.load_model, "esm2-rd-mini"), "cpu", folder, limits)
     with pytest.raises(FileNotFoundError, match="on a file system that all machines see, got nothing there"):
         Folder.begun(tmp_path / "elsewhere.parquet", FORMATS["parquet"])
 
@@ -294,7 +294,7 @@ def test_records_are_read_as_locally(fasta):
     assert known["fraction"] == 1
     assert known["corrections"] == [0, 1, cut]
     assert known["left_out"] == "[]"
-    entries = normalized_entries(Fasta(fasta).entries(), Corrections())
+    entries = normalize_entries(Fasta(fasta).entries(), Corrections())
     ours = [each for each, _ in Records(fasta).windows(BUDGET, Names(str))]
     assert ours == list(cut_windows(entries, BUDGET, Names(str)))
 
@@ -359,7 +359,7 @@ def test_a_dataset_gets_a_column_for_what_each_level_adds(ray):
 
 
 def test_columns_that_cannot_be_are_refused():
-    step = steps.column_embedder(load, "cpu", "sequence", {})
+    step = steps.begin_adding_columns(load, "cpu", "sequence", {})
     with pytest.raises(ValueError, match="expected a column 'sequence', got id, letters"):
         step(pa.table({"id": [1], "letters": ["MKV"]}))
     with pytest.raises(ValueError, match="expected no column '28K' yet, got one: rename it"):

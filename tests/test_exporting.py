@@ -260,7 +260,7 @@ def test_a_file_of_other_numbers_is_not_kept(tmp_path, monkeypatch):
         assert path.read_text() == "a newer one"
         return lambda tokens: (tiny_model().encode(tokens) + 1e-3, (tokens > 3) & (tokens < 29))
 
-    monkeypatch.setitem(exporting.FORMATS, ".onnx", exporting.Format((), ("cpu",), write, load))
+    monkeypatch.setitem(exporting.EXPORTERS, ".onnx", exporting.Exporter((), ("cpu",), write, load))
     with pytest.raises(RuntimeError, match="got one that is off by 0.00.* for a batch of 6; it was not kept"):
         rd_torch.export(tiny_model(), path)
     assert path.read_text() == "an older one"

@@ -11,7 +11,7 @@ from rd_torch.backbone.tokens import is_residue, tokenize
 from rd_torch.config import ALPHABET
 from rd_torch.letters import RESIDUE_LETTERS, Corrections
 from rd_torch.reading import Fasta
-from rd_torch.sequences import Protein, cut_batches, normalize, normalized
+from rd_torch.sequences import Protein, cut_batches, normalize, normalize_sequences
 
 LETTERS = st.text(alphabet="".join(sorted(RESIDUE_LETTERS)), min_size=1, max_size=40)
 FASTA = ">sp|P1|ONE first protein\nMKT\nAYI\n\n>two\nGG\n"
@@ -47,7 +47,7 @@ def test_fasta_reads_the_same_in_every_packing_and_line_ending(tmp_path, pack, e
         ),
         (">one\nMK\n>two\n>three\nMK\n", r"expected a sequence, got none, in record two \(line 3 of"),
         (">one\nMK\n>two\n*\n", r"expected a sequence, got none, in record two \(line 3 of"),
-        (">one\nMK\n>\nMK\n", r"identifier behind '>', got none, in record line 3 \(line 3 of"),
+        (">one\nMK\n>\nMK\n", r"identifier after '>', got none, in record line 3 \(line 3 of"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_the_reason(tmp_path, content, message):
@@ -81,7 +81,7 @@ def test_one_warning_counts_all_changes():
     with pytest.warns(
         UserWarning, match="was dropped: 2; letters that are no residue, read as X: 3"
     ) as caught:
-        assert list(normalized(sequences)) == ["MKT", "MX", "MXKX"]
+        assert list(normalize_sequences(sequences)) == ["MKT", "MX", "MXKX"]
     assert len(caught) == 1
 
 

@@ -151,11 +151,11 @@ def export(
     """
     from rd_torch.config import ESM2_LEVELS
     from rd_torch.exporting import export as write
-    from rd_torch.exporting import format_of
+    from rd_torch.exporting import exporter_for
     from rd_torch.model import RDModel
     from rd_torch.weights import DEFAULT_MODEL, PUBLISHED_MAPS
 
-    format_of(output)
+    exporter_for(output)
     name = model or (PUBLISHED_MAPS if level in ESM2_LEVELS else DEFAULT_MODEL)
     chain = RDModel.from_pretrained(
         name, level, backbones=by_level(sources) or None, cache_dir=cache_dir, **given(options)

@@ -56,9 +56,9 @@ def combine(
     """
     from rd_torch.cli.progress import Bar
     from rd_torch.combining import combine_stores
+    from rd_torch.disk import require_folder
     from rd_torch.nesting import Nesting
     from rd_torch.store import format_of, open_store
-    from rd_torch.store.format import require_folder
     from rd_torch.weights import DEFAULT_MODEL
 
     require_one(width, level)

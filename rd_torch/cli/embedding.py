@@ -123,8 +123,8 @@ def embed(
       rd-torch embed proteome.fasta -o proteome.parquet --cluster 10.0.0.1:6379
     """
     from rd_torch.cli.progress import Progress
+    from rd_torch.disk import require_folder
     from rd_torch.store import format_of
-    from rd_torch.store.format import require_folder
     from rd_torch.weights import DEFAULT_MODEL, read_checkpoint
 
     require_one(width, level)
@@ -171,10 +171,10 @@ def _embed(**parameters: Any) -> None:
 
 def named_way(ways: tuple[str, ...]) -> str:
     """What `--pool` says, given once or several times."""
-    from rd_torch.pooling import named_pool
+    from rd_torch.pooling import pool_name
 
     try:
-        return named_pool("+".join(ways).replace(",", "+"))
+        return pool_name("+".join(ways).replace(",", "+"))
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
 

@@ -130,10 +130,10 @@ def _here(
     """Fits in this process."""
     from rd_torch.fitting import fit as fit_chain
     from rd_torch.letters import Corrections
-    from rd_torch.sequences import normalized_entries, sound
+    from rd_torch.sequences import keep_sound, normalize_entries
 
     corrections = Corrections()
-    entries = sound(normalized_entries(file.entries(), corrections, strict=strict), left_out)
+    entries = keep_sound(normalize_entries(file.entries(), corrections, strict=strict), left_out)
     chain = fit_chain(family, (entry.sequence for entry in options["progress"].counted(entries)), **options)
     corrections.warn()
     return chain

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from rd_torch.disk import part_folder
 from rd_torch.store.facts import Facts, SaveDtype
 from rd_torch.store.fairesm import FairESM
 from rd_torch.store.format import Format, Row
@@ -70,7 +71,7 @@ def open_store(path: str | Path) -> Store:
     """
     path = Path(path)
     if not path.exists():
-        unfinished = path.with_name(f"{path.name}.part").is_dir()
+        unfinished = part_folder(path).is_dir()
         cure = ": it is unfinished, run the same command again" if unfinished else ""
         raise FileNotFoundError(f"expected an embedding file or folder at {path}, got nothing there{cure}")
     if path.is_file():

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # a public re-export
 
 from rd_torch.config import Reference
+from rd_torch.disk import write_whole
 from rd_torch.weights.known import ESM2_ON_HUB, PINNED_ON_FIRST_USE, PUBLISHED_MAPS
 from rd_torch.weights.tensors import sha256_of
 
@@ -178,14 +179,15 @@ def _remember(folder: Path, *, files: Mapping[str, Any] | None = None, commit: s
     """Add checksums of files to the record, and a commit if it has none; not if the cache is read-only."""
     if not os.access(folder, os.W_OK):
         return
+    # The Hub's own kind of lock: other users of a shared cache may take it, and it needs no flock.
     with WeakFileLock(folder / f"{RECORD}.lock"):
         record = _read_record(folder)
         changed = {**record, "files": {**record.get("files", {}), **(files or {})}}
         if commit:
             changed.setdefault("commit", commit)
         if changed != record:
-            (folder / f"{RECORD}.part").write_text(json.dumps(changed, indent=1))
-            (folder / f"{RECORD}.part").replace(folder / RECORD)
+            text = json.dumps(changed, indent=1)
+            write_whole(folder / RECORD, lambda part: part.write_text(text), durable=False)
 
 
 class Upload(TypedDict, total=False):
