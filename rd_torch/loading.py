@@ -68,8 +68,8 @@ def write_chain(chain: Chain, folder: Path, backbones: Storage, hub: Hub, name: 
         name: name of the chain in the model card.
 
     Raises:
-        ValueError: for a backbone that is to be referenced but did not come from the Hub or was changed since,
-            or for a quantised one, whose weights are no plain tensors.
+        ValueError: for a backbone that is to be referenced but did not come from the Hub, or was changed
+            since; and for a quantised one, whose weights are no plain tensors.
     """
     check_choice("backbones", backbones, get_args(Storage))
     tensors = {level: backbone.tensors() for level, backbone in chain.backbones.items()}
