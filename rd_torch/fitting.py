@@ -60,7 +60,29 @@ def fit(
             or a folder that was begun with other backbones or sequences.
         TypeError: for a backbone of another kind, or what holds no sequences.
     """
-    letters = normalize_sequences(sequences_of(sequences))
+    residues = normalize_sequences(sequences_of(sequences))
+    return fit_entries(
+        backbones,
+        (Entry("", sequence) for sequence in residues),
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+        provenance=provenance,
+        work_folder=work_folder,
+        **options,
+    )
+
+
+def fit_entries(
+    backbones: Mapping[str, nn.Module],
+    entries: Iterable[Entry],
+    *,
+    tokens_per_batch: int | None = None,
+    progress: Progress = lambda residues, before: None,
+    provenance: Mapping[str, Any] | None = None,
+    work_folder: str | Path | None = None,
+    **options: Unpack[SolveOptions],
+) -> RDModel:
+    """Fit a chain to records that are normalised and sound; arguments and errors are else those of `fit`."""
     family = shared_family(backbones, **options)
     budget, device = plan_batches(family.values(), tokens_per_batch)
     with (
@@ -68,7 +90,7 @@ def fit(
         Sums(family, budget, device, work_folder, fixed_budget=tokens_per_batch is not None) as sums,
     ):
         windows = 0
-        for window in cut_windows((Entry("", one) for one in letters), sums.tokens_per_batch):
+        for window in cut_windows(entries, sums.tokens_per_batch):
             windows = window.number + 1
             if window in sums.done:
                 progress(window.residues, True)

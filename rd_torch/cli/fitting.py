@@ -128,13 +128,13 @@ def _here(
     family: dict[str, Any], file: Proteins, strict: bool, left_out: list[Entry], **options: Any
 ) -> RDModel:
     """Fits in this process."""
-    from rd_torch.fitting import fit as fit_chain
+    from rd_torch.fitting import fit_entries
     from rd_torch.letters import Corrections
     from rd_torch.sequences import keep_sound, normalize_entries
 
     corrections = Corrections()
     entries = keep_sound(normalize_entries(file.entries(), corrections, strict=strict), left_out)
-    chain = fit_chain(family, (entry.sequence for entry in options["progress"].counted(entries)), **options)
+    chain = fit_entries(family, options["progress"].counted(entries), **options)
     corrections.warn()
     return chain
 
