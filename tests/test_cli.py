@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 import rd_torch
 from rd_torch import fitting, sums
+from rd_torch.choices import FormatName
 from rd_torch.cli import main
-from rd_torch.config import FormatName
 from rd_torch.reading import Fasta
 from rd_torch.store import FORMATS
 from rd_torch.weights.published import Choice
@@ -115,7 +115,10 @@ def test_corrections_are_counted_in_one_warning_and_refused_when_strict(tmp_path
         (("--width", "0"), "width from 1 to 128"),
         (("--level", "3B"), "level to be one of '28K', '90K', '207K', '1M', got '3B'"),
         (("--level", "90K", "--width", "3"), "expected --width or --level, got both"),
-        (("--model", "nowhere"), "expected a checkpoint folder, a shipped one (esm2-rd-mini)"),
+        (
+            ("--model", "nowhere"),
+            "expected a checkpoint's folder, the name of a shipped checkpoint (esm2-rd-mini)",
+        ),
         (("--device", "warp"), "expected a device that this machine has, got 'warp'"),
         (("--device", "cuda:99"), "expected a device that this machine has, got 'cuda:99'"),
         (

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import click
 
+from rd_torch.choices import FloatType, Storage
 from rd_torch.cli.command import Command, option
 from rd_torch.cli.shared import (
     backbone_option,
@@ -20,7 +21,6 @@ from rd_torch.cli.shared import (
     split_by_level,
     take_published,
 )
-from rd_torch.config import FloatType, Storage
 
 
 @click.command(cls=Command)
@@ -77,7 +77,7 @@ def download(level: str, cache_dir: str | None, **options: Any) -> None:
     hub = Hub(cache_dir)
     checkpoint = read_checkpoint(PUBLISHED_MAPS, level, hub, **take_published(options))
     for each in checkpoint.config.levels:
-        for path in checkpoint.find(each, None, hub).paths:
+        for path in checkpoint.find_backbone(each, None, hub).paths:
             click.echo(f"{each.name:>5}  {path.stat().st_size / 2**20:8,.0f} MiB  {path}")
     click.echo(
         f"All files for {level} are there. Where there is no network, set HF_HUB_OFFLINE=1 to load them."

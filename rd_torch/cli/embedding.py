@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
+from rd_torch.choices import FloatType
 from rd_torch.cli.command import Command, option
 from rd_torch.cli.reading import (
     proteins_argument,
@@ -39,7 +40,6 @@ from rd_torch.cli.sharing import (
     sharing_options,
     take_share,
 )
-from rd_torch.config import FloatType
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from rd_torch.choices import PredictFrom, Regressor
 from rd_torch.cli.command import Command, option
 from rd_torch.cli.reading import (
     proteins_argument,
@@ -27,7 +28,6 @@ from rd_torch.cli.shared import (
     split_by_level,
 )
 from rd_torch.cli.sharing import cluster_options, failure_list, join_cluster
-from rd_torch.config import PredictFrom, Regressor
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel
@@ -123,8 +123,8 @@ def fit(
 
     If the command is interrupted, run it again: it continues from what it saved in OUTPUT.part.
     """
+    from rd_torch.choices import check_choice
     from rd_torch.cli.progress import ResidueBar
-    from rd_torch.config import check_choice
     from rd_torch.sums import clear
 
     counts = parse_added(added)

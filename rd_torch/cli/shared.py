@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from rd_torch.cli.command import add_options, option
-from rd_torch.config import (
+from rd_torch.choices import (
     PCA,
     FloatType,
     FormatName,
@@ -18,6 +17,7 @@ from rd_torch.config import (
     SequenceCount,
     SpecialRows,
 )
+from rd_torch.cli.command import add_options, option
 
 if TYPE_CHECKING:
     import torch

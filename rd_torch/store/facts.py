@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import Any, TypeAlias
 
-from rd_torch.config import FloatType
+from rd_torch.choices import FloatType
 from rd_torch.pooling import pools_of
 
 SaveDtype: TypeAlias = FloatType

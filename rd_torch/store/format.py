@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
-from rd_torch.config import FormatName
+from rd_torch.choices import FormatName
 from rd_torch.pooling import pools_of
 from rd_torch.store.facts import Facts
 from rd_torch.store.store import Store
