@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Generic, NamedTuple, TypeVar
 
 import torch
@@ -74,49 +72,6 @@ def plan_batches(family: Iterable[ESM2], tokens_per_batch: int | None) -> tuple[
     if tokens_per_batch is None:
         tokens_per_batch = find_budget(members, device)
     return tokens_per_batch, device
-
-
-def ahead(items: Iterable[Result], most: int) -> Generator[Result, None, None]:
-    """The same items, made in a thread of their own that is up to `most` of them ahead.
-
-    What the thread raises is raised here, behind the items made before it. Closed before its end, it waits
-    for the item under work.
-    """
-    made: queue.Queue[Result | BaseException | None] = queue.Queue(most)
-    wanted = threading.Event()
-    wanted.set()
-
-    def put(item: Result | BaseException | None) -> bool:
-        """Waits for room; False where nobody wants more."""
-        while wanted.is_set():
-            try:
-                made.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        """Makes the items; what it raises, or None, is the last of them."""
-        try:
-            for item in items:
-                if not put(item):
-                    return
-        except BaseException as error:  # raised where the items are wanted
-            put(error)
-        else:
-            put(None)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (item := made.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        wanted.clear()
-        thread.join()
 
 
 def require_memory(family: Iterable[ESM2], tokens: Tensor) -> None:

@@ -17,6 +17,12 @@ SpecialRows: TypeAlias = Literal["maps", "larger"]
 Method: TypeAlias = Literal["rd", "naive"]
 Storage: TypeAlias = Literal["included", "referenced"]
 
+FloatType: TypeAlias = Literal["float32", "float16", "bfloat16"]
+"""The types of number that backbones compute in and stores hold, as PyTorch names them."""
+
+FormatName: TypeAlias = Literal["h5", "parquet", "pt"]
+"""The formats of a store; `rd_torch.store` has what writes and reads each."""
+
 # Which of the maps that the authors published.
 PublishedRegressor: TypeAlias = Literal["pcr", "linear", "ridge"]
 PCA: TypeAlias = Literal["incremental", "fbpca"]
@@ -42,6 +48,10 @@ class Reference:
         repo: the repository, `"facebook/esm2_t6_8M_UR50D"`.
         revision: commit, tag or branch; None for the main branch.
         sha256: checksums by file name, as far as they are known; checked after the download.
+
+    Examples:
+        >>> rd_torch.Reference("facebook/esm2_t6_8M_UR50D", revision="main").repo
+        'facebook/esm2_t6_8M_UR50D'
     """
 
     repo: str
@@ -63,6 +73,10 @@ class Level:
 
     Raises:
         ValueError: for a name that no module can have, or heads that do not divide the width evenly.
+
+    Examples:
+        >>> rd_torch.Level("tiny", num_layers=2, width=32, attention_heads=4).width
+        32
     """
 
     name: str
@@ -92,7 +106,12 @@ ESM2_LEVELS: Final[Mapping[str, Level]] = {
         ("15B", 48, 5120, 40),
     )
 }
-"""The published sizes of ESM-2 (Lin et al., Science 2023, doi:10.1126/science.ade2574)."""
+"""The published sizes of ESM-2 (Lin et al., Science 2023, doi:10.1126/science.ade2574).
+
+Examples:
+    >>> {name: level.width for name, level in rd_torch.ESM2_LEVELS.items()}
+    {'8M': 320, '35M': 480, '150M': 640, '650M': 1280, '3B': 2560, '15B': 5120}
+"""
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,11 @@ class Explained:
         r2: `1 - tr cov(r) / tr cov(y)`: the share of the larger embedding's variance that the
             regression predicts; None where the maps came without it.
         kept: share of the residual variance that the added directions keep.
+
+    Examples:
+        >>> stage = rd_torch.RDModel.from_pretrained("esm2-rd-mini").stages["90K"]
+        >>> f"{stage.explained.r2:.2f} predicted, {stage.explained.kept:.2f} of the rest kept"
+        '0.87 predicted, 0.77 of the rest kept'
     """
 
     r2: float | None
@@ -126,6 +150,13 @@ class RDConfig:
 
     Raises:
         ValueError: when the tuples do not fit together or a choice does not exist.
+
+    Examples:
+        >>> config = rd_torch.RDModel.from_pretrained("esm2-rd-mini").config
+        >>> config.widths
+        {'28K': 32, '90K': 48, '207K': 64, '1M': 128}
+        >>> config.levels_for(40)
+        ['28K', '90K']
     """
 
     levels: tuple[Level, ...]

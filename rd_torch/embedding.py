@@ -11,7 +11,7 @@ from typing import Any, Final, TypedDict, Unpack, cast
 import numpy as np
 import torch
 
-from rd_torch.batching import ahead, plan_batches
+from rd_torch.batching import plan_batches
 from rd_torch.embedder import Embedder, prepare
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
@@ -22,7 +22,8 @@ from rd_torch.reading import entries_of, sequences_of
 from rd_torch.sequences import normalize_entries, normalize_sequences
 from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
 from rd_torch.store.folder import Failure
-from rd_torch.store.work import Compute, Progress, in_residues
+from rd_torch.store.work import Compute, ProgressCallback, in_residues
+from rd_torch.threads import run_ahead
 
 WINDOWS_AHEAD: Final = 1
 """Windows that are read while one is embedded."""
@@ -85,6 +86,13 @@ def embed(
         ValueError: for an empty sequence or signs that are no letters, with the number of the sequence; a
             pool, width or windows that cannot be.
         MemoryError: for a sequence that takes more memory than there is.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> rd_torch.embed(model, ["MQIFVK", "MKV"], width=48).shape
+        (2, 48)
+        >>> [rows.shape for rows in rd_torch.embed(model, ["MQIFVK", "MKV"], pool="none")]
+        [(6, 128), (3, 128)]
     """
     way = pool_name(pool)
     pieces = None if windows is None else Pieces.of(windows, way)
@@ -112,7 +120,7 @@ def embed_to_store(
     form: str | None = None,
     save_dtype: SaveDtype = "float32",
     name: str = "",
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
     **options: Unpack[StoreOptions],
 ) -> dict[str, Failure]:
     """Embeds proteins into an embedding file or folder, which `rd_torch.open_store` reads.
@@ -153,6 +161,13 @@ def embed_to_store(
         TypeError: for what does not iterate over records, as a table, strings or a path.
         ValueError: for no proteins, a pool, width, dtype or format that does not exist, or a store that was
             begun with other sequences, another model or other choices; when strict, for a record.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> proteins = [("one", "MQIFVK"), ("two", "MKV"), ("three", "M1")]
+        >>> failures = rd_torch.embed_to_store(model, proteins, "proteins.parquet")
+        >>> list(rd_torch.open_store("proteins.parquet")), list(failures)
+        (['one', 'two'], ['three'])
     """
     form_of_store = format_of(path, form)
     entries, corrections = entries_of(proteins, form_of_store.identifier), Corrections()
@@ -167,7 +182,7 @@ def embed_to_store(
         names = Names(work.format.key)
         read = normalize_entries(entries, corrections, strict=strict, max_length=max_length)
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
-        with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
+        with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
             compute = None if only_finish else embed_windows(model, work.facts)
             failures = work.fill(windows, compute, in_residues(progress))
     corrections.warn()

@@ -49,6 +49,10 @@ class RDModel(Chain):
     Raises:
         ValueError: when stages and backbones do not fit together.
         TypeError: for a backbone of another kind.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> out = model(model.alphabet.get_batch_converter()([("a protein", "MKV")])[2])  # (1, 5, 128)
     """
 
     alphabet = ALPHABET

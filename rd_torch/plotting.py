@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from rd_torch.disk import require_folder, write_whole
 from rd_torch.sampling import Sample, principal_components, read_sample
 from rd_torch.store import Store, open_store
-from rd_torch.store.format import require_folder, written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +47,11 @@ def plot_store(path: str | Path, output: str | Path, *, width: int | None = None
         FileNotFoundError: where there is no store, or no folder for the picture.
         ValueError: for fewer than two records, a width that the store does not have, or another suffix.
         ImportError: where matplotlib is not installed.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> _ = rd_torch.embed_to_store(model, [("one", "MQIFVK"), ("two", "MKV")], "proteins.h5")
+        >>> rd_torch.plot_store("proteins.h5", "proteins.png", width=48)
     """
     output = Path(output)
     if output.suffix not in SUFFIXES:
@@ -58,7 +63,7 @@ def plot_store(path: str | Path, output: str | Path, *, width: int | None = None
         sample = read_sample(store)
     figure = draw(sample, width)
     write = partial(figure.savefig, format=output.suffix[1:], dpi=160)
-    written_whole(output, write, durable=False)
+    write_whole(output, write, durable=False)
 
 
 def require_matplotlib() -> None:

@@ -26,6 +26,15 @@ class Predictor(nn.Module):
 
     Raises:
         ValueError: for a head that reads more features than the model has.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> head = rd_torch.SequenceHead(48, 1, task="regression")  # 48 features: 28K and 90K run
+        >>> predictor = rd_torch.Predictor(model, head)
+        >>> _, _, tokens = model.alphabet.get_batch_converter()([("one", "MQIFVK"), ("two", "MKV")])
+        >>> predictor(tokens, torch.tensor([0.5, 1.5]))["loss"].backward()
+        >>> predictor(tokens)["predictions"].shape
+        torch.Size([2, 1])
     """
 
     model: RDModel

@@ -1,4 +1,11 @@
-"""fair-esm's functions that load a model and its alphabet."""
+"""fair-esm's functions that load a model and its alphabet.
+
+Examples:
+    >>> model, alphabet = rd_torch.pretrained.esm2_rd_650M()  # downloads ESM-2 and the authors' maps
+    >>> model, alphabet = rd_torch.pretrained.load_model_and_alphabet("esm2-rd-mini")
+    >>> model.embed_dim
+    128
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def tokens():
 
 @pytest.fixture(scope="session")
 def data():
-    """The folder of the protein data; README.md says where they come from."""
+    """The folder of the protein data; docs/guides/weights.md says where they come from."""
     folder = os.environ.get("RD_TORCH_DATA")
     if not folder:
         pytest.skip("RD_TORCH_DATA names no folder")

@@ -42,7 +42,7 @@ A worker may also die because its machine is switched off, so that one death say
 """
 
 
-class Progress(Protocol):
+class ProgressListener(Protocol):
     """An object that a job tells how far it is."""
 
     def __call__(self, residues: int, before: bool = False) -> None:
@@ -53,7 +53,7 @@ class Progress(Protocol):
 
 
 class _Quiet:
-    """A `Progress` that ignores what it is told."""
+    """A `ProgressListener` that ignores what it is told."""
 
     def __call__(self, residues: int, before: bool = False) -> None:
         """Do nothing."""
@@ -103,7 +103,7 @@ def embed_to_store(
     path: Path,
     *,
     workers: Workers = AS_MANY_AS_FIT,
-    progress: Progress = QUIET,
+    progress: ProgressListener = QUIET,
     **options: Unpack[StoreOptions],
 ) -> dict[str, Failure]:
     """Embed files of proteins as `rd_torch.embed_to_store` does, on the cluster that this process has joined.
@@ -152,7 +152,7 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
     *,
     tokens_per_batch: int | None = None,
     workers: Workers = AS_MANY_AS_FIT,
-    progress: Progress = QUIET,
+    progress: ProgressListener = QUIET,
     provenance: Mapping[str, Any] | None = None,
     work_folder: str | Path | None = None,
     left_out: list[Entry] | None = None,
@@ -204,7 +204,7 @@ def _add_window(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
 
 
 def _follow(
-    rows: Iterable[Mapping[str, Any]], progress: Progress, add: Callable[[Mapping[str, Any]], object]
+    rows: Iterable[Mapping[str, Any]], progress: ProgressListener, add: Callable[[Mapping[str, Any]], object]
 ) -> Mapping[str, Any]:
     """Take the rows of windows as they come, report progress, and warn; return the last window's row."""
     # Rows come in any order. Each window counts names and corrections from the first record of all to its own

@@ -167,11 +167,11 @@ def begin_summing(load: LoadFamily, device: str, column: str, tokens_per_batch: 
         sequences = _sequences(table, column)
         # A table without sequences sends moments of width 1, not a large matrix of zeros.
         moments = RunningMoments(width if sequences else 1, place)
-        row: dict[str, Any] = {
-            "sequences": add_moments(family, moments, normalize_sequences(sequences), budget)
-        }
+        is_window = "number" in table.column_names  # its records were normalised before it was cut
+        residues = sequences if is_window else normalize_sequences(sequences)
+        row: dict[str, Any] = {"sequences": add_moments(family, moments, residues, budget)}
         count, mean, scatter = moments.parts
-        if "number" in table.column_names:
+        if is_window:
             row |= table.drop_columns(BULK).to_pylist()[0]
         row |= {"count": count, "mean": mean.cpu().numpy(), "scatter": scatter.cpu().numpy()}
         return {name: np.asarray(value)[None] for name, value in row.items()}

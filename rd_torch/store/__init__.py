@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from rd_torch.disk import part_folder
 from rd_torch.store.facts import Facts, SaveDtype
 from rd_torch.store.fairesm import FairESM
 from rd_torch.store.format import Format, Row
@@ -67,10 +68,17 @@ def open_store(path: str | Path) -> Store:
     Raises:
         FileNotFoundError: where nothing is.
         ValueError: for anything else.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> _ = rd_torch.embed_to_store(model, [("one", "MQIFVK"), ("two", "MKV")], "proteins.h5")
+        >>> with rd_torch.open_store("proteins.h5") as store:
+        ...     store["one"].shape, store.read(["two", "one"], width=48).shape
+        ((128,), (2, 48))
     """
     path = Path(path)
     if not path.exists():
-        unfinished = path.with_name(f"{path.name}.part").is_dir()
+        unfinished = part_folder(path).is_dir()
         cure = ": it is unfinished, run the same command again" if unfinished else ""
         raise FileNotFoundError(f"expected an embedding file or folder at {path}, got nothing there{cure}")
     if path.is_file():

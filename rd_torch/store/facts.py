@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
+from rd_torch.config import FloatType
 from rd_torch.pooling import pools_of
 
-SaveDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+SaveDtype: TypeAlias = FloatType
 
 _FREE = ("model", "tokens_per_batch", "rd_torch_version")
 

@@ -13,9 +13,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from rd_torch.disk import write_whole
 from rd_torch.pooling import POOLS, pools_of
 from rd_torch.store.facts import Facts
-from rd_torch.store.format import Format, Row, written_whole
+from rd_torch.store.format import Format, Row
 from rd_torch.store.naming import file_name
 from rd_torch.store.store import Array, Store, missing
 from rd_torch.store.windows import Length, Window
@@ -66,7 +67,7 @@ class FairESM(Format):
                 kept["length"] = window.lengths[place]
             buffer = io.BytesIO()  # torch would hide what the disk says
             torch.save(kept, buffer)
-            written_whole(path, partial(Path.write_bytes, data=buffer.getvalue()), durable=False)
+            write_whole(path, partial(Path.write_bytes, data=buffer.getvalue()), durable=False)
             paths.append(path)
         return paths
 
@@ -79,7 +80,7 @@ class FairESM(Format):
             "checksum": checksum,
             "identifiers": [name for name, _ in names],
         }
-        written_whole(folder / FACTS, lambda part: part.write_text(json.dumps(said)))
+        write_whole(folder / FACTS, lambda part: part.write_text(json.dumps(said)))
         folder.replace(path)
 
     def open(self, path: Path) -> Store:

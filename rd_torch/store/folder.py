@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from rd_torch.disk import move, part_folder, sync, write_whole
 from rd_torch.sequences import Entry
 from rd_torch.store.facts import Facts
-from rd_torch.store.format import Format, Row, sync, written_whole
+from rd_torch.store.format import Format, Row
 from rd_torch.store.windows import Window
 
 
@@ -81,7 +82,7 @@ class Folder:
         self.path = path
         self.format = form
         self.facts = facts
-        self.folder = path.with_name(f"{path.name}.part")
+        self.folder = part_folder(path)
 
     @classmethod
     def begun(cls, path: Path, form: Format) -> Self:
@@ -90,7 +91,7 @@ class Folder:
         Raises:
             FileNotFoundError: where there is none.
         """
-        said = path.with_name(f"{path.name}.part") / "facts.json"
+        said = part_folder(path) / "facts.json"
         if not said.is_file():
             raise FileNotFoundError(
                 f"expected {said.parent} on a file system that all machines see, got nothing there"
@@ -143,12 +144,12 @@ class Folder:
             )
             if apart:
                 for path in paths:
-                    path.replace(self.folder / "data" / path.name)
+                    move(path, self.folder / "data" / path.name, durable=False)
                 sync(self.folder / "data")
             said, text = self.said(window.number), json.dumps(asdict(done))
-            written_whole(place / said.name if apart else said, lambda part: part.write_text(text))
+            write_whole(place / said.name if apart else said, lambda part: part.write_text(text))
             if apart:
-                (place / said.name).replace(said)
+                move(place / said.name, said, durable=False)
 
     @contextmanager
     def _place(self, apart: bool) -> Iterator[Path]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
+from rd_torch.config import FormatName
 from rd_torch.pooling import pools_of
 from rd_torch.store.facts import Facts
 from rd_torch.store.store import Store
@@ -29,7 +29,7 @@ class Format(ABC):
         identifier: what is taken of a FASTA header unless somebody chooses, as `rd_torch.Proteins` says.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[FormatName]
     dtypes: ClassVar[tuple[str, ...]]
     pools: ClassVar[tuple[str, ...]]
     identifier: ClassVar[str] = "word"
@@ -73,38 +73,3 @@ def require_fitting(form: Format, facts: Facts) -> None:
             raise ValueError(
                 f"expected {what} to be one of {', '.join(map(repr, taken))} in .{form.name}, got {got!r}"
             )
-
-
-def require_folder(path: Path) -> None:
-    """Raises a FileNotFoundError where the folder of a file that will be written is not there."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"expected a folder {path.parent} to write to, got nothing there")
-
-
-def written_whole(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
-    """Calls `write` with a name beside `path`, then renames: the file is there whole, or not at all.
-
-    Args:
-        path: the file.
-        write: writes it.
-        durable: wait until the disk has it, so that it outlives a power cut.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        if durable:
-            sync(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    if durable:
-        sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until the disk has a file, or a folder's entries."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,9 +15,10 @@ import h5py
 import numpy as np
 from torch import Tensor
 
+from rd_torch.disk import write_whole
 from rd_torch.pooling import POOLS
 from rd_torch.store.facts import Facts
-from rd_torch.store.format import Format, Row, written_whole
+from rd_torch.store.format import Format, Row
 from rd_torch.store.hdf5_store import LENGTH, MODEL_NAME, ORIGINAL_ID, HDF5Store
 from rd_torch.store.naming import dataset_name
 from rd_torch.store.store import Store
@@ -66,7 +67,7 @@ class HDF5(Format):
                     if facts.pool != "none" and length is not None:
                         _note(dataset, LENGTH, np.int64(length), h5py.h5t.NATIVE_INT64)
 
-        written_whole(path, fill)
+        write_whole(path, fill)
         return [path]
 
     def finish(
@@ -78,7 +79,7 @@ class HDF5(Format):
         attributes[MODEL_NAME] = facts.model
         attributes["boundaries"] = facts.boundaries
         whole = folder.with_name("finished.h5")
-        written_whole(whole, partial(_merge, names, attributes))
+        write_whole(whole, partial(_merge, names, attributes))
         whole.replace(path)
 
     def open(self, path: Path) -> Store:

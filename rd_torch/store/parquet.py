@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from rd_torch.disk import write_whole
 from rd_torch.pooling import POOLS, pools_of
 from rd_torch.store.facts import Facts
-from rd_torch.store.format import Format, Row, written_whole
+from rd_torch.store.format import Format, Row
 from rd_torch.store.store import Array, Store, missing
 from rd_torch.store.windows import Length, Window
 
@@ -46,7 +47,7 @@ class Parquet(Format):
     def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
         """One file a window."""
         path = folder / f"part-{window.number:06d}.parquet"
-        written_whole(path, partial(pq.write_table, table(window, rows, facts), **_WRITING))
+        write_whole(path, partial(pq.write_table, table(window, rows, facts), **_WRITING))
         return [path]
 
     def finish(

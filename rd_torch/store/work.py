@@ -8,24 +8,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-from filelock import FileLock
-
-from rd_torch.batching import ahead
+from rd_torch.disk import Lock, busy_error, is_held, require_folder, sync, take_lock, write_whole
 from rd_torch.store.facts import Facts
 from rd_torch.store.failures import read_failures, write_failures
 from rd_torch.store.folder import Done, Failure, Folder
-from rd_torch.store.format import Format, Row, require_fitting, require_folder, sync, written_whole
-from rd_torch.store.locks import busy, is_held, locked
+from rd_torch.store.format import Format, Row, require_fitting
 from rd_torch.store.shards import Shard
 from rd_torch.store.store import Store
 from rd_torch.store.windows import Content, Length, Window
+from rd_torch.threads import run_ahead
 
 Compute: TypeAlias = Callable[[Window[Content], dict[int, str]], Iterable[list[Row]]]
 
 Report: TypeAlias = Callable[[list[Length], bool], object]
 """Called with the lengths of records that are done, and whether they were so before."""
 
-Progress: TypeAlias = Callable[[int, bool], object]
+ProgressCallback: TypeAlias = Callable[[int, bool], object]
 """Called with how much is done, and whether it was so before."""
 
 PATIENCE: Final = 600.0
@@ -70,7 +68,7 @@ class Work(Folder):
         self._checksum: str | None = None
         self._shard, self._fixed_budget = shard, fixed_budget
         self._go_on()
-        self._lock: FileLock | None = None if self.is_finished else self._taken()
+        self._lock: Lock | None = None if self.is_finished else self._taken()
 
     @property
     def is_finished(self) -> bool:
@@ -99,26 +97,26 @@ class Work(Folder):
         said = self.folder / "facts.json"
         return Facts.from_json(said.read_text()) if said.is_file() else None
 
-    def _taken(self) -> FileLock | None:
+    def _taken(self) -> Lock | None:
         """Makes the folder and takes its lock, or the shard's; none where the store is there by then."""
         for name in ("data", "windows"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         if self._shard is None:
-            lock = locked(self.folder, self.path)
+            lock = take_lock(self.folder, self.path)
             if self._others():
                 lock.release()
-                raise busy(self.path)
+                raise busy_error(self.path)
         else:
-            lock = locked(self.folder, self.path, wait=PATIENCE)
+            lock = take_lock(self.folder, self.path, wait=PATIENCE)
             self._go_on()  # another one may have begun it, or finished it, meanwhile
             if self.is_finished:
                 self._sweep(lock)
                 return None
-        written_whole(self.folder / "facts.json", lambda part: part.write_text(self.facts.to_json()))
+        write_whole(self.folder / "facts.json", lambda part: part.write_text(self.facts.to_json()))
         if self._shard is None:
             return lock
         try:
-            return locked(self.folder, self.path, f"{self._shard.number}-of-{self._shard.total}.shard")
+            return take_lock(self.folder, self.path, f"{self._shard.number}-of-{self._shard.total}.shard")
         finally:
             lock.release()
 
@@ -126,7 +124,7 @@ class Work(Folder):
         """The locks of shards that are at work."""
         return [path for path in self.folder.glob("*.shard") if is_held(path)]
 
-    def _sweep(self, lock: FileLock) -> None:
+    def _sweep(self, lock: Lock) -> None:
         """Removes what waiting for the lock has left of the folder of a store that is finished."""
         lock.release()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -165,7 +163,7 @@ class Work(Folder):
                     f"is not, with {window.names[0]!r} and what follows it: run its shard again first"
                 )
             failures = dict(window.faults)
-            with closing(ahead(compute(window, failures), BATCHES_AHEAD)) as batches:
+            with closing(run_ahead(compute(window, failures), BATCHES_AHEAD)) as batches:
                 rows = _reported(window, batches, report)
                 self.write(window, rows, failures, apart=self._shard is not None)
         if last is None:
@@ -184,7 +182,7 @@ class Work(Folder):
         neither.
         """
         self.close()
-        self._lock = lock = locked(self.folder, self.path, wait=PATIENCE)
+        self._lock = lock = take_lock(self.folder, self.path, wait=PATIENCE)
         if self.path.exists():
             self._sweep(lock)
             return False
@@ -250,7 +248,7 @@ class Work(Folder):
         self.close()
 
 
-def in_residues(progress: Progress) -> Report:
+def in_residues(progress: ProgressCallback) -> Report:
     """What counts the residues of records that are done."""
     return lambda lengths, before: progress(sum(filter(None, lengths)), before)
 

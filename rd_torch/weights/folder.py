@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rd_torch.config import RDConfig
+from rd_torch.disk import write_whole
 from rd_torch.stage import map_shapes
 from rd_torch.weights.card import model_card
 from rd_torch.weights.tensors import Tensors, read_json, read_tensors, require_finite
@@ -44,14 +46,16 @@ def write_folder(
     for level in config.levels:
         if level.name not in backbones:
             (folder / backbone_file(level.name)).unlink(missing_ok=True)
-    for path, tensors in files.items():  # beside it first: the tensors may be mapped from that very file
-        part = folder / f"{path}.part"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
-        part.replace(folder / path)
+    for path, tensors in files.items():  # never over the old file, from which the tensors may be mapped
+        write_whole(folder / path, partial(_write_tensors, tensors), durable=False)
     (folder / CARD).write_text(model_card(config, name))
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     for path in files:  # which safetensors writes for its owner alone
         (folder / path).chmod((folder / CONFIG).stat().st_mode)
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
 
 
 def read_config(path: Path) -> RDConfig:

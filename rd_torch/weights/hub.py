@@ -20,6 +20,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # a public re-export
 
 from rd_torch.config import Reference
+from rd_torch.disk import write_whole
 from rd_torch.weights.known import ESM2_ON_HUB, FIRST_KEPT, PUBLISHED_MAPS
 from rd_torch.weights.tensors import sha256_of
 
@@ -150,14 +151,15 @@ def _remember(folder: Path, *, files: Mapping[str, Any] | None = None, commit: s
     """Adds to the record, a commit only if there is none; a cache that is read-only stays without."""
     if not os.access(folder, os.W_OK):
         return
+    # The Hub's own kind of lock: other users of a shared cache may take it, and it needs no flock.
     with WeakFileLock(folder / f"{RECORD}.lock"):
         record = _read_record(folder)
         changed = {**record, "files": {**record.get("files", {}), **(files or {})}}
         if commit:
             changed.setdefault("commit", commit)
         if changed != record:
-            (folder / f"{RECORD}.part").write_text(json.dumps(changed, indent=1))
-            (folder / f"{RECORD}.part").replace(folder / RECORD)
+            text = json.dumps(changed, indent=1)
+            write_whole(folder / RECORD, lambda part: part.write_text(text), durable=False)
 
 
 class Upload(TypedDict, total=False):

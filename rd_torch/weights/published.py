@@ -102,7 +102,7 @@ def read_published(
         FileNotFoundError: for a file that is not there.
         ValueError: for an unknown level or option, or a file that does not read or fit.
     """
-    check_choice("level", level, tuple(ESM2_LEVELS))
+    check_choice("the level of the authors' maps", level, tuple(ESM2_LEVELS))
     levels = list(ESM2_LEVELS.values())[: list(ESM2_LEVELS).index(str(level)) + 1]
     widths, chain, reference = [levels[0].width], [], Reference(PUBLISHED_MAPS, revision)
     for smaller, larger in pairwise(levels):

@@ -134,9 +134,7 @@ def read_checkpoint(
         folder = path if path.is_dir() else None
         return Checkpoint(*read_published(folder, level, Choice(**published), hub, revision), {})
     if published:
-        raise ValueError(
-            f"expected {', '.join(published)} for the authors' maps alone, got them for {name_or_folder}"
-        )
+        raise ValueError(f"expected {', '.join(published)} only with the authors' maps, got {name_or_folder}")
     if path.is_dir() and not list_weights(path):
         return _read_ours(lambda name: path / name, level)
     if not path.exists():
