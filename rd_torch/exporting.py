@@ -40,7 +40,7 @@ Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class MismatchError(RuntimeError):
-    """Says that a file does not give the model's embeddings."""
+    """A file does not give the model's embeddings."""
 
 
 class Exporter(NamedTuple):

@@ -188,14 +188,14 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
         read = partial(read_for_fit, records, sums.tokens_per_batch, sums.done)
         begin = partial(begin_summing, load, workers.device, "contents", tokens_per_batch)
         lost: list[Entry] = []
-        last = _follow(run(stream(read), begin, workers), progress, partial(_add, sums, lost))
+        last = _follow(run(stream(read), begin, workers), progress, partial(_add_window, sums, lost))
         if left_out is not None:
             left_out += sorted(lost, key=lambda entry: (entry.source, entry.line))
         sums.finish(last["number"] + 1)
         return sums.solved(provenance, **options)
 
 
-def _add(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
+def _add_window(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
     """Add a window's moments, unless they were there before, and the records that were left out of it."""
     lost += [Entry(*entry) for entry in json.loads(str(row["left_out"]))]
     if not row["before"]:
@@ -206,11 +206,9 @@ def _add(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
 def _follow(
     rows: Iterable[Mapping[str, Any]], progress: ProgressListener, add: Callable[[Mapping[str, Any]], object]
 ) -> Mapping[str, Any]:
-    """Take the rows of windows as they come, report progress, and warn; return the last window's row.
-
-    Rows come in any order. A window counts names and corrections from the first record to its own last one,
-    so that the last window has the totals.
-    """
+    """Take the rows of windows as they come, report progress, and warn; return the last window's row."""
+    # Rows come in any order. Each window counts names and corrections from the first record of all to its own
+    # last one, so that the last window has the totals.
     last: Mapping[str, Any] = {"number": -1}
     for row in rows:
         add(row)
