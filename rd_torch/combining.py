@@ -78,6 +78,16 @@ def combine_stores(
         ValueError: for levels that are not the family's first, files that do not fit their level or each
             other, a width, dtype or format that does not exist, or a store that was begun with other
             embeddings, another model or other choices.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="90K")
+        >>> for level, backbone in model.backbones.items():  # raw embeddings, as people have them
+        ...     alone = rd_torch.RDModel({level: backbone}, [])
+        ...     _ = rd_torch.embed_to_store(alone, [("one", "MQIFVK"), ("two", "MKV")], f"{level}.h5")
+        >>> nesting = rd_torch.Nesting.from_pretrained("esm2-rd-mini", level="90K")
+        >>> rd_torch.combine_stores(nesting, {"28K": "28K.h5", "90K": "90K.h5"}, "nested.h5")
+        >>> rd_torch.open_store("nested.h5")["one"].shape
+        (48,)
     """
     levels = nesting.config.first_levels(inputs, width)
     nesting = nesting.until(levels[-1])

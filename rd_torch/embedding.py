@@ -97,6 +97,13 @@ def embed(
         ValueError: for an empty sequence or signs that are no letters, with the number of the sequence; a
             pool, width or windows that cannot be.
         MemoryError: for a sequence that takes more memory than there is.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> rd_torch.embed(model, ["MQIFVK", "MKV"], width=48).shape
+        (2, 48)
+        >>> [rows.shape for rows in rd_torch.embed(model, ["MQIFVK", "MKV"], pool="none")]
+        [(6, 128), (3, 128)]
     """
     way = pool_name(pool)
     pieces = None if windows is None else Pieces.of(windows, way)
@@ -165,6 +172,13 @@ def embed_to_store(
         TypeError: for what does not iterate over records, as a table, strings or a path.
         ValueError: for no proteins, a pool, width, dtype or format that does not exist, or a store that was
             begun with other sequences, another model or other choices; when strict, for a record.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> proteins = [("one", "MQIFVK"), ("two", "MKV"), ("three", "M1")]
+        >>> failures = rd_torch.embed_to_store(model, proteins, "proteins.parquet")
+        >>> list(rd_torch.open_store("proteins.parquet")), list(failures)
+        (['one', 'two'], ['three'])
     """
     form_of_store = format_of(path, form)
     entries, corrections = entries_of(proteins, form_of_store.identifier), Corrections()

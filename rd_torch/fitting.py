@@ -58,6 +58,13 @@ def fit(
         ValueError: for fewer than two residues, options that cannot be, hidden states that are not finite,
             or a folder that was begun with other backbones or sequences.
         TypeError: for a backbone of another kind, or what holds no sequences.
+
+    Examples:
+        >>> backbones = rd_torch.RDModel.from_pretrained("esm2-rd-mini").backbones
+        >>> sequences = ["MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEG", "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"]
+        >>> chain = rd_torch.fit(backbones, sequences, regressor="ols")  # take a thousand or more
+        >>> chain.config.provenance["fit"]["residues"]
+        68
     """
     residues = normalize_sequences(sequences_of(sequences))
     return fit_entries(

@@ -430,4 +430,4 @@ def test_the_command_says_by_its_status_that_proteins_are_missing(tmp_path, monk
     arguments = ["embed", str(fasta), "-o", str(tmp_path / "out.h5"), "--level", "28K"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 3, result.output
-    assert f"1 proteins could not be embedded: {tmp_path / 'out.h5'}.failed.tsv says why" in result.stderr
+    assert f"Left out 1 of the proteins. {tmp_path / 'out.h5'}.failed.tsv lists them" in result.stderr

@@ -47,7 +47,7 @@ A worker may also die because its machine is switched off, so that one death say
 """
 
 
-class Progress(Protocol):
+class ProgressListener(Protocol):
     """An object that a job tells how far it is."""
 
     def __call__(self, residues: int, before: bool = False) -> None:
@@ -58,7 +58,7 @@ class Progress(Protocol):
 
 
 class _Quiet:
-    """A `Progress` that ignores what it is told."""
+    """A `ProgressListener` that ignores what it is told."""
 
     def __call__(self, residues: int, before: bool = False) -> None:
         """Do nothing."""
@@ -109,7 +109,7 @@ def embed_to_store(
     path: Path,
     *,
     workers: Workers = AS_MANY_AS_FIT,
-    progress: Progress = QUIET,
+    progress: ProgressListener = QUIET,
     **options: Unpack[StoreOptions],
 ) -> dict[str, Failure]:
     """Embed files of proteins as `rd_torch.embed_to_store` does, on the cluster that this process has joined.
@@ -158,7 +158,7 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
     *,
     tokens_per_batch: int | None = None,
     workers: Workers = AS_MANY_AS_FIT,
-    progress: Progress = QUIET,
+    progress: ProgressListener = QUIET,
     provenance: Mapping[str, Any] | None = None,
     work_folder: str | Path | None = None,
     left_out: list[Entry] | None = None,
@@ -194,14 +194,14 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
         read = partial(read_for_fit, records, sums.tokens_per_batch, sums.done)
         begin = partial(begin_summing, load, workers.device, "contents", tokens_per_batch)
         lost: list[Entry] = []
-        last = _follow(run(stream(read), begin, workers), progress, partial(_add, sums, lost))
+        last = _follow(run(stream(read), begin, workers), progress, partial(_add_window, sums, lost))
         if left_out is not None:
             left_out += sorted(lost, key=lambda entry: (entry.source, entry.line))
         sums.finish(last["number"] + 1)
         return sums.solved(provenance, **options)
 
 
-def _add(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
+def _add_window(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
     """Add a window's moments, unless they were there before, and the records that were left out of it."""
     lost += [Entry(*entry) for entry in json.loads(str(row["left_out"]))]
     if not row["before"]:
@@ -210,13 +210,11 @@ def _add(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
 
 
 def _follow(
-    rows: Iterable[Mapping[str, Any]], progress: Progress, add: Callable[[Mapping[str, Any]], object]
+    rows: Iterable[Mapping[str, Any]], progress: ProgressListener, add: Callable[[Mapping[str, Any]], object]
 ) -> Mapping[str, Any]:
-    """Take the rows of windows as they come, report progress, and warn; return the last window's row.
-
-    Rows come in any order. A window counts names and corrections from the first record to its own last one,
-    so that the last window has the totals.
-    """
+    """Take the rows of windows as they come, report progress, and warn; return the last window's row."""
+    # Rows come in any order. Each window counts names and corrections from the first record of all to its own
+    # last one, so that the last window has the totals.
     last: Mapping[str, Any] = {"number": -1}
     for row in rows:
         add(row)

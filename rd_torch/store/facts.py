@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
+from rd_torch.choices import FloatType
 from rd_torch.pooling import pools_of
 
-SaveDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+SaveDtype: TypeAlias = FloatType
 """Type of number that a store holds."""
 
 _FREE: Final = ("model", "tokens_per_batch", "rd_torch_version")

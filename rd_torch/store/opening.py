@@ -25,6 +25,13 @@ def open_store(path: str | Path) -> Store:
     Raises:
         FileNotFoundError: where there is nothing at the path.
         ValueError: for anything else.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> _ = rd_torch.embed_to_store(model, [("one", "MQIFVK"), ("two", "MKV")], "proteins.h5")
+        >>> with rd_torch.open_store("proteins.h5") as store:
+        ...     store["one"].shape, store.read(["two", "one"], width=48).shape
+        ((128,), (2, 48))
     """
     path = Path(path)
     if not path.exists():
