@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from rd_torch.choices import FloatType
@@ -91,14 +92,14 @@ class Facts:
         values |= {name: tuple(values[name]) for name in ("levels", "widths", "windows") if values.get(name)}
         return cls(**values)
 
-    def require_same(self, other: Facts, place: str) -> None:
+    def require_same(self, other: Facts, path: Path) -> None:
         """Refuse to go on with a store of other facts.
 
         The model's name, the budget and the program's version may differ.
 
         Args:
             other: the facts of the store.
-            place: what the store is called in the error.
+            path: the store, which the error names.
 
         Raises:
             ValueError: where they differ; it names the first fact that does.
@@ -108,6 +109,6 @@ class Facts:
             wanted, found = getattr(self, field.name), getattr(other, field.name)
             if field.name not in _FREE and wanted != found:
                 raise ValueError(
-                    f"expected {field.name} {found} (model {other.model}), with which {place} was begun, got "
+                    f"expected {field.name} {found} (model {other.model}), with which {path} was begun, got "
                     f"{wanted} (model {self.model}): use what it was begun with, or choose another output"
                 )

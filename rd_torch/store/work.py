@@ -85,7 +85,7 @@ class Work(Folder):
         begun = self._read_facts()
         if begun is None:
             return
-        self.facts.require_same(begun, str(self.path))
+        self.facts.require_same(begun, self.path)
         if self._fixed_budget and self.facts.tokens_per_batch != begun.tokens_per_batch:
             raise ValueError(
                 f"expected tokens_per_batch {begun.tokens_per_batch}, with which {self.path} was begun, got "
