@@ -17,6 +17,7 @@ from rd_torch.nesting import Nesting
 from rd_torch.store import (
     Facts,
     Names,
+    ProgressCallback,
     Record,
     Row,
     SaveDtype,
@@ -27,7 +28,6 @@ from rd_torch.store import (
     gather,
     open_store,
 )
-from rd_torch.store.work import Progress
 from rd_torch.threads import run_ahead
 
 Raw: TypeAlias = dict[str, Tensor]
@@ -53,7 +53,7 @@ def combine_stores(
     width: int | None = None,
     form: str | None = None,
     save_dtype: SaveDtype = "float32",
-    progress: Progress = lambda records, before: None,
+    progress: ProgressCallback = lambda records, before: None,
 ) -> None:
     """Nests raw embeddings that lie in files, into an embedding file or folder; no backbone runs.
 
@@ -108,7 +108,7 @@ def combine_stores(
             with closing(
                 run_ahead(cut, WINDOWS_AHEAD)
             ) as windows:  # which reads no more before files are closed
-                work.fill(windows, nested, lambda done, before: progress(len(done), before))
+                work.fill(windows, nested, progress, count=len)
     if names.renamed:
         warnings.warn(
             f"records whose name another one has in {work.format.name}, stored as IDENTIFIER#2 and so on: "

@@ -20,9 +20,20 @@ from rd_torch.pieces import Pieces
 from rd_torch.pooling import Pools, pool_name, pools_of
 from rd_torch.reading import entries_of, sequences_of
 from rd_torch.sequences import normalize_entries, normalize_sequences
-from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
-from rd_torch.store.folder import Failure
-from rd_torch.store.work import Compute, Progress, in_residues
+from rd_torch.store import (
+    Compute,
+    Facts,
+    Failure,
+    Names,
+    ProgressCallback,
+    Row,
+    SaveDtype,
+    Shard,
+    Window,
+    Work,
+    cut_windows,
+    format_of,
+)
 from rd_torch.threads import run_ahead
 
 WINDOWS_AHEAD: Final = 1
@@ -120,7 +131,7 @@ def embed_to_store(
     form: str | None = None,
     save_dtype: SaveDtype = "float32",
     name: str = "",
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
     **options: Unpack[StoreOptions],
 ) -> dict[str, Failure]:
     """Embeds proteins into an embedding file or folder, which `rd_torch.open_store` reads.
@@ -184,7 +195,7 @@ def embed_to_store(
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
         with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
             compute = None if only_finish else embed_windows(model, work.facts)
-            failures = work.fill(windows, compute, in_residues(progress))
+            failures = work.fill(windows, compute, progress)
     corrections.warn()
     warn_renamed(names.renamed)
     return failures

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rd_torch.backbone import is_real
-from rd_torch.config import SPECIAL_TOKENS, check_choice
+from rd_torch.choices import check_choice
+from rd_torch.config import SPECIAL_TOKENS
 from rd_torch.modules import modules_of
 
 Task = Literal["regression", "classification"]

@@ -21,7 +21,8 @@ from rd_torch.backbone import (
     token_ids,
 )
 from rd_torch.chain import Chain
-from rd_torch.config import ALPHABET, Storage
+from rd_torch.choices import Storage
+from rd_torch.config import ALPHABET
 from rd_torch.loading import read_family, write_chain
 from rd_torch.nesting import Nesting
 from rd_torch.output import RDOutput

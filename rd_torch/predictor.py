@@ -76,13 +76,13 @@ class Predictor(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """Enable it in the model, since training loops ask the module that they are given."""
+        """Enable gradient checkpointing in the model; training loops ask the module that they are given."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **others: Any
     ) -> None:
-        """Enable it likewise, under the name that newer versions of transformers have.
+        """Enable gradient checkpointing, under the name that newer versions of transformers have.
 
         Args:
             activation_checkpointing_kwargs: options as for `gradient_checkpointing_enable`.

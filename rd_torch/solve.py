@@ -17,7 +17,8 @@ from typing import Final, Literal, TypeAlias, TypedDict, Unpack, get_args
 import torch
 from torch import Tensor
 
-from rd_torch.config import Explained, PredictFrom, Regressor, check_choice
+from rd_torch.choices import PredictFrom, Regressor, check_choice
+from rd_torch.config import Explained
 from rd_torch.moments import RunningMoments
 from rd_torch.significance import significant_components
 from rd_torch.stage import ConcatPCA, Stage

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch.backbone import apply_outside_half, at_least_float32
-from rd_torch.config import Explained, Method, PredictFrom, RDConfig
+from rd_torch.choices import Method, PredictFrom
+from rd_torch.config import Explained, RDConfig
 from rd_torch.modules import Modules
 
 

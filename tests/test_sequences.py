@@ -4,12 +4,14 @@ import random
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rd_torch.backbone.tokens import is_residue, tokenize
+from rd_torch.cli import main
 from rd_torch.config import ALPHABET
-from rd_torch.letters import RESIDUE_LETTERS, Corrections
+from rd_torch.letters import RESIDUE_LETTERS, Corrections, read_residues
 from rd_torch.reading import Fasta
 from rd_torch.sequences import Protein, cut_batches, normalize, normalize_sequences
 
@@ -188,3 +190,20 @@ def test_nasty_files_are_read_exactly_or_refused(tmp_path, name):
             list(Fasta(path))
     else:
         assert [record.sequence for record in Fasta(path)] == expected
+
+
+@pytest.mark.parametrize("command", ["embed", "fit"])
+def test_letters_are_read_once_from_a_file_to_the_model(tmp_path, monkeypatch, command):
+    read = []
+
+    def counting(text, *others, **options):
+        read.append(text)
+        return read_residues(text, *others, **options)
+
+    monkeypatch.setattr("rd_torch.sequences.read_residues", counting)
+    written = [f"M{'K' * length}jt" for length in range(3, 40)]
+    (tmp_path / "in.fasta").write_text("".join(f">{place}\n{text}\n" for place, text in enumerate(written)))
+    arguments = [command, str(tmp_path / "in.fasta"), "-o", str(tmp_path / "out.h5")]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert read == written
