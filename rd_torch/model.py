@@ -11,15 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch import hardware
-from rd_torch.backbone import (
-    AttentionSink,
-    Packing,
-    Prepared,
-    check_tokens,
-    is_real,
-    is_residue,
-    token_ids,
-)
+from rd_torch.backbone import AttentionSink, Packing, Prepared, check_tokens, is_real, is_residue, token_ids
 from rd_torch.chain import Chain
 from rd_torch.choices import Storage
 from rd_torch.config import ALPHABET
@@ -53,7 +45,9 @@ class RDModel(Chain):
 
     Examples:
         >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
-        >>> out = model(model.alphabet.get_batch_converter()([("a protein", "MKV")])[2])  # (1, 5, 128)
+        >>> _, _, tokens = model.alphabet.get_batch_converter()([("a protein", "MKV")])
+        >>> model(tokens).embeddings.shape, model(tokens, width=48).embeddings.shape
+        (torch.Size([1, 5, 128]), torch.Size([1, 5, 48]))
     """
 
     alphabet = ALPHABET
