@@ -16,7 +16,7 @@ from rd_torch.chain import Chain
 from rd_torch.config import ALPHABET, Storage
 from rd_torch.loading import read_family, write_chain
 from rd_torch.nesting import Nesting
-from rd_torch.output import RDOutput
+from rd_torch.output import RDOutput, check_layers
 from rd_torch.stage import nest, stages_of
 from rd_torch.weights import Hub, PublishedOptions, Source, Upload, read_checkpoint, upload
 
@@ -175,7 +175,7 @@ class RDModel(Chain):
             ValueError: for tokens of another rank or device, unknown ids, distributions that do not sum to
                 one (within 0.005), a layer without a reverse-distilled form, or a width that does not exist.
         """
-        layers = self._check_layers(repr_layers)
+        layers = check_layers(repr_layers, self.num_layers)
         maps: list[Tensor] = []
         sink = maps.append if need_head_weights or return_contacts else None
         packing, raw = self._run_backbones(tokens, width, sink)
@@ -286,15 +286,3 @@ class RDModel(Chain):
         special = packing.real & ~is_residue(ids)
         own = packing.unpack(larger)[..., : nested.shape[-1]].to(nested.dtype)
         return torch.where(special[..., None], own, nested)
-
-    def _check_layers(self, repr_layers: Iterable[int] | None) -> tuple[int, ...] | None:
-        """Return the layers asked for, each once; raise a ValueError for hidden layers."""
-        if repr_layers is None:
-            return None
-        layers = tuple(dict.fromkeys(map(int, repr_layers)))
-        if set(layers) - {self.num_layers}:
-            raise ValueError(
-                f"expected repr_layers [{self.num_layers}] or none, got {list(layers)}: only the last layer "
-                "has a reverse-distilled form; ask model.backbones for hidden layers"
-            )
-        return layers

@@ -107,6 +107,19 @@ class Representations(Mapping[str | int, Tensor]):
         return len(self._shown)
 
 
+def check_layers(repr_layers: Iterable[int] | None, num_layers: int) -> tuple[int, ...] | None:
+    """Return the layers asked for, each once; raise a ValueError for layers other than the last."""
+    if repr_layers is None:
+        return None
+    layers = tuple(dict.fromkeys(map(int, repr_layers)))
+    if set(layers) - {num_layers}:
+        raise ValueError(
+            f"expected repr_layers [{num_layers}] or none, got {list(layers)}: only the last layer "
+            "has a reverse-distilled form; ask model.backbones for hidden layers"
+        )
+    return layers
+
+
 _TENSORS: Final = ("embeddings", "logits", "residue_mask", "nested", "attentions", "contacts")
 
 
