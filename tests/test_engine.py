@@ -97,7 +97,7 @@ def test_few_shapes_serve_all_sizes():
 
 
 def reference_varlen(q, k, v, edges, longest):
-    """Attention between boundaries; sequences may be empty."""
+    """Attention between edges; sequences may be empty."""
     parts = [part.tensor_split(edges[1:-1].long().cpu()) for part in (q, k, v)]
     assert edges.diff().max() <= longest
     mixed = [
@@ -120,7 +120,7 @@ def test_a_slot_gives_each_batch_its_own_results_whatever_was_in_it_before(monke
         packing = packing_of(tokens)
         inputs = Inputs(*token_dropout(tokens, packing, torch.float32), packing.positions, None)
         slot = slot or Slot(Shape(512, 16, 512), inputs)
-        slot.fill(inputs, packing.boundaries)
+        slot.fill(inputs, packing.edge_tensor)
         with torch.no_grad():
             fixed = prepared._run(slot.inputs, 1)["c"]
             expected = backbone(tokens, packing)

@@ -165,7 +165,7 @@ class Engine:
         self._recordings[shape, levels] = recording
         if len(self._recordings) > MOST_RECORDINGS:
             self._recordings.popitem(last=False)
-        recording.slot.fill(inputs, packing.boundaries)
+        recording.slot.fill(inputs, packing.edge_tensor)
         recording.graph.replay()
         return {level: self._hidden[level][: len(ids)] for level in list(self._family)[:levels]}
 
@@ -178,7 +178,7 @@ class Engine:
     def _record(self, shape: Shape, inputs: Inputs, packing: Packing, levels: int) -> Recording:
         """Records the shape as a graph, after a run that compiles what is not compiled yet."""
         slot = Slot(shape, inputs)
-        slot.fill(inputs, packing.boundaries)
+        slot.fill(inputs, packing.edge_tensor)
         warming, main = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         warming.wait_stream(main)
         with torch.cuda.stream(warming):
