@@ -71,6 +71,15 @@ def test_within_a_folder_each_file_imports_only_from_files_above_it(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_folder_is_entered_by_its_face(path):
+    for (package, *inside), name in imports(path):
+        if (PACKAGE / package).is_dir() and room(path) != f"{package}/" and path.name != "__init__.py":
+            assert not inside, f"{name} of {package}/{inside[0]}.py is not in the face of {package}/"
+            face = importlib.import_module(f"rd_torch.{package}")
+            assert not name or name in face.__all__
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_files_and_functions_keep_their_size(path):
     text = (PACKAGE / path).read_text()
     assert len(text.splitlines()) <= 300
