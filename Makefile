@@ -1,5 +1,7 @@
 # Everything runs in .venv, which any target makes when it is missing or out of date.
 PYTHON ?= python3
+# Another version of PyTorch than the pinned one, as `make check TORCH=2.14.1`; `make clean` before and after.
+TORCH ?=
 BIN := .venv/bin
 DATA := $(abspath $(wildcard ../shared/data))
 export RD_TORCH_DATA ?= $(DATA)
@@ -18,7 +20,7 @@ endef
 # What holds PyTorch and oneDNN to the vector units that every x86-64 CPU of today has.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
-.PHONY: setup demo test test-all test-portable test-capabilities test-oldest check format lint types docs clean
+.PHONY: setup demo test test-all test-portable test-capabilities test-oldest coverage package check format lint types docs pictures clean
 
 setup: .venv/installed
 
@@ -26,6 +28,7 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet --group dev
+	$(if $(TORCH),$(BIN)/pip install --quiet "torch==$(TORCH)")
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -55,8 +58,19 @@ test-oldest:
 	.venv-oldest/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	$(call run-tests,.venv-oldest,not slow)
 
-# The documentation is executed by the tests.
-check: lint types test test-capabilities
+# Which lines of the package the tests run; the pages are in htmlcov/.
+coverage: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not slow and not alone" --cov --cov-report=term --cov-report=html
+
+# The wheel and the source distribution in dist/, after what is in the wheel has run in an empty environment.
+package: setup
+	$(BIN)/pytest tests/test_package.py -m "slow or not slow"
+	rm -rf dist
+	$(BIN)/hatchling build
+
+# What the documentation says is executed by the tests.
+check: lint types docs test test-capabilities
 
 format: setup
 	$(BIN)/ruff format .
@@ -69,8 +83,13 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# The documentation as a site, in site/: without network, and every warning is an error.
 docs: setup
-	$(BIN)/pytest tests/test_docs.py -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The pictures of the tutorials, as their blocks draw them.
+pictures: setup
+	$(BIN)/python tests/pages.py
 
 clean:
-	rm -rf .venv .venv-oldest demo build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest demo site build dist htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache

@@ -33,7 +33,7 @@ from report import Row, environment, write_result
 from torch import Tensor
 
 import rd_torch
-from rd_torch.exporting import FORMATS
+from rd_torch.exporting import EXPORTERS
 
 
 def batches_of(proteins: list[str]) -> dict[str, Batch]:
@@ -51,11 +51,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     model = random_family(levels_until(arguments), torch.float32, "cpu").chain
     runs: dict[str, Callable[[Tensor], Tensor]] = {"model": model.encode}
     seconds_to_write = {}
-    for suffix, form in FORMATS.items():
+    for suffix, exporter in EXPORTERS.items():
         start = time.perf_counter()
         rd_torch.export(model, folder / f"chain{suffix}")
         seconds_to_write[suffix] = round(time.perf_counter() - start)
-        run = form.load(folder / f"chain{suffix}")
+        run = exporter.load(folder / f"chain{suffix}")
         runs[suffix] = lambda tokens, run=run: run(tokens)[0]
     rows = []
     for name, batch in batches_of(natural_proteins(arguments.data)).items():
@@ -76,7 +76,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
                 "speed over the model's": round(median["model"] / median[suffix], 2),
                 "seconds to write": seconds_to_write[suffix],
             }
-            for suffix in FORMATS
+            for suffix in EXPORTERS
         ]
     return rows
 

@@ -53,7 +53,7 @@ import rd_torch
 from rd_torch.backbone import ESM2, MEAN_SHARE_KEPT, Packing, TransformerLayer, is_residue, tokenize
 from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
 from rd_torch.reading import Fasta
-from rd_torch.sequences import cut_batches, normalized
+from rd_torch.sequences import cut_batches, normalize_sequences
 
 LEVELS = ("8M", "35M", "150M", "650M")
 DTYPES = (torch.float16, torch.bfloat16)
@@ -280,7 +280,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 def prepare(arguments: argparse.Namespace) -> tuple[rd_torch.RDModel, list[Tensor], Facts]:
     """The model in float32, the batches to compare on, and the facts of both."""
     found = list(Fasta(arguments.data / "natural50_valid.fasta.xz"))
-    short = normalized(each.sequence for each in found if len(each.sequence) <= MOST_RESIDUES)
+    short = normalize_sequences(each.sequence for each in found if len(each.sequence) <= MOST_RESIDUES)
     proteins = take(short, arguments.residues or (22_000 if arguments.family == "mini" else 1_500))
     batches = [tokenize([each for _, each in batch]) for batch in cut_batches(proteins, TOKENS_PER_BATCH)]
     facts: Facts = {"proteins": len(proteins), "residues": sum(map(len, proteins))}

@@ -35,7 +35,7 @@ import rd_torch
 from rd_torch.backbone import tokenize
 from rd_torch.config import ESM2_LEVELS
 from rd_torch.reading import Fasta
-from rd_torch.sequences import Entry, Protein, cut_batches, normalized_proteins
+from rd_torch.sequences import Entry, Protein, cut_batches, normalize_proteins
 from rd_torch.store import Names, cut_windows
 
 TOKENS_PER_BATCH = 8_192
@@ -55,7 +55,7 @@ def models() -> dict[str, rd_torch.RDModel]:
 def proteins_of(data: Path, count: int) -> list[Protein]:
     """The validation proteins, then training proteins, so many together."""
     files = [data / f"natural50_{name}.fasta.xz" for name in ("valid", "train")]
-    return list(islice(chain.from_iterable(normalized_proteins(Fasta(file)) for file in files), count))
+    return list(islice(chain.from_iterable(normalize_proteins(Fasta(file)) for file in files), count))
 
 
 def write_fasta(proteins: Sequence[Protein], path: Path) -> None:

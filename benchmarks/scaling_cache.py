@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import rd_torch
 from rd_torch.batching import plan_batches
+from rd_torch.disk import write_whole
 from rd_torch.fitting import add_moments
-from rd_torch.store.format import written_whole
 
 
 def side_by_side(model: rd_torch.RDModel) -> rd_torch.RDModel:
@@ -93,7 +93,7 @@ class Cache:
                     budget,
                     lambda residues, before: bar.update(residues),
                 )
-            written_whole(path, partial(torch.save, moments.parts))
+            write_whole(path, partial(torch.save, moments.parts))
         return rd_torch.RunningMoments.of(*torch.load(path, map_location="cpu"))
 
 

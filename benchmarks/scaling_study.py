@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from rd_torch import RunningMoments
 from rd_torch.reading import Fasta
-from rd_torch.sequences import normalized_proteins
+from rd_torch.sequences import normalize_proteins
 
 PROTOCOL = 1
 """Raised with every change that makes scores of before incomparable."""
@@ -128,7 +128,7 @@ class Study:
 
 def disjoint_samples(path: Path, without: Collection[str], size: int) -> list[list[str]]:
     """Five samples of a FASTA file's sequences, drawn by chance; none is there twice or among `without`."""
-    proteins = normalized_proteins(Fasta(path), max_length=MAX_RESIDUES)
+    proteins = normalize_proteins(Fasta(path), max_length=MAX_RESIDUES)
     known = list(dict.fromkeys(each.sequence for each in proteins))
     random.Random(0).shuffle(known)
     known = [sequence for sequence in known if sequence not in without]

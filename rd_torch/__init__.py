@@ -4,7 +4,7 @@
 features of the large model's embedding are the small models' embeddings (Catrina, Bepler, Sledzieski
 and Singh, ICLR 2026, arXiv 2603.07710).
 
-Names load on first use, so that `rd-torch --help` need not wait for torch.
+A name is loaded when it is first used, so that `rd-torch --help` need not wait for torch.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
 
+# The module in which each public name lives.
 _HOMES = {
     "ConcatPCA": "stage",
     "ESM2": "backbone",

@@ -1,4 +1,4 @@
-"""The 33 tokens of ESM-2 and the converter of strings to token ids, called as fair-esm's are."""
+"""The 33 tokens of ESM-2, and the converter of strings to token ids, which are called as fair-esm's are."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Alphabet:
     """ESM-2's alphabet: 33 tokens, the same in every size, with fair-esm's attributes and methods.
 
     Attributes:
-        standard_toks: letters, `.` and `-`: what stands in sequences and alignments.
-        prepend_toks: tokens before those in the order of ids.
-        append_toks: tokens after them and after the filling `<null_1>`.
+        standard_toks: tokens of sequences and alignments: the letters, `.` and `-`.
+        prepend_toks: tokens whose ids come before those.
+        append_toks: tokens whose ids come after those and after `<null_1>`, which only fills a place.
         all_toks: all tokens in the order of their ids.
-        unique_no_split_tokens: the same list: what `tokenize` looks for.
-        tok_to_idx: ids by token.
+        unique_no_split_tokens: the tokens that `tokenize` looks for, which are all of them.
+        tok_to_idx: id of each token.
         all_special_tokens: tokens that stand for no residue and no gap.
-        prepend_bos: whether the batch converter sets `<cls>` before a sequence.
-        append_eos: whether it sets `<eos>` behind.
-        use_msa: whether it reads alignments, which ESM-2 does not.
-        cls_idx: id of `<cls>`, 0; `padding_idx`, `eos_idx`, `unk_idx` and `mask_idx` are alike.
+        prepend_bos: whether the batch converter puts `<cls>` before a sequence.
+        append_eos: whether the batch converter puts `<eos>` after a sequence.
+        use_msa: whether the batch converter reads alignments; false, because ESM-2 reads none.
+        cls_idx: id of `<cls>`, 0; likewise `padding_idx`, `eos_idx`, `unk_idx` and `mask_idx`.
     """
 
     def __init__(self) -> None:
@@ -56,28 +56,48 @@ class Alphabet:
         return len(self.all_toks)
 
     def get_idx(self, tok: str) -> int:
-        """The id of a token; that of `<unk>` for what is none."""
+        """Return the id of a token; for a string that is no token, the id of `<unk>`."""
         return self.tok_to_idx.get(tok, self.unk_idx)
 
     def get_tok(self, ind: int) -> str:
-        """The token of an id.
+        """Return the token of an id.
+
+        Args:
+            ind: the id, 0 to 32.
+
+        Returns:
+            The token.
 
         Raises:
-            IndexError: for an id beyond the last.
+            IndexError: for an id after the last.
         """
         return self.all_toks[ind]
 
     def to_dict(self) -> dict[str, int]:
-        """A copy of the ids by token."""
+        """Return a copy of the ids by token."""
         return self.tok_to_idx.copy()
 
     def get_batch_converter(self, truncation_seq_length: int | None = None) -> BatchConverter:
-        """A function of labelled strings to token ids, which cuts sequences that are longer than told."""
+        """Make a function that turns labelled strings into token ids.
+
+        Args:
+            truncation_seq_length: number of tokens of a sequence to keep, `<cls>` and `<eos>` not counted; by
+                default all.
+
+        Returns:
+            The function.
+        """
         return BatchConverter(self, truncation_seq_length)
 
     @classmethod
     def from_architecture(cls, name: str) -> Self:
-        """The alphabet of an architecture by fair-esm's name for it, `"ESM-1b"` or `"roberta_large"`.
+        """Return the alphabet of an architecture.
+
+        Args:
+            name: fair-esm's name of the architecture, `"ESM-1b"` or `"roberta_large"`.
+
+        Returns:
+            The alphabet, which is the same for both.
 
         Raises:
             ValueError: for an architecture with another alphabet than ESM-2's.
@@ -85,22 +105,35 @@ class Alphabet:
         if name not in _NAMES:
             raise ValueError(
                 f"expected an architecture with ESM-2's alphabet, {' or '.join(_NAMES)}, got {name!r}: "
-                "only that alphabet is here"
+                "no other alphabet is here"
             )
         return cls()
 
     def tokenize(self, text: str, **_: object) -> list[str]:
-        """The tokens of a string, `<mask>` and its like as one each; whitespace parts and is dropped.
+        """Split a string into tokens, at whitespace too, which is dropped.
 
-        What lies between two tokens and is none, such as a run of lower-case letters, comes as one piece.
-        No token lies within another, so that it does not matter which of them is looked for first.
+        `<mask>` and other spelled tokens are one token each. What is no token, such as a run of lower-case
+        letters, stays one piece. No token contains another, so that their order does not matter.
+
+        Args:
+            text: the string.
+            **_: options of fair-esm's method, which change nothing.
+
+        Returns:
+            Tokens, and pieces that are none, in their order.
         """
         for token in self.unique_no_split_tokens:
             text = text.replace(token, f" {token} ")
         return text.split()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a string's tokens, none for an empty one; neither `<cls>` nor `<eos>` is added.
+        """Return the ids of a string's tokens, without `<cls>` and `<eos>` around them.
+
+        Args:
+            text: the string, which may be empty.
+
+        Returns:
+            One id for each token.
 
         Raises:
             KeyError: with the first piece that is no token.
@@ -109,17 +142,17 @@ class Alphabet:
 
 
 class BatchConverter:
-    """Labelled strings in, token ids out: a function, and a `collate_fn` of a `DataLoader`.
+    """A function that turns labelled strings into token ids; it serves as `collate_fn` of a `DataLoader`.
 
-    What fair-esm's converter reads is read as it does, `-`, `.` and spelled tokens such as `<mask>` as tokens
-    of their own. Letters at which it fails with a KeyError are read as everywhere in this package: lower case
-    as upper, a `*` at the end as none, and letters that are no residue as X, with one warning that counts
-    them.
+    What fair-esm's converter accepts is read as it reads it: `-`, `.` and spelled tokens such as `<mask>` are
+    tokens of their own. Letters at which it fails with a KeyError are read as everywhere in this package:
+    lower case becomes upper case, a `*` at the end is dropped, and letters that are no residue become X, with
+    one warning that counts them.
 
     Args:
-        alphabet: whose ids are given, and which says whether `<cls>` and `<eos>` are set.
-        truncation_seq_length: tokens of a sequence that are kept, `<cls>` and `<eos>` not counted; all
-            for None or 0.
+        alphabet: the alphabet that has the ids, and says whether `<cls>` and `<eos>` are added.
+        truncation_seq_length: number of tokens of a sequence to keep, `<cls>` and `<eos>` not counted; None
+            or 0 for all.
     """
 
     def __init__(self, alphabet: Alphabet, truncation_seq_length: int | None = None) -> None:
@@ -127,16 +160,19 @@ class BatchConverter:
         self.truncation_seq_length = truncation_seq_length
 
     def __call__(self, raw_batch: Sequence[tuple[str, str]]) -> Batch:
-        """Labels and strings as they came, and `(batch, time)` int64 ids with `<pad>` at the right.
+        """Turn labelled strings into token ids.
 
         Args:
             raw_batch: pairs of a label and a string; a string may be empty, the batch may not.
+
+        Returns:
+            The labels, the strings as they came, and `(batch, time)` int64 ids with `<pad>` at the right.
 
         Raises:
             ValueError: for an empty batch, items that are no pairs, or a string that is no sequence, with
                 its number, from 1, and the first character that does not belong.
         """
-        import torch  # here, so that facts and choices of a model are there without waiting for torch
+        import torch  # here, so that `rd_torch.RDConfig`, which needs the alphabet, loads without torch
 
         rows = len(raw_batch)
         if isinstance(raw_batch, str | Mapping) or any(isinstance(pair, str) for pair in raw_batch):
@@ -165,10 +201,12 @@ class BatchConverter:
         return labels, strings, tokens
 
     def _ids(self, number: int, string: str, corrections: Corrections) -> list[int]:
-        """The ids of one string of a batch."""
+        """Return the ids of one string of a batch."""
         try:
             return self.alphabet.encode(string)
-        except KeyError:  # where fair-esm ends
+        except (
+            KeyError
+        ):  # fair-esm's converter fails here; ours reads the string as the rest of the package does
             parts = [part for part in _SPELLED.split(str(string)) if part.strip(BLANKS)]
         try:
             read = [

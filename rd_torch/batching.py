@@ -1,11 +1,9 @@
-"""Sequences through a model in batches: a token budget found from free memory, halved when it runs out."""
+"""Run sequences through a model in batches that fit the free memory, and halve them if it runs out."""
 
 from __future__ import annotations
 
-import queue
-import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Generic, NamedTuple, TypeVar
 
 import torch
@@ -19,23 +17,31 @@ from rd_torch.sequences import cut_batches
 Result = TypeVar("Result")
 
 MOST_TOKENS: Final = {"cpu": 8_192, "cuda": 32_768}
-"""Tokens a batch by type of device from which larger batches are not faster."""
+"""Number of tokens in a batch, by type of device, above which a batch only takes more memory.
+
+So many rows keep the matrix products busy. The number for CUDA was chosen without measuring on a GPU.
+"""
 
 LEAST_TOKENS: Final = 1_024
+"""Number of tokens that a batch may always hold: one of the longest sequences that ESM-2 was trained on.
+
+With less memory free the batch is tried all the same, because the estimate is rough.
+"""
 
 SHARE_OF_FREE: Final = 0.5
 """Share of the free memory that a batch is planned to take: the estimate is rough, others allocate too."""
 
-# What oneDNN and C++ say, without a type of their own. oneDNN says more where a shape is the trouble.
+# Messages of oneDNN and C++ when memory runs out; their errors have no type of their own. They are compared
+# whole, because oneDNN adds to these words when a shape is at fault.
 _SHORT_OF_MEMORY: Final = ("could not create a primitive", "could not execute a primitive", "std::bad_alloc")
 
 
 class Batch(NamedTuple, Generic[Result]):
-    """One batch that went through.
+    """What was computed of one batch.
 
     Attributes:
-        indices: the number of each sequence in the input.
-        result: what was computed of them.
+        indices: number of each sequence of the batch in the input, from 0.
+        result: what `compute` returned for the batch.
     """
 
     indices: list[int]
@@ -43,10 +49,11 @@ class Batch(NamedTuple, Generic[Result]):
 
 
 def bytes_per_token(family: Iterable[ESM2]) -> int:
-    """A rough upper bound of what a forward pass without gradients takes, weights apart.
+    """Return a rough upper bound of the bytes that a forward pass without gradients takes for each token.
 
-    Of the widest layer: residual stream, its normalised copy, heads, feed-forward block; of the chain: each
-    raw embedding, in float64 too where moments are summed, and nested ones packed, padded and averaged.
+    In the widest layer it counts the residual stream, its normalised copy, the heads and the feed-forward
+    block; in the chain every raw embedding, also in float64 for moments, and the nested one packed, padded
+    and averaged. It does not count weights.
     """
     members = list(family)
     element = members[-1].dtype.itemsize
@@ -55,9 +62,14 @@ def bytes_per_token(family: Iterable[ESM2]) -> int:
 
 
 def find_budget(family: Iterable[ESM2], device: torch.device) -> int:
-    """Tokens a batch may hold on the device as it is now: what half of its free memory takes.
+    """Find how many tokens a batch may hold: as many as half of the memory takes that is free now.
 
-    Never fewer than 1,024, never more than the device gains from (8,192; 32,768 on CUDA).
+    Args:
+        family: the backbones.
+        device: the device that they are on.
+
+    Returns:
+        The number of tokens: at least 1,024, and at most 8,192 or, on CUDA, 32,768.
     """
     most = MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"])
     free = hardware.free_bytes(device)
@@ -67,7 +79,15 @@ def find_budget(family: Iterable[ESM2], device: torch.device) -> int:
 
 
 def plan_batches(family: Iterable[ESM2], tokens_per_batch: int | None) -> tuple[int, torch.device]:
-    """The budget, found where none is given, and the family's device; warns of a dtype it emulates."""
+    """Settle how large batches are and where they go; warn if the device emulates the backbones' dtype.
+
+    Args:
+        family: the backbones.
+        tokens_per_batch: number of tokens that a batch may hold; None to find it from the free memory.
+
+    Returns:
+        The number of tokens, and the backbones' device.
+    """
     members = list(family)
     device = members[0].device
     hardware.warn_if_emulated(device, members[0].dtype)
@@ -76,53 +96,14 @@ def plan_batches(family: Iterable[ESM2], tokens_per_batch: int | None) -> tuple[
     return tokens_per_batch, device
 
 
-def ahead(items: Iterable[Result], most: int) -> Generator[Result, None, None]:
-    """The same items, made in a thread of their own that is up to `most` of them ahead.
-
-    What the thread raises is raised here, behind the items made before it. Closed before its end, it waits
-    for the item under work.
-    """
-    made: queue.Queue[Result | BaseException | None] = queue.Queue(most)
-    wanted = threading.Event()
-    wanted.set()
-
-    def put(item: Result | BaseException | None) -> bool:
-        """Waits for room; False where nobody wants more."""
-        while wanted.is_set():
-            try:
-                made.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        """Makes the items; what it raises, or None, is the last of them."""
-        try:
-            for item in items:
-                if not put(item):
-                    return
-        except BaseException as error:  # raised where the items are wanted
-            put(error)
-        else:
-            put(None)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (item := made.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        wanted.clear()
-        thread.join()
-
-
 def require_memory(family: Iterable[ESM2], tokens: Tensor) -> None:
-    """Raises a MemoryError for tokens that would take more than there is, where the system kills for that."""
+    """Require that a CPU has the memory that these tokens are estimated to take.
+
+    Raises:
+        MemoryError: if it has not. A system that grants more memory than it has would kill the process.
+    """
     if tokens.device.type != "cpu":
-        return
+        return  # a GPU refuses by itself
     needed, free = bytes_per_token(family) * tokens.numel(), hardware.free_bytes(tokens.device) or 0
     if needed > free:
         raise MemoryError(f"about {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
@@ -136,22 +117,27 @@ def run_batches(
     *,
     failures: dict[int, str] | None = None,
 ) -> Iterator[Batch[Result]]:
-    """Computes normalised sequences batch by batch, longest first within a window.
+    """Call a function on sequences, batch by batch.
 
-    A batch that the device has no memory for is halved, and so is the budget from there on, with a
-    warning. On a CPU this needs an operating system that refuses memory rather than kill.
+    Sequences are sorted by length within a window of about 16 batches, so that little is padded. A batch for
+    which memory runs out is halved, and so is the budget from then on, with a warning. On a CPU this needs an
+    operating system that refuses memory, instead of killing the process.
 
     Args:
-        compute: `(batch, time)` tokens to whatever is wanted of them.
-        sequences: letters, residues only; read as they are needed.
-        tokens_per_batch: tokens a batch holds at most, padding counted; a longer sequence goes alone.
-        device: where tokens go.
-        failures: if given, receives the number of a sequence that alone takes more memory than there is,
-            and why; the others go on.
+        compute: the function; it takes `(batch, time)` token ids.
+        sequences: residues alone, one letter each; they are read as they are needed.
+        tokens_per_batch: number of tokens, padding included, that a batch holds at most; a longer sequence
+            makes a batch of its own.
+        device: device to put the tokens on.
+        failures: if given, a sequence that alone takes more memory than there is does not end the run; its
+            number and the reason are added here.
+
+    Yields:
+        The result of each batch.
 
     Raises:
         ValueError: for a budget below 1.
-        MemoryError: where one sequence alone takes more than there is, without `failures`.
+        MemoryError: without `failures`, for a sequence that alone takes more memory than there is.
     """
     limit = tokens_per_batch
     for batch in cut_batches(sequences, tokens_per_batch):
@@ -165,20 +151,20 @@ def run_batches(
                     yield done
                     continue
                 if len(part) == 1:
-                    error = _too_long(size, device, done)
+                    message = _too_long_message(size, device, done)
                     if failures is None:
-                        raise error
-                    failures[part[0][0]] = str(error)
+                        raise MemoryError(message)
+                    failures[part[0][0]] = message
                     continue
-                limit = _halved(size, device)
+                limit = _halve(size, device)
             half = (len(part) + 1) // 2
-            waiting += [part[half:], part[:half]]
+            waiting += [part[half:], part[:half]]  # popped from the end: the first half comes first
 
 
 def _attempt(
     compute: Callable[[Tensor], Result], part: list[tuple[int, str]], device: torch.device
 ) -> Batch[Result] | str:
-    """The batch computed, or what was said when memory ran out."""
+    """Return what was computed of a batch, or the message with which memory ran out."""
     try:
         tokens = tokenize([sequence for _, sequence in part]).to(device)
         return Batch([index for index, _ in part], compute(tokens))
@@ -191,24 +177,25 @@ def _attempt(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the system had no memory left."""
+    """Return whether an error says that a device or the system has no memory left."""
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error) or str(error) in _SHORT_OF_MEMORY
 
 
-def _too_long(size: int, device: torch.device, said: str) -> MemoryError:
-    """What is said of one sequence that memory has no room for."""
-    return MemoryError(
+def _too_long_message(size: int, device: torch.device, reason: str) -> str:
+    """Return the message for one sequence, of `size` tokens, that memory has no room for."""
+    return (
         f"expected memory for one sequence of {size - SPECIAL_TOKENS:,} residues, got none left on "
-        f"{device}: cut it (--max-length), take a shorter width or a half-precision model ({said})"
+        f"{device}: cut the sequence (--max-length), or take a smaller width or a half-precision model "
+        f"({reason})"
     )
 
 
-def _halved(size: int, device: torch.device) -> int:
-    """Half the tokens that were too many, with a warning."""
+def _halve(size: int, device: torch.device) -> int:
+    """Return half as many tokens as were too many, and warn."""
     warnings.warn(
         f"{size:,} tokens were too many for the memory of {device}: batches hold at most {size // 2:,} "
-        "from here on",
+        "from now on",
         stacklevel=4,
     )
     return size // 2

@@ -11,13 +11,13 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor
 
-from rd_torch.batching import ahead
 from rd_torch.matching import require_names, require_raw
 from rd_torch.modules import bytes_of
 from rd_torch.nesting import Nesting
 from rd_torch.store import (
     Facts,
     Names,
+    ProgressCallback,
     Record,
     Row,
     SaveDtype,
@@ -28,7 +28,7 @@ from rd_torch.store import (
     gather,
     open_store,
 )
-from rd_torch.store.work import Progress
+from rd_torch.threads import run_ahead
 
 Raw: TypeAlias = dict[str, Tensor]
 """A record's raw embeddings by level, `(width,)` or `(residues, width)`."""
@@ -53,7 +53,7 @@ def combine_stores(
     width: int | None = None,
     form: str | None = None,
     save_dtype: SaveDtype = "float32",
-    progress: Progress = lambda records, before: None,
+    progress: ProgressCallback = lambda records, before: None,
 ) -> None:
     """Nests raw embeddings that lie in files, into an embedding file or folder; no backbone runs.
 
@@ -78,6 +78,16 @@ def combine_stores(
         ValueError: for levels that are not the family's first, files that do not fit their level or each
             other, a width, dtype or format that does not exist, or a store that was begun with other
             embeddings, another model or other choices.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="90K")
+        >>> for level, backbone in model.backbones.items():  # raw embeddings, as people have them
+        ...     alone = rd_torch.RDModel({level: backbone}, [])
+        ...     _ = rd_torch.embed_to_store(alone, [("one", "MQIFVK"), ("two", "MKV")], f"{level}.h5")
+        >>> nesting = rd_torch.Nesting.from_pretrained("esm2-rd-mini", level="90K")
+        >>> rd_torch.combine_stores(nesting, {"28K": "28K.h5", "90K": "90K.h5"}, "nested.h5")
+        >>> rd_torch.open_store("nested.h5")["one"].shape
+        (48,)
     """
     levels = nesting.config.first_levels(inputs, width)
     nesting = nesting.until(levels[-1])
@@ -95,8 +105,10 @@ def combine_stores(
                 """The rows of a window, batch by batch."""
                 return _nested(nesting, window, work.facts)
 
-            with closing(ahead(cut, WINDOWS_AHEAD)) as windows:  # which reads no more before files are closed
-                work.fill(windows, nested, lambda done, before: progress(len(done), before))
+            with closing(
+                run_ahead(cut, WINDOWS_AHEAD)
+            ) as windows:  # which reads no more before files are closed
+                work.fill(windows, nested, progress, count=len)
     if names.renamed:
         warnings.warn(
             f"records whose name another one has in {work.format.name}, stored as IDENTIFIER#2 and so on: "

@@ -1,4 +1,4 @@
-"""Facts and choices as frozen dataclasses: the alphabet, the ESM-2 sizes, `Level`, `RDConfig`."""
+"""Facts of ESM-2 and of a checkpoint: the alphabet, the sizes, `Level` and `RDConfig`."""
 
 from __future__ import annotations
 
@@ -6,32 +6,23 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from numbers import Integral
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, get_args
 
 from rd_torch.alphabet import Alphabet
+from rd_torch.choices import Method, PredictFrom, SpecialRows, check_choice
 from rd_torch.letters import RESIDUE_LETTERS
 
-Regressor: TypeAlias = Literal["pcr", "ols", "ridge"]
-PredictFrom: TypeAlias = Literal["nested", "previous"]
-SpecialRows: TypeAlias = Literal["maps", "larger"]
-Method: TypeAlias = Literal["rd", "naive"]
-Storage: TypeAlias = Literal["included", "referenced"]
-
-# Which of the maps that the authors published.
-PublishedRegressor: TypeAlias = Literal["pcr", "linear", "ridge"]
-PCA: TypeAlias = Literal["incremental", "fbpca"]
-SequenceCount: TypeAlias = Literal["0.5k", "1k", "5k", "10k"]
-
 ALPHABET: Final = Alphabet()
-"""The alphabet of every size of ESM-2."""
+"""The alphabet that all sizes of ESM-2 share."""
 
 FIRST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[0])
 LAST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[-1])
 
 SPECIAL_TOKENS: Final = 2
-"""`<cls>` in front of a sequence and `<eos>` behind it."""
+"""Number of tokens around a sequence: `<cls>` before it and `<eos>` after it."""
 
 FORMAT_VERSION: Final = 1
+"""The format of `config.json`; a config of another format is refused."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +30,13 @@ class Reference:
     """Where a backbone lies on the Hub.
 
     Attributes:
-        repo: the repository, `"facebook/esm2_t6_8M_UR50D"`.
-        revision: commit, tag or branch; None for the main branch.
-        sha256: checksums by file name, as far as they are known; checked after the download.
+        repo: name of the repository, such as `"facebook/esm2_t6_8M_UR50D"`.
+        revision: commit, tag or branch; None stands for the main branch.
+        sha256: known checksums by file name; each is checked when the file has been downloaded.
+
+    Examples:
+        >>> rd_torch.Reference("facebook/esm2_t6_8M_UR50D", revision="main").repo
+        'facebook/esm2_t6_8M_UR50D'
     """
 
     repo: str
@@ -51,18 +46,22 @@ class Reference:
 
 @dataclass(frozen=True)
 class Level:
-    """One backbone of a family by name, with its shape.
+    """The name and the shape of one backbone of a family.
 
     Attributes:
-        name: how the level is called, `"650M"`; a module name, so without a dot.
-        num_layers: transformer layers.
-        width: features a token.
-        attention_heads: heads a layer; their size is `width / attention_heads`.
-        reference: where on the Hub the backbone came from; in a saved checkpoint, where it lies
-            instead of in the checkpoint.
+        name: name of the level, such as `"650M"`. It names a module, so it has no dot.
+        num_layers: number of transformer layers.
+        width: number of features of each token's embedding.
+        attention_heads: number of attention heads in a layer; each has `width / attention_heads` features.
+        reference: where on the Hub the backbone came from. In a saved checkpoint, where it is read from,
+            instead of from the checkpoint.
 
     Raises:
-        ValueError: for a name that no module can have, or heads that do not divide the width evenly.
+        ValueError: for a name that no module can have, or heads that would not be of one even size.
+
+    Examples:
+        >>> rd_torch.Level("tiny", num_layers=2, width=32, attention_heads=4).width
+        32
     """
 
     name: str
@@ -92,17 +91,27 @@ ESM2_LEVELS: Final[Mapping[str, Level]] = {
         ("15B", 48, 5120, 40),
     )
 }
-"""The published sizes of ESM-2 (Lin et al., Science 2023, doi:10.1126/science.ade2574)."""
+"""The published sizes of ESM-2 (Lin et al., Science 2023, doi:10.1126/science.ade2574).
+
+Examples:
+    >>> {name: level.width for name, level in rd_torch.ESM2_LEVELS.items()}
+    {'8M': 320, '35M': 480, '150M': 640, '650M': 1280, '3B': 2560, '15B': 5120}
+"""
 
 
 @dataclass(frozen=True)
 class Explained:
-    """What a stage explains of the larger embedding, on the data it was fitted on.
+    """How much of the larger embedding a stage explains, on the data that it was fitted on.
 
     Attributes:
-        r2: `1 - tr cov(r) / tr cov(y)`: the share of the larger embedding's variance that the
-            regression predicts; None where the maps came without it.
-        kept: share of the residual variance that the added directions keep.
+        r2: `1 - tr cov(r) / tr cov(y)`, the share of the larger embedding's variance that the regression
+            predicts; None for maps that came without this number.
+        kept: share of the residual's variance that the added directions keep, from 0 to 1.
+
+    Examples:
+        >>> stage = rd_torch.RDModel.from_pretrained("esm2-rd-mini").stages["90K"]
+        >>> f"{stage.explained.r2:.2f} predicted, {stage.explained.kept:.2f} of the rest kept"
+        '0.87 predicted, 0.77 of the rest kept'
     """
 
     r2: float | None
@@ -111,21 +120,28 @@ class Explained:
 
 @dataclass(frozen=True)
 class RDConfig:
-    """What a checkpoint is, apart from its tensors.
+    """Everything that a checkpoint states, apart from its tensors.
 
     Attributes:
-        levels: the backbones' shapes, smallest first.
-        added: directions that each stage adds; one fewer than levels.
-        explained: what each stage explains; None where it is not known.
-        predict_from: what W acts on: the nested embedding, or the previous backbone's raw one.
-        special_rows: what stands at `<cls>`, `<eos>`, `<mask>` of the widest level: the maps' rows
-            or the larger backbone's raw vectors.
+        levels: names and shapes of the backbones, smallest first.
+        added: number of directions that each stage adds, one stage fewer than levels.
+        explained: how much each stage explains; None for a stage of which it is not known.
+        predict_from: embedding that W acts on: `"nested"`, or the `"previous"` backbone's raw one.
+        special_rows: embeddings of `<cls>`, `<eos>` and `<mask>` at the widest level: `"maps"` for those that
+            the maps give, or `"larger"` for the raw ones of the largest backbone.
         provenance: where backbones and maps come from, in words and numbers.
-        method: `"rd"` for reverse distillation; `"naive"` for the baseline that concatenates and
-            takes principal components, whose levels are no prefixes of each other.
+        method: `"rd"` for reverse distillation, or `"naive"` for the baseline, principal components of
+            concatenated embeddings, whose levels are no prefixes of each other.
 
     Raises:
-        ValueError: when the tuples do not fit together or a choice does not exist.
+        ValueError: for tuples that do not fit together, or a choice that does not exist.
+
+    Examples:
+        >>> config = rd_torch.RDModel.from_pretrained("esm2-rd-mini").config
+        >>> config.widths
+        {'28K': 32, '90K': 48, '207K': 64, '1M': 128}
+        >>> config.levels_for(40)
+        ['28K', '90K']
     """
 
     levels: tuple[Level, ...]
@@ -145,7 +161,7 @@ class RDConfig:
         if not len(self.added) == len(self.explained) == len(self.levels) - 1:
             raise ValueError(
                 f"expected one stage fewer than the {len(self.levels)} levels, "
-                f"got {len(self.added)} and {len(self.explained)} reports"
+                f"got {len(self.added)} in added and {len(self.explained)} in explained"
             )
         check_choice("predict_from", self.predict_from, get_args(PredictFrom))
         check_choice("special_rows", self.special_rows, get_args(SpecialRows))
@@ -153,31 +169,40 @@ class RDConfig:
         self._check_special_rows()
 
     def _check_special_rows(self) -> None:
+        """Raise a ValueError for raw special rows that do not have the width of the nested ones."""
         shapes = zip(self.levels, self.widths.values(), strict=True)
         uneven = [level.name for level, width in shapes if level.width != width]
         if self.special_rows == "larger" and uneven:
             raise ValueError(
-                'expected special_rows="maps", got "larger", though the nested width differs from '
-                f"the backbone's at {', '.join(uneven)}: its raw vectors do not fit there"
+                'expected special_rows="maps", got "larger", though the nested width differs from the '
+                f"backbone's at {', '.join(uneven)}: the backbone's raw embeddings do not fit there"
             )
 
     @property
     def is_nested(self) -> bool:
-        """Whether narrower levels are prefixes of wider ones, as all but the baseline's are."""
+        """Whether narrower levels are prefixes of wider ones; only the baseline's are not."""
         return self.method != "naive"
 
     @property
     def widths(self) -> dict[str, int]:
-        """Nested width of each level, smallest first."""
+        """Width of each level's nested embedding, by level, smallest first."""
         totals = accumulate(self.added, initial=self.levels[0].width)
         return {level.name: width for level, width in zip(self.levels, totals, strict=True)}
 
     def require_level(self, level: str) -> None:
-        """Raises a ValueError that lists the levels unless `level` is one of them."""
+        """Require that there is a level called `level`.
+
+        Raises:
+            ValueError: for any other name, with those of the levels.
+        """
         check_choice("level", level, tuple(self.widths))
 
     def require_width(self, width: int | None) -> None:
-        """Raises a ValueError that lists the levels unless `width` is None or a number of features."""
+        """Require that embeddings can be cut to `width` features; None stands for all of them.
+
+        Raises:
+            ValueError: for any other value, with the widths of the levels.
+        """
         widest = self.widths[self.levels[-1].name]
         fits = width is None or (isinstance(width, Integral) and not isinstance(width, bool))
         if not fits or (width is not None and not 1 <= width <= widest):
@@ -185,39 +210,46 @@ class RDConfig:
             raise ValueError(f"expected a width from 1 to {widest} (levels: {listed}), got {width}")
 
     def levels_for(self, width: int | None) -> list[str]:
-        """The levels up to the first that holds `width` features; all for None."""
+        """Return the names of the levels that `width` features need, smallest first; None needs all."""
         self.require_width(width)
         names = list(self.widths)
         narrower = [name for name, size in self.widths.items() if width is None or size < width]
         return names[: len(narrower) + 1]
 
     def first_levels(self, given: Collection[str], width: int | None = None) -> list[str]:
-        """Those of the given levels that `width` features need, smallest first; all for None.
+        """Select the levels that `width` features need, among those of which embeddings are at hand.
+
+        Args:
+            given: names of the levels at hand.
+            width: number of features; by default all that these levels have.
+
+        Returns:
+            The names of the levels, smallest first.
 
         Raises:
-            ValueError: for levels that are not the family's first, too few of them, or a width that does
-                not exist.
+            ValueError: for levels that are not the family's first, too few of them, or a width that no level
+                has.
         """
         names = list(self.widths)
         needed = names[: len(given)] if width is None else self.levels_for(width)
         if not needed or not set(needed) <= set(given) <= set(names):
-            some = "" if width is None else f", at least {', '.join(needed)} for {width} features"
+            least = "" if width is None else f", at least {', '.join(needed)} for {width} features"
             raise ValueError(
-                f"expected the first levels of {', '.join(names)}{some}, got {', '.join(given) or 'none'}"
+                f"expected the first levels of {', '.join(names)}{least}, got {', '.join(given) or 'none'}"
             )
         return needed
 
     def prefixes(self, width: int) -> dict[str, int]:
-        """Where each level's embedding ends within the first `width` features, by level.
+        """Return where each level's embedding ends within the first `width` features, by level.
 
-        The baseline's levels are no prefixes: of those the last stands alone.
+        Levels of the baseline are no prefixes, so that for it only the last one that is needed is returned.
         """
         levels = self.levels_for(width)
         shown = levels if self.is_nested else levels[-1:]
         return {level: min(width, self.widths[level]) for level in shown}
 
     def until(self, level: str) -> RDConfig:
-        """The config of the chain that ends at `level`."""
+        """Return the config of the chain that ends at `level`."""
         self.require_level(level)
         stages = list(self.widths).index(level)
         return replace(
@@ -228,45 +260,39 @@ class RDConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """This config as plain JSON values."""
+        """Return this config as a dictionary of JSON values."""
         return {"format": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RDConfig:
-        """The config that `to_dict` wrote.
+        """Return the config of which `to_dict` returned these values.
 
         Raises:
-            ValueError: for another format or a missing or unknown key.
+            ValueError: for another format, or for a key that is missing or unknown.
         """
         if values.get("format") != FORMAT_VERSION:
             raise ValueError(
                 f"expected a config of format {FORMAT_VERSION}, got {values.get('format')!r}: "
-                "a newer rd_torch may read it"
+                "a newer version of rd_torch may read it"
             )
         try:
             return cls(
-                **{key: value for key, value in values.items() if key not in _PARSED},
+                **{key: value for key, value in values.items() if key not in _CONVERTED},
                 levels=tuple(_level_from_dict(level) for level in values["levels"]),
                 added=tuple(values["added"]),
                 explained=tuple(item and Explained(**item) for item in values["explained"]),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"expected a config as rd_torch writes it, got one that lacks or adds keys: {error}"
+                f"expected a config with the keys that rd_torch writes, got one with others: {error}"
             ) from error
 
 
 def _level_from_dict(values: Mapping[str, Any]) -> Level:
-    """The level that `RDConfig.to_dict` wrote."""
+    """Return the level of which `RDConfig.to_dict` returned these values."""
     reference = values.get("reference")
     return Level(**{**values, "reference": reference and Reference(**reference)})
 
 
-_PARSED = frozenset({"format", "levels", "added", "explained"})
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises a ValueError that lists the choices unless `value` is one of them."""
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"expected {name} to be one of {listed}, got {value!r}")
+# Keys of a config that are not passed on as they are.
+_CONVERTED = frozenset({"format", "levels", "added", "explained"})

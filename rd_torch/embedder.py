@@ -12,7 +12,7 @@ from rd_torch.backbone import is_residue, obstacle
 from rd_torch.batching import require_memory, run_batches
 from rd_torch.model import RDModel
 from rd_torch.pieces import Blend, Pieces
-from rd_torch.pooling import pooled
+from rd_torch.pooling import pool_residues
 from rd_torch.store import Row
 
 
@@ -21,7 +21,7 @@ class Embedder(NamedTuple):
 
     Attributes:
         model: the chain.
-        pool: how residues are pooled, as `named_pool` has it.
+        pool: how residues are pooled, as `pool_name` has it.
         width: features to keep; None for all.
         pieces: how long sequences are cut; None where they stay whole.
         tokens_per_batch: tokens a batch holds at most.
@@ -119,4 +119,4 @@ def _pooled(embeddings: Tensor, residues: Tensor, pool: str) -> list[Tensor]:
     rows, counts = embeddings[residues], residues.sum(1)
     if pool == "none":
         return list(rows.cpu().split(counts.tolist()))
-    return list(pooled(rows, counts, embeddings[:, 0], pool).cpu())
+    return list(pool_residues(rows, counts, embeddings[:, 0], pool).cpu())

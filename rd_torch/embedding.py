@@ -11,18 +11,30 @@ from typing import Any, Final, TypedDict, Unpack, cast
 import numpy as np
 import torch
 
-from rd_torch.batching import ahead, plan_batches
+from rd_torch.batching import plan_batches
 from rd_torch.embedder import Embedder, prepare
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.modules import evaluating
 from rd_torch.pieces import Pieces
-from rd_torch.pooling import Pools, named_pool, pools_of
+from rd_torch.pooling import Pools, pool_name, pools_of
 from rd_torch.reading import entries_of, sequences_of
-from rd_torch.sequences import normalized, normalized_entries
-from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
-from rd_torch.store.folder import Failure
-from rd_torch.store.work import Compute, Progress, in_residues
+from rd_torch.sequences import normalize_entries, normalize_sequences
+from rd_torch.store import (
+    Compute,
+    Facts,
+    Failure,
+    Names,
+    ProgressCallback,
+    Row,
+    SaveDtype,
+    Shard,
+    Window,
+    Work,
+    cut_windows,
+    format_of,
+)
+from rd_torch.threads import run_ahead
 
 WINDOWS_AHEAD: Final = 1
 """Windows that are read while one is embedded."""
@@ -85,10 +97,17 @@ def embed(
         ValueError: for an empty sequence or signs that are no letters, with the number of the sequence; a
             pool, width or windows that cannot be.
         MemoryError: for a sequence that takes more memory than there is.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> rd_torch.embed(model, ["MQIFVK", "MKV"], width=48).shape
+        (2, 48)
+        >>> [rows.shape for rows in rd_torch.embed(model, ["MQIFVK", "MKV"], pool="none")]
+        [(6, 128), (3, 128)]
     """
-    way = named_pool(pool)
+    way = pool_name(pool)
     pieces = None if windows is None else Pieces.of(windows, way)
-    residues = list(normalized(sequences_of(sequences)))
+    residues = list(normalize_sequences(sequences_of(sequences)))
     budget, device = plan_batches(model.family(width).values(), tokens_per_batch)
     if sum(map(len, residues)) > budget:  # one batch is done sooner than anything is compiled for it
         prepare(model)
@@ -112,7 +131,7 @@ def embed_to_store(
     form: str | None = None,
     save_dtype: SaveDtype = "float32",
     name: str = "",
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
     **options: Unpack[StoreOptions],
 ) -> dict[str, Failure]:
     """Embeds proteins into an embedding file or folder, which `rd_torch.open_store` reads.
@@ -153,6 +172,13 @@ def embed_to_store(
         TypeError: for what does not iterate over records, as a table, strings or a path.
         ValueError: for no proteins, a pool, width, dtype or format that does not exist, or a store that was
             begun with other sequences, another model or other choices; when strict, for a record.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> proteins = [("one", "MQIFVK"), ("two", "MKV"), ("three", "M1")]
+        >>> failures = rd_torch.embed_to_store(model, proteins, "proteins.parquet")
+        >>> list(rd_torch.open_store("proteins.parquet")), list(failures)
+        (['one', 'two'], ['three'])
     """
     form_of_store = format_of(path, form)
     entries, corrections = entries_of(proteins, form_of_store.identifier), Corrections()
@@ -165,11 +191,11 @@ def embed_to_store(
     wanted = facts_of(model, name, save_dtype, budget, **cast(EmbedOptions, options))
     with Work(Path(path), form_of_store, wanted, fixed_budget=given is not None, shard=taken) as work:
         names = Names(work.format.key)
-        read = normalized_entries(entries, corrections, strict=strict, max_length=max_length)
+        read = normalize_entries(entries, corrections, strict=strict, max_length=max_length)
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
-        with closing(ahead(cut, WINDOWS_AHEAD)) as windows:
+        with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
             compute = None if only_finish else embed_windows(model, work.facts)
-            failures = work.fill(windows, compute, in_residues(progress))
+            failures = work.fill(windows, compute, progress)
     corrections.warn()
     warn_renamed(names.renamed)
     return failures
@@ -212,7 +238,7 @@ def facts_of(
     Raises:
         ValueError: for a pool or width that does not exist.
     """
-    pool, windows = named_pool(options.get("pool", "mean")), options.get("windows")
+    pool, windows = pool_name(options.get("pool", "mean")), options.get("windows")
     prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
     return Facts(
         model=name,

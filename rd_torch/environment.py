@@ -1,4 +1,4 @@
-"""What a report of a bug has to say of a machine: versions, devices, memory, which kernels run."""
+"""Describe a machine for the report of a bug: versions, devices, memory, and which kernels run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES: Final = (
     *("fair-esm", "esm", "transformers", "peft", "accelerate", "lightning", "ray", "triton"),
     *("torchao", "onnx", "onnxscript", "onnxruntime"),
 )
-"""Packages whose versions change what rd_torch does, the optional ones last."""
+"""Packages whose versions change what rd_torch does; those that it can do without come last."""
 
 VARIABLES: Final = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ATEN_CPU_CAPABILITY"),
@@ -29,8 +29,15 @@ VARIABLES: Final = (
 GIBI: Final = 2**30
 
 
-def installed(package: str) -> str | None:
-    """The package's version; None where it is not installed."""
+def version_of(package: str) -> str | None:
+    """Look up the version of a package.
+
+    Args:
+        package: name of the package on PyPI.
+
+    Returns:
+        The version; None where the package is not installed.
+    """
     try:
         return version(package)
     except PackageNotFoundError:
@@ -38,20 +45,20 @@ def installed(package: str) -> str | None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """The machine and the installation as plain JSON values.
+    """Describe the machine and the installation, in plain JSON values.
 
     Returns:
-        `"rd_torch"`, `"python"`, `"system"`: versions; `"packages"`: version by package, None where it is not
-        installed; `"variables"`: environment variables that are set and change something; `"threads"` that
-        PyTorch uses on the CPU; `"compiler"`: whether there is a C compiler, which `prepare_inference` needs
-        on a GPU; `"devices"`: for each its name, memory in GiB, and by dtype whose matrix products and which
-        attention run and whether they are emulated.
+        `"rd_torch"`, `"python"` and `"system"`: their versions. `"packages"`: the version of each package,
+        None where it is not installed. `"variables"`: environment variables that are set and change
+        something. `"threads"`: how many PyTorch uses on the CPU. `"compiler"`: whether there is a C compiler,
+        which `prepare_inference` needs on a GPU. `"devices"`: name and memory, in GiB, of each device, and
+        for each dtype the kernels of matrix products and attention, and whether the dtype is emulated.
     """
     return {
-        "rd_torch": installed("rd_torch"),
+        "rd_torch": version_of("rd_torch"),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {package: installed(package) for package in PACKAGES} | {"torch": torch.__version__},
+        "packages": {package: version_of(package) for package in PACKAGES} | {"torch": torch.__version__},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "threads": torch.get_num_threads(),
         "compiler": hardware.has_compiler("C"),
@@ -60,7 +67,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _describe_device(device: torch.device) -> dict[str, Any]:
-    """One device of `describe_environment`."""
+    """Describe one device."""
     total, free = hardware.total_bytes(device), hardware.free_bytes(device)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return {
@@ -73,7 +80,7 @@ def _describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def _describe_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What runs on the device in that dtype, for the head sizes of ESM-2."""
+    """Describe the kernels that run on a device in a dtype, for the head sizes of ESM-2."""
     sizes = {level.width // level.attention_heads for level in ESM2_LEVELS.values()}
     return {
         "products": hardware.product_kernel(device, dtype),

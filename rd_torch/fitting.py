@@ -16,10 +16,9 @@ from rd_torch.model import RDModel
 from rd_torch.modules import evaluating
 from rd_torch.moments import RunningMoments
 from rd_torch.reading import sequences_of
-from rd_torch.sequences import Entry, normalized
+from rd_torch.sequences import Entry, normalize_sequences
 from rd_torch.solve import SolveOptions, check_options
-from rd_torch.store import cut_windows
-from rd_torch.store.work import Progress
+from rd_torch.store import ProgressCallback, cut_windows
 from rd_torch.sums import Sums
 
 
@@ -28,7 +27,7 @@ def fit(
     sequences: Iterable[str],
     *,
     tokens_per_batch: int | None = None,
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
     provenance: Mapping[str, Any] | None = None,
     work_folder: str | Path | None = None,
     **options: Unpack[SolveOptions],
@@ -59,8 +58,37 @@ def fit(
         ValueError: for fewer than two residues, options that cannot be, hidden states that are not finite,
             or a folder that was begun with other backbones or sequences.
         TypeError: for a backbone of another kind, or what holds no sequences.
+
+    Examples:
+        >>> backbones = rd_torch.RDModel.from_pretrained("esm2-rd-mini").backbones
+        >>> sequences = ["MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEG", "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"]
+        >>> chain = rd_torch.fit(backbones, sequences, regressor="ols")  # take a thousand or more
+        >>> chain.config.provenance["fit"]["residues"]
+        68
     """
-    letters = normalized(sequences_of(sequences))
+    residues = normalize_sequences(sequences_of(sequences))
+    return fit_entries(
+        backbones,
+        (Entry("", sequence) for sequence in residues),
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+        provenance=provenance,
+        work_folder=work_folder,
+        **options,
+    )
+
+
+def fit_entries(
+    backbones: Mapping[str, nn.Module],
+    entries: Iterable[Entry],
+    *,
+    tokens_per_batch: int | None = None,
+    progress: ProgressCallback = lambda residues, before: None,
+    provenance: Mapping[str, Any] | None = None,
+    work_folder: str | Path | None = None,
+    **options: Unpack[SolveOptions],
+) -> RDModel:
+    """Fit a chain to records that are normalised and sound; arguments and errors are else those of `fit`."""
     family = shared_family(backbones, **options)
     budget, device = plan_batches(family.values(), tokens_per_batch)
     with (
@@ -68,7 +96,7 @@ def fit(
         Sums(family, budget, device, work_folder, fixed_budget=tokens_per_batch is not None) as sums,
     ):
         windows = 0
-        for window in cut_windows((Entry("", one) for one in letters), sums.tokens_per_batch):
+        for window in cut_windows(entries, sums.tokens_per_batch):
             windows = window.number + 1
             if window in sums.done:
                 progress(window.residues, True)
@@ -97,7 +125,7 @@ def add_moments(
     moments: RunningMoments,
     sequences: Iterable[str],
     tokens_per_batch: int,
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
 ) -> int:
     """Adds the residues of normalised sequences to the family's joint moments; returns how many came."""
     device = next(iter(family.values())).device

@@ -1,7 +1,7 @@
-"""Small heads for what people predict from embeddings, of each residue or of the whole sequence.
+"""Small heads that predict labels from embeddings, for each residue or for the whole sequence.
 
-Heads take embeddings and the residue mask, from a model here and now or from a file. Residues that have no
-label and whatever is no residue count in no loss.
+Heads take embeddings, from a model or from a file, and the residue mask. Positions that have no label, or are
+no residue, count in no loss.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rd_torch.backbone import is_real
-from rd_torch.config import SPECIAL_TOKENS, check_choice
+from rd_torch.choices import check_choice
+from rd_torch.config import SPECIAL_TOKENS
 from rd_torch.modules import modules_of
 
 Task = Literal["regression", "classification"]
 Pooling = Literal["mean", "attention"]
 
 UNLABELLED: Final = -100
-"""The class of what has no label, as PyTorch's losses have it; in regression it is NaN."""
+"""The class of a position without a label, the same as in PyTorch's losses; in regression NaN is used."""
 
 
 class Head(nn.Module):
-    """What sequence heads and residue heads share: an output layer and a loss.
+    """The base class of sequence heads and residue heads: an output layer and a loss.
 
     Args:
-        width: features to read, the first ones of whatever embedding comes.
-        outputs: classes, or numbers to predict.
-        task: `"classification"` by cross-entropy, `"regression"` by mean squared error.
-        hidden: features of a hidden layer with GELU; by default there is none, and the head is linear.
-        dropout: share of the features, or of the hidden ones, that training blanks.
+        width: number of features that the head reads, which are the first ones of an embedding.
+        outputs: number of classes, or of values to predict.
+        task: `"classification"`, with cross-entropy as loss, or `"regression"`, with the mean squared error.
+        hidden: number of features of a hidden layer with GELU; by default there is no hidden layer.
+        dropout: share of the features that the output layer reads and that training sets to zero, 0 to 1.
 
     Raises:
-        ValueError: for numbers below one, a task that is none, or classes below two.
+        ValueError: for a number below one, fewer than two classes, or a task that does not exist.
     """
 
     def __init__(
@@ -57,16 +58,22 @@ class Head(nn.Module):
         self.out = nn.Linear(hidden or width, outputs)
 
     def predict(self, features: Tensor) -> Tensor:
-        """`(..., outputs)` of `(..., width)`."""
+        """Map `(..., width)` features to `(..., outputs)` predictions."""
         if self.hidden is not None:
             features = functional.gelu(self.hidden(features))
         return self.out(self.dropout(features))
 
     def cut(self, embeddings: Tensor) -> Tensor:
-        """The features that the head reads, in its dtype.
+        """Take the features that the head reads, in the head's dtype.
+
+        Args:
+            embeddings: `(..., at least width)`.
+
+        Returns:
+            `(..., width)`.
 
         Raises:
-            ValueError: for embeddings that have fewer.
+            ValueError: for embeddings that have fewer features.
         """
         if embeddings.shape[-1] < self.width:
             raise ValueError(
@@ -76,18 +83,21 @@ class Head(nn.Module):
         return embeddings[..., : self.width].to(self.out.weight.dtype)
 
     def labelled(self, labels: Tensor, residue_mask: Tensor) -> Tensor:
-        """True at labels that count."""
+        """Return a mask that is True at labels that count."""
         return labels != UNLABELLED if self.task == "classification" else ~labels.isnan()
 
     def loss(self, predictions: Tensor, labels: Tensor, residue_mask: Tensor) -> Tensor:
-        """Mean over what is labelled.
+        """Compute the mean loss over what is labelled.
 
         Args:
-            predictions: what the head made of a batch.
-            labels: shaped as the predictions without their last dimension: classes, -100 where there is none;
-                in regression numbers, NaN where there is none, and with the last dimension where several
-                are predicted.
-            residue_mask: `(batch, time)` True at residues.
+            predictions: `(batch, outputs)` or `(batch, time, outputs)` predictions of the head.
+            labels: integer classes, shaped as the predictions without the last dimension, with -100 where
+                there is no label; or, for regression, numbers, shaped as the predictions, with NaN where
+                there is no label. For one output the last dimension may be left out.
+            residue_mask: `(batch, time)`, True at residues.
+
+        Returns:
+            The loss, a scalar.
 
         Raises:
             ValueError: for labels of another shape or unknown classes, or where nothing is labelled.
@@ -114,7 +124,7 @@ class Head(nn.Module):
         return each.masked_fill(~labelled, 0).sum() / labelled.sum().clamp(min=1)
 
     def _check_labels(self, labels: Tensor, labelled: Tensor) -> None:
-        """Raises where nothing is labelled, or a class is unknown; in eager mode only."""
+        """Raise where nothing is labelled, or a class is unknown; in eager mode only."""
         if torch.compiler.is_compiling():
             return
         if not labelled.any():
@@ -129,14 +139,22 @@ class Head(nn.Module):
 
 
 class ResidueHead(Head):
-    """Predicts something of every residue: `(batch, time, width)` to `(batch, time, outputs)`."""
+    """A head that predicts labels of residues: `(batch, time, width)` to `(batch, time, outputs)`.
+
+    Examples:
+        >>> head = rd_torch.ResidueHead(128, 3, task="classification")
+        >>> predictions = head(torch.randn(2, 10, 128), torch.ones(2, 10) > 0)  # (2, 10, 3)
+    """
 
     def forward(self, embeddings: Tensor, residue_mask: Tensor) -> Tensor:
-        """Predictions at every token; those at no residue mean nothing.
+        """Predict at every token; predictions at tokens that are no residue mean nothing.
 
         Args:
             embeddings: `(batch, time, at least width)`.
-            residue_mask: `(batch, time)` True at residues.
+            residue_mask: `(batch, time)`, True at residues.
+
+        Returns:
+            `(batch, time, outputs)`.
 
         Raises:
             ValueError: for embeddings narrower than the head.
@@ -144,25 +162,29 @@ class ResidueHead(Head):
         return self.predict(self.cut(embeddings))
 
     def labelled(self, labels: Tensor, residue_mask: Tensor) -> Tensor:
-        """True at residues with labels."""
+        """Return a mask that is True at residues with labels."""
         extra = (1,) * (labels.ndim - residue_mask.ndim)
         return super().labelled(labels, residue_mask) & residue_mask.view(*residue_mask.shape, *extra)
 
 
 class SequenceHead(Head):
-    """Predicts something of the whole sequence: `(batch, time, width)` to `(batch, outputs)`.
+    """A head that predicts labels of sequences: `(batch, time, width)` to `(batch, outputs)`.
 
     Args:
-        width: features to read, the first ones of whatever embedding comes.
-        outputs: classes, or numbers to predict.
-        task: `"classification"` by cross-entropy, `"regression"` by mean squared error.
-        pool: how residues become one vector: their mean, or their mean weighted by a softmax over a learnt
-            linear score of each.
-        hidden: features of a hidden layer with GELU; by default there is none.
-        dropout: share of the pooled features, or of the hidden ones, that training blanks.
+        width: number of features that the head reads, which are the first ones of an embedding.
+        outputs: number of classes, or of values to predict.
+        task: `"classification"`, with cross-entropy as loss, or `"regression"`, with the mean squared error.
+        pool: how residues become one vector: `"mean"`, or `"attention"` for a mean whose weights are a
+            softmax over a learnt linear score of each residue.
+        hidden: number of features of a hidden layer with GELU; by default there is no hidden layer.
+        dropout: share of the features that the output layer reads and that training sets to zero, 0 to 1.
 
     Raises:
-        ValueError: for numbers below one, a task or pool that is none, or classes below two.
+        ValueError: for a number below one, fewer than two classes, or a task or pool that does not exist.
+
+    Examples:
+        >>> head = rd_torch.SequenceHead(48, 1, task="regression", pool="attention")
+        >>> predictions = head(torch.randn(2, 10, 128), torch.ones(2, 10) > 0)  # (2, 1), of 48 features
     """
 
     def __init__(
@@ -179,14 +201,17 @@ class SequenceHead(Head):
         check_choice("pool", pool, get_args(Pooling))
         self.score = nn.Linear(width, 1, bias=False) if pool == "attention" else None
         if self.score is not None:
-            nn.init.zeros_(self.score.weight)  # begins as the mean
+            nn.init.zeros_(self.score.weight)  # with equal scores, training begins at the mean
 
     def forward(self, embeddings: Tensor, residue_mask: Tensor) -> Tensor:
-        """Predictions of each sequence; of one without residues, those of a vector of zeros.
+        """Pool the residues of each sequence and predict; a sequence without residues counts as zeros.
 
         Args:
             embeddings: `(batch, time, at least width)`.
-            residue_mask: `(batch, time)` True at residues: what is averaged over.
+            residue_mask: `(batch, time)`, True at residues.
+
+        Returns:
+            `(batch, outputs)`.
 
         Raises:
             ValueError: for embeddings narrower than the head.
@@ -195,6 +220,8 @@ class SequenceHead(Head):
         weights = residue_mask.to(features.dtype)
         if self.score is not None:
             scores = self.score(features)[..., 0].masked_fill(~residue_mask, -torch.inf)
+            # Subtracted so that `exp` does not overflow. Without residues it is -inf, and -inf - -inf
+            # would be NaN.
             highest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
             weights = (scores - highest).exp()
         total = weights.sum(-1, keepdim=True)
@@ -203,15 +230,19 @@ class SequenceHead(Head):
 
 
 class MatryoshkaHead(nn.Module):
-    """Heads of several widths trained at once, so that every prefix is good for the task by itself.
+    """Several heads that are trained at once, so that each prefix serves the task by itself.
 
-    The loss is the mean of theirs (Kusupati et al., NeurIPS 2022, arXiv 2205.13147).
+    The loss is the mean of the heads' losses (Kusupati et al., NeurIPS 2022, arXiv 2205.13147).
 
     Args:
-        heads: of different widths.
+        heads: heads of different widths.
 
     Raises:
-        ValueError: for no heads, or two of one width.
+        ValueError: for no heads, or two heads of the same width.
+
+    Examples:
+        >>> heads = [rd_torch.ResidueHead(width, 1, task="regression") for width in (32, 128)]
+        >>> predictions = rd_torch.MatryoshkaHead(heads)(torch.randn(2, 10, 128), torch.ones(2, 10) > 0)
     """
 
     def __init__(self, heads: Sequence[Head]) -> None:
@@ -223,15 +254,15 @@ class MatryoshkaHead(nn.Module):
 
     @property
     def width(self) -> int:
-        """Features that the widest head reads."""
+        """The number of features that the widest head reads."""
         return max(map(int, self.heads))
 
     def forward(self, embeddings: Tensor, residue_mask: Tensor) -> dict[int, Tensor]:
-        """Each head's predictions by its width; arguments as a head's."""
+        """Return each head's predictions, by its width; the arguments are those of a head."""
         return {int(width): head(embeddings, residue_mask) for width, head in self.heads.items()}
 
     def loss(self, predictions: dict[int, Tensor], labels: Tensor, residue_mask: Tensor) -> Tensor:
-        """The mean of the heads' losses; arguments as theirs."""
+        """Return the mean of the heads' losses; the arguments are those of a head."""
         losses = [
             self.heads[str(width)].loss(each, labels, residue_mask) for width, each in predictions.items()
         ]
@@ -239,25 +270,31 @@ class MatryoshkaHead(nn.Module):
 
 
 def align_labels(labels: Sequence[Sequence[float] | Tensor], tokens: Tensor) -> Tensor:
-    """Labels of residues where their tokens stand, `(batch, time)`.
-
-    `<cls>`, `<eos>` and padding have none: -100 beside classes, NaN beside floating numbers.
+    """Put the labels of residues where their tokens stand.
 
     Args:
-        labels: one sequence of labels a protein, one label a residue.
-        tokens: `(batch, time)` what the batch converter made of the same proteins.
+        labels: for each protein, one label for each residue.
+        tokens: `(batch, time)` token ids that the batch converter made of the same proteins.
+
+    Returns:
+        `(batch, time)` labels. `<cls>`, `<eos>` and padding have none, which is -100 for integer labels and
+        NaN for floating ones.
 
     Raises:
-        ValueError: where a protein has another number of labels than residues.
+        ValueError: where a protein does not have as many labels as residues.
+
+    Examples:
+        >>> rd_torch.align_labels([[0, 1, 2]], torch.tensor([[0, 20, 15, 7, 2]]))  # <cls> M K V <eos>
+        tensor([[-100,    0,    1,    2, -100]])
     """
     rows = [torch.as_tensor(row) for row in labels]
     lengths = (is_real(tokens).sum(1) - SPECIAL_TOKENS).tolist()
     got = [len(row) for row in rows]
     if got != lengths:
-        raise ValueError(f"expected a label for each residue, {lengths}, got {got}")
-    soft = any(row.is_floating_point() for row in rows)
-    filling = torch.nan if soft else UNLABELLED
-    dtype = torch.get_default_dtype() if soft else torch.int64
+        raise ValueError(f"expected one label for each residue, so {lengths} labels, got {got}")
+    floating = any(row.is_floating_point() for row in rows)
+    filling = torch.nan if floating else UNLABELLED
+    dtype = torch.get_default_dtype() if floating else torch.int64
     aligned = torch.full(tokens.shape[:2], filling, dtype=dtype, device=tokens.device)
     for place, row in zip(aligned, rows, strict=True):
         place[1 : len(row) + 1] = row

@@ -1,4 +1,4 @@
-"""The letters of proteins, and the one reading of a string as a sequence, whichever door it comes in by."""
+"""The letters of proteins, and the one function that reads a string as a sequence, wherever it comes from."""
 
 from __future__ import annotations
 
@@ -12,48 +12,63 @@ RESIDUE_LETTERS: Final = "LAGVSERTIDPKQNFYMHWCXBUZO"
 """The letters that are residues, in the order of their ids, 4 to 28."""
 
 BLANKS: Final = " \t\n\r\v\f\u00a0"
-"""What may stand between letters and says nothing."""
+"""Characters that may stand between letters and mean nothing."""
 
 LETTERS: Final = frozenset(ascii_letters + "-.*")
-"""What may stand in a sequence."""
+"""Characters that may stand in a sequence as people write it."""
 
 MISSING: Final = frozenset(("nan", "NaN", "None", "none", "null", "Null"))
-"""How programs write a value that is not there, spelled with letters of residues; "NA" is two residues."""
+"""How programs write a missing value, where that is spelled with letters; "NA" may be two residues."""
 
 _RESIDUES: Final = frozenset(RESIDUE_LETTERS)
 _NUCLEOTIDES: Final = frozenset("ACGTUN-.*")
 _LONGEST_PROTEIN_OF_NUCLEOTIDES: Final = 39
-"""Alanine, cysteine, glycine and threonine alone make short peptides, never longer proteins."""
+"""Residues of the longest sequence of nucleotide letters that may be a protein.
+
+Alanine, cysteine, glycine and threonine alone make short peptides, but no longer proteins.
+"""
 _WRITTEN: Final = LETTERS | frozenset(BLANKS)
 _PARTED: Final = re.compile(rf"[^{BLANKS}]+")
 
 
 @dataclass
 class Corrections:
-    """Counts of what was changed when sequences were read."""
+    """Counts of what was changed when sequences were read.
+
+    Attributes:
+        stops: number of sequences that lost a `*` at the end.
+        unknown: number of letters that are no residue and became X.
+        truncated: number of sequences that were cut to the maximal length.
+    """
 
     stops: int = 0
     unknown: int = 0
     truncated: int = 0
 
     def warn(self) -> None:
-        """Issues one warning that counts every kind of change, none where nothing changed."""
+        """Issue one warning that counts every kind of change; issue none where nothing changed."""
         kinds = (
             (self.stops, "sequences whose '*' at the end was dropped"),
             (self.unknown, "letters that are no residue, read as X"),
             (self.truncated, "sequences cut to the maximal length"),
         )
-        said = [f"{what}: {count:,}" for count, what in kinds if count]
-        if said:
-            warnings.warn("; ".join(said), stacklevel=3)
+        changes = [f"{what}: {count:,}" for count, what in kinds if count]
+        if changes:
+            warnings.warn("; ".join(changes), stacklevel=3)
 
 
 def require_letters(text: str) -> None:
-    """Raises a ValueError unless lines of text are of a sequence as people write one.
+    """Require that a text is a sequence as people write one.
 
-    That is ASCII letters, `-`, `.` and `*`, which blanks and line breaks may part. Words are no sequence,
+    That is ASCII letters, `-`, `.` and `*`, with blanks and line breaks between them. Words are no sequence,
     although they are spelled with the same letters: a line with lower-case letters in pieces of unequal
-    length, such as the "Sequence unavailable" of BioMart.
+    length, such as "Sequence unavailable" in files of BioMart, is refused.
+
+    Args:
+        text: one or several lines.
+
+    Raises:
+        ValueError: for another character, with its position, or for words.
     """
     if not _WRITTEN.issuperset(text):
         place, letter = next((place, each) for place, each in enumerate(text) if each not in _WRITTEN)
@@ -65,13 +80,13 @@ def require_letters(text: str) -> None:
 
 
 def _are_blocks(pieces: list[str]) -> bool:
-    """Whether pieces are of one length, as sequences are printed in blocks; the last may be shorter."""
+    """Tell whether pieces have one length, as in a sequence printed in blocks; the last may be shorter."""
     length = len(pieces[0])
     return all(len(piece) == length for piece in pieces[:-1]) and len(pieces[-1]) <= length
 
 
 def _require_protein(letters: str) -> None:
-    """Raises a ValueError for a nucleic acid: a gene's file is easily taken for its protein's."""
+    """Raise a ValueError for a nucleic acid: a file of genes is easily taken for one of their proteins."""
     if len(letters) > _LONGEST_PROTEIN_OF_NUCLEOTIDES and _NUCLEOTIDES.issuperset(letters):
         bases = sorted(set(letters) - set("-.*"))
         if {"A", "C", "G"}.issubset(bases):
@@ -82,21 +97,24 @@ def _require_protein(letters: str) -> None:
 
 
 def read_residues(text: str, corrections: Corrections, *, strict: bool = False, gaps: str = "") -> str:
-    """The residues of a sequence as people write it.
+    """Read a sequence as people write it.
 
     Blanks, line breaks and a `*` at the end are dropped, and lower case is read as upper. Every other letter
-    that is no residue (J, `-`, `.`, an inner `*`) becomes X. Forty or more letters of which all are
-    nucleotides are DNA or RNA, and refused.
+    that is no residue (J, `-`, `.`, an inner `*`) becomes X. Forty or more letters that all are nucleotides
+    are DNA or RNA, and are refused.
 
     Args:
         text: the sequence.
-        corrections: receives the counts of what was changed.
-        strict: refuse letters that are no residue.
-        gaps: signs that stay as they are, where somebody has a token for them.
+        corrections: counts of changes, to which those of this sequence are added.
+        strict: whether to refuse letters that are no residue.
+        gaps: characters that stay as they are, for a caller who has tokens for them.
+
+    Returns:
+        The residues, one upper-case letter each.
 
     Raises:
         ValueError: for a text that is no sequence or has no residues, with the first character that does not
-            belong; when strict, for the first letter that is no residue, with its position.
+            belong; if strict, for the first letter that is no residue, with its position.
     """
     if text and _RESIDUES.issuperset(text):
         _require_protein(text)

@@ -1,4 +1,4 @@
-"""Between a chain and its files: backbones and stages are read, a chain is written to a folder."""
+"""Read the backbones of a checkpoint as modules, and write a chain to a folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from rd_torch.backbone import ESM2
 from rd_torch.chain import Chain
-from rd_torch.config import Storage, check_choice
+from rd_torch.choices import Storage, check_choice
 from rd_torch.modules import StateDict
 from rd_torch.weights import Checkpoint, Hub, Source, require_unchanged, write_folder
 
@@ -27,18 +27,21 @@ def read_family(
     dtype: torch.dtype | None = None,
     device: Device = None,
 ) -> dict[str, nn.Module]:
-    """Reads the backbones of a checkpoint, smallest first.
+    """Read the backbones of a checkpoint.
 
     Args:
-        checkpoint: which levels there are, and where their backbones lie.
-        others: backbones by level that are taken from elsewhere.
+        checkpoint: the checkpoint.
+        others: backbones to take from elsewhere, by level: modules, or where their files are.
         hub: how to reach the Hub.
-        dtype: of the weights, by default as the checkpoint stores them, or float32.
-        device: where they go.
+        dtype: dtype of the weights; by default the stored one in a checkpoint of ours, else float32.
+        device: device to put the weights on; by default the CPU.
+
+    Returns:
+        The backbones by level, smallest first.
 
     Raises:
         FileNotFoundError: for a file that is not there.
-        ValueError: for a file that does not read or fit, or an unknown level.
+        ValueError: for a file that cannot be read or does not fit, or an unknown level.
     """
     for name in others:
         checkpoint.config.require_level(name)
@@ -46,26 +49,27 @@ def read_family(
     for level in checkpoint.config.levels:
         other = others.get(level.name)
         family[level.name] = (
-            _fitted(other, dtype, device)
+            _convert_module(other, dtype, device)
             if isinstance(other, nn.Module)
-            else ESM2.from_tensors(*checkpoint.backbone(level, other, hub, dtype=dtype, device=device))
+            else ESM2.from_tensors(*checkpoint.read_backbone(level, other, hub, dtype=dtype, device=device))
         )
     return family
 
 
 def write_chain(chain: Chain, folder: Path, backbones: Storage, hub: Hub, name: str) -> None:
-    """Writes config, maps, model card and backbones to a folder.
+    """Write the config, maps, model card and backbones of a chain to a folder.
 
     Args:
-        chain: what is written.
-        folder: made if need be.
-        backbones: whether they are included or referenced.
-        hub: how to reach what references are compared with.
-        name: what the card calls the chain.
+        chain: the chain.
+        folder: the folder to write; it is made if it does not exist.
+        backbones: `"included"` to write the backbones' weights too, or `"referenced"` to write only where on
+            the Hub they are.
+        hub: how to reach the Hub, where the files are with which referenced backbones are compared.
+        name: name of the chain in the model card.
 
     Raises:
-        ValueError: for a reference to a backbone that came from elsewhere or was changed since, or a
-            quantised one, whose weights are no plain tensors.
+        ValueError: for a backbone that is to be referenced but did not come from the Hub, or was changed
+            since; and for a quantised one, whose weights are no plain tensors.
     """
     check_choice("backbones", backbones, get_args(Storage))
     tensors = {level: backbone.tensors() for level, backbone in chain.backbones.items()}
@@ -81,8 +85,8 @@ def write_chain(chain: Chain, folder: Path, backbones: Storage, hub: Hub, name: 
     write_folder(folder, replace(chain.config, levels=levels), maps, tensors, name)
 
 
-def _fitted(module: nn.Module, dtype: torch.dtype | None, device: Device) -> nn.Module:
-    """The module itself, or a copy where it would have to be converted or moved."""
+def _convert_module(module: nn.Module, dtype: torch.dtype | None, device: Device) -> nn.Module:
+    """Return a module in `dtype` and on `device`: itself, or a copy, so that the caller's stays as it is."""
     weight = next(module.parameters())
     if dtype in (None, weight.dtype) and (device is None or torch.device(device) == weight.device):
         return module

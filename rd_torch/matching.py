@@ -1,4 +1,4 @@
-"""Which files may be of a level's raw embeddings, by all that they state of themselves."""
+"""Refuse files that cannot hold a level's raw embeddings, by what they state of themselves."""
 
 from __future__ import annotations
 
@@ -9,26 +9,35 @@ from rd_torch.config import ESM2_LEVELS, Level
 from rd_torch.store import Store
 
 _SIZE: Final = re.compile(r"(?:^|[^0-9A-Za-z])(\d+[MB])(?![0-9A-Za-z])", re.IGNORECASE)
-"""How the names of ESM-2 models tell their size, as `esm2_t33_650M_UR50D`."""
+"""The size in the name of an ESM-2 model, such as `esm2_t33_650M_UR50D`."""
 
 _OTHER_FAMILIES: Final = re.compile(
     r"t5|bert|xlnet|esm[-_]?(?:1|3|c|msa)|ankh|seqvec|unirep|progen|word2vec|fasttext|glove", re.IGNORECASE
 )
+"""Parts of the names of models that are not ESM-2."""
 
 
 def require_raw(level: Level, store: Store) -> None:
-    """Raises a ValueError unless a file can hold the level's raw embeddings, by all that it states."""
+    """Require that a file can hold a level's raw embeddings, by all that it states of itself.
+
+    Args:
+        level: the level.
+        store: the file.
+
+    Raises:
+        ValueError: for nested embeddings, a way to pool that does not commute with the maps, or another
+            width, layer or model than the level's.
+    """
     cure = "name each file by the level of the backbone that made it"
     if store.facts is not None and len(store.facts.levels) > 1:
         raise ValueError(
             f"expected raw embeddings of the {level.name} backbone in {store.path}, got nested ones of "
-            "levels "
-            f"{', '.join(store.facts.levels)}: embed with that backbone alone as the model"
+            f"levels {', '.join(store.facts.levels)}: embed with that backbone alone as the model"
         )
     if store.pool not in ("mean", "none"):
         raise ValueError(
-            f"expected means or a vector a residue in {store.path}, got pool {store.pool!r}, which does not "
-            "commute with the maps: embed with --pool mean or none"
+            f"expected means, or a vector for each residue, in {store.path}, got pool {store.pool!r}, which "
+            "does not commute with the maps: embed with --pool mean or none"
         )
     if store.width != level.width:
         raise ValueError(
@@ -37,24 +46,30 @@ def require_raw(level: Level, store: Store) -> None:
     if store.layer not in (None, level.num_layers):
         raise ValueError(
             f"expected embeddings of the last layer, {level.num_layers}, at level {level.name}, got those "
-            "of layer "
-            f"{store.layer} in {store.path}: {cure}, and take its last layer"
+            f"of layer {store.layer} in {store.path}: {cure}, and take its last layer"
         )
-    said = store.model_name or ""
-    size = _SIZE.search(said)
-    other = (size and size[1].upper() != level.name) or _OTHER_FAMILIES.search(said)
+    model = store.model_name or ""
+    size = _SIZE.search(model)
+    other = (size and size[1].upper() != level.name) or _OTHER_FAMILIES.search(model)
     if store.facts is None and level.name in ESM2_LEVELS and other:
         raise ValueError(
-            f"expected embeddings of ESM-2 {level.name}, got those of {said} in {store.path}, as the file "
-            f"says: {cure}"
+            f"expected embeddings of ESM-2 {level.name}, got those of {model} in {store.path}, as the "
+            f"file says: {cure}"
         )
 
 
 def require_names(store: Store) -> None:
-    """Raises a ValueError where another program's file has the numbers of its records and no names."""
+    """Require that another program's file has names of proteins, and not only the numbers of its records.
+
+    Args:
+        store: the file.
+
+    Raises:
+        ValueError: where all names are numbers.
+    """
     if store.facts is None and len(store) > 1 and set(store.identifiers) == set(map(str, range(len(store)))):
         raise ValueError(
             f"expected the names of proteins in {store.path}, got the numbers 0 to {len(store) - 1:,}: "
-            "numbers say "
-            "nothing of which protein is which in another file; write names as the attribute original_id"
+            "numbers do not tell which protein is the same in another file; write names as the attribute "
+            "original_id"
         )

@@ -1,4 +1,4 @@
-"""`Nesting`: a chain's config and maps without its backbones, for raw embeddings that people already hold."""
+"""`Nesting`: the config and maps of a chain, for people who hold raw embeddings and need no backbone."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from rd_torch.weights import PublishedOptions, read_checkpoint
 
 @dataclass(frozen=True)
 class Nesting:
-    """Nests raw embeddings of a family's backbones; no backbone is needed, or loaded.
+    """The config and maps of a chain, which nest raw embeddings. No backbone is loaded.
 
     Attributes:
-        config: the family's levels and choices.
-        stages: by the level that each leads to.
-        name: what the user called the checkpoint.
+        config: levels and choices of the chain.
+        stages: the stages, by the level that each leads to.
+        name: name or path by which the user asked for the checkpoint.
+
+    Examples:
+        >>> nesting = rd_torch.Nesting.from_pretrained("esm2-rd-mini", level="90K")
+        >>> raw = {"28K": torch.zeros(10, 32), "90K": torch.zeros(10, 48)}  # means of ten proteins
+        >>> nesting.combine(raw).shape
+        torch.Size([10, 48])
     """
 
     config: RDConfig
@@ -33,35 +39,39 @@ class Nesting:
     def from_pretrained(
         cls, name_or_folder: str | Path, level: str | None = None, **published: Unpack[PublishedOptions]
     ) -> Nesting:
-        """Reads config and maps of a checkpoint, wherever its backbones lie.
+        """Read the config and maps of a checkpoint, wherever its backbones lie.
 
         Args:
-            name_or_folder: as in `RDModel.from_pretrained`.
-            level: the level to end at; the authors' maps need one.
-            **published: which of the authors' maps.
+            name_or_folder: the checkpoint, as in `RDModel.from_pretrained`.
+            level: name of the level at which the chain ends; by default the last. The authors' maps need one.
+            **published: which of the authors' maps to read: `method`, `regressor`, `pca`, `sequences`,
+                `predict_from` and `special_rows`, as in `RDModel.from_pretrained`.
+
+        Returns:
+            The config and maps.
 
         Raises:
             FileNotFoundError: for a checkpoint, or a file of it, that is not there.
-            ValueError: for a file that does not read or fit, or an unknown level or option.
+            ValueError: for a file that cannot be read or does not fit, or an unknown level or option.
         """
         checkpoint = read_checkpoint(name_or_folder, level, **published)
         stages = stages_of(checkpoint.config, checkpoint.maps)
         return cls(checkpoint.config, modules_of(stages), str(name_or_folder))
 
     def combine(self, embeddings: Mapping[str, Tensor]) -> Tensor:
-        """Nested embeddings from raw ones.
+        """Nest raw embeddings.
 
-        The whole chain is affine, so embeddings averaged over residues are welcome too.
+        The chain is one affine map, so it also takes embeddings that were averaged over residues.
 
         Args:
-            embeddings: `(..., width)` raw final embeddings by level name: those of the first levels
-                of the family, in any number.
+            embeddings: `(..., width)` raw final embeddings of the backbones, by the name of the level: of all
+                levels, or of the first few.
 
         Returns:
-            `(..., nested width)` in the maps' dtype.
+            `(..., nested width)` nested embeddings of the widest of these levels, in the maps' dtype.
 
         Raises:
-            ValueError: for levels that are not the family's first, or other widths.
+            ValueError: for levels that are not the family's first, or for other widths than their backbones'.
         """
         levels = self.config.first_levels(embeddings)
         for level in self.config.levels[: len(levels)]:
@@ -72,22 +82,22 @@ class Nesting:
         return nest(raw, self.stages, self.config.predict_from)[levels[-1]]
 
     def until(self, level: str) -> Nesting:
-        """The same up to `level`; the stages are shared."""
+        """Return the part of this chain that ends at `level`; stages are shared, not copied."""
         config = self.config.until(level)
         stages = {level.name: self.stages[level.name] for level in config.levels[1:]}
         return Nesting(config, modules_of(stages), self.name)
 
     def fingerprint(self) -> str:
-        """A digest of shapes, choices and every number of the maps."""
+        """Return a digest of the shapes, the choices and every number of the maps."""
         return fingerprint(self.config, {"stages.": StateDict(self.stages)})
 
 
 def fingerprint(config: RDConfig, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Digests what embeddings depend on: shapes, choices and every number of the tensors.
+    """Return a digest of all that embeddings depend on: shapes, choices and every number of the tensors.
 
     Args:
-        config: the chain's.
-        tensors: state dicts by what stands before their names.
+        config: the config of the chain.
+        tensors: state dicts, by the prefix of the names in them.
     """
     heads = [level.attention_heads for level in config.levels]
     return digest_of((config.method, config.predict_from, config.special_rows, config.widths, heads), tensors)

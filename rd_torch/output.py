@@ -31,6 +31,15 @@ class RDOutput:
             None unless asked for.
         contacts: `(batch, residues, residues)` contact probabilities from that backbone; None unless asked
             for.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> _, _, tokens = model.alphabet.get_batch_converter()([("one", "MQIFVK"), ("two", "MKV")])
+        >>> out = model(tokens)
+        >>> out.embeddings.shape, out["representations"]["90K"].shape
+        (torch.Size([2, 8, 128]), torch.Size([2, 8, 48]))
+        >>> out.residue_mask.sum(1)
+        tensor([6, 3])
     """
 
     embeddings: Tensor

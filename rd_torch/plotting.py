@@ -1,4 +1,4 @@
-"""A look at a store: its proteins in two dimensions, narrow and wide, and what each feature holds."""
+"""Draw a store: its proteins in two dimensions, at two widths, and the size and variance of each feature."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from rd_torch.sampling import Sample, principal_components, sample_of
+from rd_torch.disk import require_folder, write_whole
+from rd_torch.sampling import Sample, principal_components, read_sample
 from rd_torch.store import Store, open_store
-from rd_torch.store.format import require_folder, written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,27 +24,34 @@ SUFFIXES: Final = (".png", ".pdf", ".svg")
 COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 INK, FAINT, GRID = "#222222", "#666666", "#E4E4E4"
 TINY, SMALL, MEDIUM, LARGE = 6.5, 8.5, 10, 13
+"""Font sizes, in points."""
 
 UPRIGHT, FLAT = 0.011, 0.0072
-"""Shares of the picture's width that a line of text, and a letter, take at the least."""
+"""Shares of the picture's width that a line of upright text, and one letter of flat text, take."""
 
 
 def plot_store(path: str | Path, output: str | Path, *, width: int | None = None) -> None:
-    """Draws a store: maps of its proteins by principal components, norms and variance by feature.
+    """Draw a store: maps of its proteins, and the norm and variance of each feature.
 
-    Above, the first two principal components of the first `width` features and of all. Below, the root
-    mean square of each feature, and its share of the total variance, with the levels' boundaries. Of more
-    than 5,000 records an evenly spread sample is drawn; residues are averaged by protein.
+    The upper row maps the proteins by the first two principal components, of the first `width` features and
+    of all features. The lower rows show the root mean square of each feature, and its share of the total
+    variance, with the boundaries of the levels. Of more than 5,000 records an evenly spread sample is drawn;
+    vectors of residues are averaged by protein.
 
     Args:
         path: a file or folder that `open_store` reads.
-        output: the picture, `.png`, `.pdf` or `.svg`; replaced if it is there.
-        width: features of the narrow map; by default the first level's.
+        output: the picture, `.png`, `.pdf` or `.svg`; a file of that name is replaced.
+        width: number of features of the narrow map; by default those of the first level.
 
     Raises:
         FileNotFoundError: where there is no store, or no folder for the picture.
-        ValueError: for fewer than two records, a width that is not there, or another suffix.
-        ImportError: without matplotlib.
+        ValueError: for fewer than two records, a width that the store does not have, or another suffix.
+        ImportError: where matplotlib is not installed.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> _ = rd_torch.embed_to_store(model, [("one", "MQIFVK"), ("two", "MKV")], "proteins.h5")
+        >>> rd_torch.plot_store("proteins.h5", "proteins.png", width=48)
     """
     output = Path(output)
     if output.suffix not in SUFFIXES:
@@ -53,22 +60,22 @@ def plot_store(path: str | Path, output: str | Path, *, width: int | None = None
     require_matplotlib()
     with open_store(path) as store:
         _require_width(store, width)
-        sample = sample_of(store)
+        sample = read_sample(store)
     figure = draw(sample, width)
     write = partial(figure.savefig, format=output.suffix[1:], dpi=160)
-    written_whole(output, write, durable=False)
+    write_whole(output, write, durable=False)
 
 
 def require_matplotlib() -> None:
-    """Raises an ImportError that says how to install matplotlib where it is missing."""
+    """Raise an ImportError that says how to install matplotlib, where it is missing."""
     try:
-        import matplotlib  # noqa: F401  # whether it is there
+        import matplotlib  # noqa: F401  # to see whether it is there
     except ImportError as error:
         raise ImportError("expected matplotlib, got none: pip install rd_torch[plot]") from error
 
 
 def _require_width(store: Store, width: int | None) -> None:
-    """Raises a ValueError that lists the levels unless the width is None or a number of features."""
+    """Raise a ValueError that lists the levels, unless the width is None or at most the store's."""
     if width is not None and not 1 <= width <= store.width:
         levels = zip(store.facts.levels, store.facts.widths, strict=True) if store.facts else ()
         listed = ", ".join(f"{level} {end}" for level, end in levels)
@@ -78,7 +85,15 @@ def _require_width(store: Store, width: int | None) -> None:
 
 
 def draw(sample: Sample, width: int | None = None) -> Figure:
-    """The picture of a sample; `width` is the narrow map's, by default the first level's."""
+    """Draw a sample.
+
+    Args:
+        sample: the sample.
+        width: number of features of the narrow map; by default those of the first level.
+
+    Returns:
+        The picture.
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -97,9 +112,9 @@ def draw(sample: Sample, width: int | None = None) -> Figure:
 
 
 def _draw_maps(axes: Sequence[Axes], sample: Sample, widths: Sequence[int]) -> None:
-    """A map of each width side by side, of one orientation, coloured by length where it is known.
+    """Draw a map for each width, coloured by the proteins' lengths where they are known.
 
-    What the colours mean stands in the axes that are left.
+    The maps have the same orientation. The last axes, which no map takes, show which colour is which length.
     """
     from matplotlib.colors import LogNorm
 
@@ -110,10 +125,10 @@ def _draw_maps(axes: Sequence[Axes], sample: Sample, widths: Sequence[int]) -> N
     before: np.ndarray | None = None
     for ax, width in zip(axes, widths, strict=False):
         points, shares = principal_components(sample.vectors[:, :width])
-        if before is not None:  # as the map before lies, not mirrored
+        if before is not None:  # signs of components are arbitrary: do not mirror what the map before shows
             points *= np.where((points * before).sum(0) < 0, -1, 1)
         before = points
-        size = float(np.clip(8_000 / len(points), 5, 34))
+        size = float(np.clip(8_000 / len(points), 5, 34))  # smaller points where there are more of them
         drawn = ax.scatter(
             points[:, 0], points[:, 1], s=size, alpha=0.85, linewidths=0.3, edgecolors="white", **style
         )
@@ -132,7 +147,7 @@ def _draw_maps(axes: Sequence[Axes], sample: Sample, widths: Sequence[int]) -> N
 
 
 def _draw_scale(ax: Axes, drawn: Any) -> None:
-    """What the maps' colours mean."""
+    """Draw the scale that says which colour of the maps is which length."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure = ax.get_figure()
@@ -147,14 +162,14 @@ def _draw_scale(ax: Axes, drawn: Any) -> None:
 
 
 def _draw_norms(ax: Axes, sample: Sample) -> None:
-    """The root mean square of each feature."""
+    """Draw the root mean square of each feature."""
     norms = np.sqrt(np.square(sample.vectors).mean(0))
     draw_features(ax, _ends_of(sample), norms)
     dress(ax, "Norm of each feature", "", "root mean square", above=20)
 
 
 def _draw_shares(ax: Axes, sample: Sample) -> None:
-    """Each feature's share of the total variance, and their sum so far."""
+    """Draw each feature's share of the total variance, and the sum of the shares up to it."""
     from matplotlib.ticker import PercentFormatter
 
     variances = sample.vectors.var(0)
@@ -172,14 +187,22 @@ def _draw_shares(ax: Axes, sample: Sample) -> None:
 
 
 def _ends_of(sample: Sample) -> Mapping[str, int]:
-    """Where the features of each level end; of a sample without levels, those of one without a name."""
+    """Return the width at which each level ends; without levels, that of one level without a name."""
     return sample.levels or {"": sample.width}
 
 
 def draw_features(
     ax: Axes, ends: Mapping[str, int], values: np.ndarray, unit: str = "", factor: int = 1
 ) -> None:
-    """A point a feature in its level's colour; boundaries and names of the levels above."""
+    """Draw a point for each feature in the colour of its level, with boundaries and names of the levels.
+
+    Args:
+        ax: the axes to draw on.
+        ends: width at which each level's features end, by level.
+        values: one value for each feature.
+        unit: unit that is written after the numbers of the scale.
+        factor: factor by which values are multiplied where they are written.
+    """
     starts, width = [0, *ends.values()], len(values)
     size = float(np.clip(3_000 / width, 2, 16))
     for start, end, colour in zip(starts, ends.values(), cycle(COLOURS), strict=False):
@@ -189,13 +212,13 @@ def draw_features(
             ax.axvline(start + 0.5, color=FAINT, linewidth=0.8)
     _name_levels(ax, ends, starts, width)
     ax.set_xlim(0.5, width + 0.5)
-    ax.set_xticks(_apart([1, *ends.values()], 0.0095 * width))
+    ax.set_xticks(_keep_apart([1, *ends.values()], 0.0095 * width))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     _scale_by_powers(ax, values[values > 0], unit, factor)
 
 
 def _name_levels(ax: Axes, ends: Mapping[str, int], starts: Sequence[int], width: int) -> None:
-    """Levels' names above their features: smaller where they do not fit, upright where they still don't."""
+    """Write levels' names above their features; smaller, or else upright, where they do not fit."""
     rooms = [(end - start) / width for start, end in zip(starts, ends.values(), strict=False)]
     fit = all(room > FLAT * len(level) * SMALL / TINY for level, room in zip(ends, rooms, strict=True))
     for level, start, room in zip(ends, starts, rooms, strict=False):
@@ -213,25 +236,25 @@ def _name_levels(ax: Axes, ends: Mapping[str, int], starts: Sequence[int], width
 
 
 def _scale_by_powers(ax: Axes, values: np.ndarray, unit: str, factor: int) -> None:
-    """A logarithmic scale with a few plain numbers, where there is anything above zero."""
+    """Set a logarithmic scale with a few plain numbers, if any value is above zero."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     if not len(values):
         return
     ax.set_yscale("log")
-    many = values.max() > 500 * values.min()
+    many = values.max() > 500 * values.min()  # then numbers at powers of ten are enough
     ax.yaxis.set_major_locator(LogLocator(subs=(1,) if many else (1, 2, 5), numticks=7))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(factor * value) + unit))
     ax.minorticks_off()
 
 
 def _plain(number: float) -> str:
-    """A number without an exponent."""
+    """Return a number in digits, without an exponent."""
     return np.format_float_positional(number, precision=3, unique=False, fractional=False, trim="-")
 
 
-def _apart(places: Sequence[int], digit: float) -> list[int]:
-    """Those of rising places whose numbers do not meet, of digits so wide; the last one always."""
+def _keep_apart(places: Sequence[int], digit: float) -> list[int]:
+    """Return those of rising places whose numbers do not touch, the last one included."""
     kept: list[int] = []
     for place in reversed(places):
         if not kept or kept[-1] - place >= digit * len(f"{kept[-1]:,}"):
@@ -240,7 +263,15 @@ def _apart(places: Sequence[int], digit: float) -> list[int]:
 
 
 def dress(ax: Axes, title: str, below: str, beside: str, *, above: float = 6) -> None:
-    """Title, labels and lines in one style."""
+    """Set title and labels, and give all axes the same style.
+
+    Args:
+        ax: the axes.
+        title: title above the axes.
+        below: label of the horizontal axis.
+        beside: label of the vertical axis.
+        above: distance between title and axes, in points.
+    """
     ax.set_title(title, fontsize=MEDIUM, color=INK, loc="left", pad=above)
     ax.set_xlabel(below, fontsize=SMALL, color=FAINT)
     ax.set_ylabel(beside, fontsize=SMALL, color=FAINT)

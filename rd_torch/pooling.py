@@ -1,7 +1,8 @@
-"""How the embeddings of a protein's residues become one vector.
+"""Turn the embeddings of a protein's residues into one vector.
 
-Of the ways only the mean commutes with the maps, which are affine: means of raw embeddings can be nested
-afterwards, maxima and deviations cannot. Prefixes stay prefixes in each, since every feature is pooled alone.
+Of the ways to pool, only the mean commutes with the maps, which are affine: means of raw embeddings can be
+nested afterwards, maxima and deviations cannot. With each of them prefixes stay prefixes, because every
+feature is pooled by itself.
 """
 
 from __future__ import annotations
@@ -15,19 +16,25 @@ from torch import Tensor
 from rd_torch import hardware
 
 Pool: TypeAlias = Literal["mean", "max", "std", "cls"]
-"""Mean, greatest value and standard deviation over residues; what `<cls>`, which is no residue, has."""
+"""A way to pool: mean, maximum or standard deviation over residues, or the embedding of `<cls>`."""
 
 Pools: TypeAlias = str | Sequence[str]
-"""One way or several, whose vectors then stand one behind the other; `"none"` for a vector a residue."""
+"""One way to pool, or several, whose vectors are joined end to end; `"none"` keeps a vector a residue."""
 
 POOLS: Final[tuple[Pool, ...]] = get_args(Pool)
 
 
-def named_pool(pools: Pools) -> str:
-    """What a store calls it: `mean`, `mean+max` of several, or `none`.
+def pool_name(pools: Pools) -> str:
+    """Join ways to pool to the name that stores have for them, such as `mean`, `mean+max` or `none`.
+
+    Args:
+        pools: one way, several, or such a name.
+
+    Returns:
+        The name.
 
     Raises:
-        ValueError: for a way that does not exist, none, or one that comes twice.
+        ValueError: for a way that does not exist, no way, or one that comes twice.
     """
     chosen = pools.split("+") if isinstance(pools, str) else list(pools)
     if chosen == ["none"]:
@@ -35,23 +42,25 @@ def named_pool(pools: Pools) -> str:
     known = set(chosen).issubset(POOLS)
     if not chosen or not known or len(set(chosen)) < len(chosen):
         listed = ", ".join(map(repr, POOLS))
-        raise ValueError(f"expected pool of {listed}, several of them once each, or 'none', got {pools!r}")
+        raise ValueError(
+            f"expected pool to be one or several of {listed}, each once, or 'none', got {pools!r}"
+        )
     return "+".join(chosen)
 
 
 def pools_of(pool: str) -> tuple[str, ...]:
-    """The ways that a name joins, in order; none without pooling."""
+    """Split a name into the ways that it joins, in their order; `none` joins no way."""
     return () if pool == "none" else tuple(pool.split("+"))
 
 
-def pooled(rows: Tensor, counts: Tensor, cls: Tensor, pool: str) -> Tensor:
-    """One vector a sequence.
+def pool_residues(rows: Tensor, counts: Tensor, cls: Tensor, pool: str) -> Tensor:
+    """Pool the residues of each sequence to one vector.
 
     Args:
         rows: `(residues, width)` embeddings of residues, sequence after sequence.
-        counts: `(sequences,)` residues of each.
+        counts: `(sequences,)` numbers of residues.
         cls: `(sequences, width)` embeddings of `<cls>`.
-        pool: as `named_pool` has it.
+        pool: ways to pool, as `pool_name` joins them.
 
     Returns:
         `(sequences, ways * width)` in the rows' dtype, way after way.
@@ -68,7 +77,7 @@ def pooled(rows: Tensor, counts: Tensor, cls: Tensor, pool: str) -> Tensor:
 
 
 def _moment(rows: Tensor, counts: Tensor, way: str) -> Tensor:
-    """Means or standard deviations, in float64 and row after row: those of a prefix are a prefix of these."""
+    """Return means or standard deviations, summed in float64 row by row, so that prefixes stay prefixes."""
     place = hardware.float64_device(rows.device)
     exact, many = rows.to(place, torch.float64), counts.to(place)[:, None]
     owner = torch.arange(len(counts), device=place).repeat_interleave(many[:, 0])

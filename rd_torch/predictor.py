@@ -1,4 +1,4 @@
-"""A chain and a head as one module, as training loops want it.
+"""A chain and a head as one module, which is what training loops take.
 
 predictor = Predictor(model, SequenceHead(128, 1, task="regression"))
 loss = predictor(tokens, labels)["loss"]
@@ -17,15 +17,24 @@ from rd_torch.model import RDModel
 
 
 class Predictor(nn.Module):
-    """A chain and a head as one module, as training loops want it.
+    """A chain and a head as one module, which is what training loops take.
 
     Args:
         model: an `RDModel`, bare or wrapped by PEFT. Backbones above the head's width are left out, so that
-            every parameter that can train gets a gradient at every step.
-        head: what reads the embeddings.
+            every trainable parameter gets a gradient at every step.
+        head: the head that reads the embeddings.
 
     Raises:
         ValueError: for a head that reads more features than the model has.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> head = rd_torch.SequenceHead(48, 1, task="regression")  # 48 features: 28K and 90K run
+        >>> predictor = rd_torch.Predictor(model, head)
+        >>> _, _, tokens = model.alphabet.get_batch_converter()([("one", "MQIFVK"), ("two", "MKV")])
+        >>> predictor(tokens, torch.tensor([0.5, 1.5]))["loss"].backward()
+        >>> predictor(tokens)["predictions"].shape
+        torch.Size([2, 1])
     """
 
     model: RDModel
@@ -44,17 +53,17 @@ class Predictor(nn.Module):
         self.head = head
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
-        """Predictions, and the loss where labels come.
+        """Predict, and compute the loss where there are labels.
 
         Args:
-            tokens: as `RDModel` takes them.
-            labels: as the head's loss takes them.
+            tokens: `(batch, time)` ids, or `(batch, time, 33)` distributions, as for `RDModel`.
+            labels: labels as for the head's `loss`.
 
         Returns:
-            `{"loss": (), "predictions": ...}`, or without the loss.
+            `"predictions"` of the head and, where there are labels, `"loss"`, a scalar.
 
         Raises:
-            ValueError: what the model and the head raise.
+            ValueError: as the model and the head do.
         """
         residue_mask = is_residue(token_ids(tokens))
         embeddings = self.model.encode(tokens, width=self.head.width)
@@ -67,16 +76,20 @@ class Predictor(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """The model's own: training loops ask the module that they are given."""
+        """Enable gradient checkpointing in the model; training loops ask the module that they are given."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **others: Any
     ) -> None:
-        """The same under the name, and with the defaults, that newer versions of transformers have.
+        """Enable gradient checkpointing, under the name that newer versions of transformers have.
+
+        Args:
+            activation_checkpointing_kwargs: options as for `gradient_checkpointing_enable`.
+            **others: options of transformers, which must have their default values.
 
         Raises:
-            ValueError: for other options than there are.
+            ValueError: for another value.
         """
         if others not in ({}, {"every_n_layers": 1, "offload": False}):
             raise ValueError(f"expected every layer to be checkpointed and nothing offloaded, got {others}")

@@ -1,4 +1,4 @@
-"""`Sample`: what a picture of a store is drawn of."""
+"""`Sample`: the vectors of a store that a picture shows, with what the picture says of them."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from typing import Final
 
 import numpy as np
 
-from rd_torch.store import Store
-from rd_torch.store.windows import Length
+from rd_torch.store import Length, Store
 
 MOST_RECORDS: Final = 5_000
-"""Records that a picture shows; of more an evenly spread sample is drawn."""
+"""Most records that a picture shows; more points would hide each other and take longer to draw."""
 
 RECORDS_READ: Final = 100
-"""Records that are read at once."""
+"""Number of records that are read at once, to bound the memory that records of residues take."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a picture is drawn of.
+    """The vectors of a store that a picture shows.
 
     Attributes:
-        name: of the store.
-        vectors: `(records, width)` in float64, averaged over residues where the store is not.
-        lengths: residues of the records.
-        total: records of the store.
-        step: every how many-th of them is here.
-        levels: where each level's features end, by level; empty where the store does not say it.
-        model: what made the store, in words; empty likewise.
-        averaged: whether vectors are means that were taken here.
+        name: file name of the store.
+        vectors: `(records, width)` vectors in float64; means where the store has a vector for each residue.
+        lengths: number of residues of each record; None for a record whose length the store does not say.
+        total: number of records in the store.
+        step: distance between records that were taken, 1 where all of them were.
+        levels: width at which each level's features end, by level; empty where the store does not say it.
+        model: name of the model that made the store; empty where the store does not say it.
+        averaged: whether the vectors are means that were taken here.
     """
 
     name: str
@@ -45,33 +44,39 @@ class Sample:
 
     @property
     def width(self) -> int:
-        """Features of a vector."""
+        """The number of features of a vector."""
         return self.vectors.shape[1]
 
     @property
     def has_lengths(self) -> bool:
-        """Whether the residues of every record are known."""
+        """Whether the length of every record is known."""
         return all(self.lengths)
 
     @property
     def title(self) -> str:
-        """What the picture shows, in one line."""
+        """A line that says what the picture shows."""
         made = f" by {self.model}" if self.model else ""
         return f"{self.name}: {self.total:,} proteins, {self.width:,} features{made}"
 
     @property
     def caption(self) -> str:
-        """What was left out or averaged, in one line; empty where nothing was."""
-        said = []
+        """A line that says what was left out or averaged; empty where nothing was."""
+        notes = []
         if self.step > 1:
-            said.append(f"a sample of {len(self.vectors):,} records is drawn, one of every {self.step:,}")
+            notes.append(f"a sample of {len(self.vectors):,} records is drawn, one of every {self.step:,}")
         if self.averaged:
-            said.append("vectors are averages over residues")
-        return "; ".join(said)
+            notes.append("vectors are averages over residues")
+        return "; ".join(notes)
 
 
-def sample_of(store: Store) -> Sample:
-    """An evenly spread sample of a store's records.
+def read_sample(store: Store) -> Sample:
+    """Read an evenly spread sample of a store's records.
+
+    Args:
+        store: the store.
+
+    Returns:
+        The sample.
 
     Raises:
         ValueError: for fewer than two records.
@@ -85,7 +90,9 @@ def sample_of(store: Store) -> Sample:
     for start in range(0, total, step * RECORDS_READ):
         for row in store.read(slice(start, start + step * RECORDS_READ, step)):
             exact = np.asarray(row, np.float64)
-            rows.append(exact.mean(0) if exact.ndim > 1 else exact[: store.width])  # the first way to pool
+            rows.append(
+                exact.mean(0) if exact.ndim > 1 else exact[: store.width]
+            )  # of several ways to pool, the first
             lengths += [len(exact)] if exact.ndim > 1 else []
     facts = store.facts
     return Sample(
@@ -101,13 +108,22 @@ def sample_of(store: Store) -> Sample:
 
 
 def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates along the first two principal components, `(records, 2)`, and their shares of variance."""
+    """Find the first two principal components.
+
+    Args:
+        vectors: `(records, width)` vectors in float64.
+
+    Returns:
+        `(records, 2)` coordinates along the components, and the `(2,)` shares of variance that these explain.
+    """
     centred = vectors - vectors.mean(0)
-    wide = vectors.shape[1] > len(vectors)
+    wide = vectors.shape[1] > len(vectors)  # then the matrix of inner products is the smaller one
     values, directions = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
     values, directions = np.maximum(values[::-1][:2], 0), directions[:, ::-1][:, :2]
     points = directions * np.sqrt(values) if wide else centred @ directions
-    points *= np.where(points.max(0) < -points.min(0), -1, 1)  # signs are arbitrary: the farthest is positive
-    missing = 2 - len(values)  # of a single feature there is one
+    points *= np.where(
+        points.max(0) < -points.min(0), -1, 1
+    )  # signs are arbitrary: the farthest point is positive
+    missing = 2 - len(values)  # a single feature has one component
     shares = np.pad(values, (0, missing)) / max(np.square(centred).sum(), np.finfo(float).tiny)
     return np.pad(points, ((0, 0), (0, missing))), shares

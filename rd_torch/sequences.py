@@ -1,4 +1,4 @@
-"""Records of proteins on their way: letters made residues, token batches cut by a token budget."""
+"""Records of proteins, how their letters become residues, and how they are cut into batches of tokens."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from rd_torch.config import SPECIAL_TOKENS
 from rd_torch.letters import Corrections, read_residues
 
 WINDOW_BATCHES: Final = 16
-"""Batches' worth of sequences that are sorted by length at a time."""
+"""Number of batches that a window of records is cut for.
+
+Sequences are sorted by length within a window. In a larger window neighbours are more alike, but a kill loses
+more work, and memory holds the whole window. With another number unfinished stores and fits refuse to go on.
+"""
 
 
 class Protein(NamedTuple):
-    """A sequence and its identifier."""
+    """A sequence with its identifier."""
 
     identifier: str
     sequence: str
 
 
 class Entry(NamedTuple):
-    """A record as it comes in.
+    """A record as it comes in, sound or with a fault.
 
     Attributes:
-        identifier: its name, which another may have too.
-        sequence: its letters; empty where there is a fault.
-        source: the file it is from, if any.
-        line: the line or row where it stands there, or its number among what was given; from 1.
-        fault: why it cannot be embedded; empty where it can.
+        identifier: name of the protein, which another record may have too.
+        sequence: letters of the protein; empty where the record has a fault.
+        source: name of the file that the record comes from; empty where it comes from Python.
+        line: line or row of the record in its file, or its number among the items given; counted from 1.
+        fault: why the record cannot be embedded; empty where it can.
     """
 
     identifier: str
@@ -38,8 +42,8 @@ class Entry(NamedTuple):
     fault: str = ""
 
 
-def said(entry: Entry) -> str:
-    """The fault of a record in a sentence that says which one it is."""
+def describe_fault(entry: Entry) -> str:
+    """Return a record's fault, with the record's name and place."""
     place = f" (line {entry.line:,} of {entry.source})" if entry.source else ""
     return f"{entry.fault}, in record {entry.identifier}{place}"
 
@@ -47,52 +51,57 @@ def said(entry: Entry) -> str:
 def normalize(
     protein: Protein, corrections: Corrections, *, strict: bool = False, max_length: int | None = None
 ) -> Protein:
-    """A protein whose letters all are residues of the alphabet.
-
-    The letters are read by `read_residues`. The length changes in no other way unless `max_length` cuts it.
+    """Read a protein's letters by `read_residues`, and cut the protein to `max_length`.
 
     Args:
-        protein: the record.
-        corrections: receives the counts of what was changed.
-        strict: refuse letters that are no residue.
-        max_length: residues to keep; by default all.
+        protein: the protein.
+        corrections: counts of changes, to which those of this protein are added.
+        strict: whether to refuse letters that are no residue.
+        max_length: number of residues to keep; by default all.
+
+    Returns:
+        The protein, with nothing but residues in it.
 
     Raises:
-        ValueError: for a sequence without residues or with signs that are no letters, with its record; when
-            strict, for the first letter that is no residue, with its position.
+        ValueError: for a sequence without residues or with characters that are no letters; if strict, for the
+            first letter that is no residue, with its position.
     """
-    entries = normalized_entries([Entry(*protein)], corrections, strict=strict, max_length=max_length)
-    (read,) = sound_proteins(entries)
+    entries = normalize_entries([Entry(*protein)], corrections, strict=strict, max_length=max_length)
+    (read,) = require_sound(entries)
     return read
 
 
-def normalized_entries(
+def normalize_entries(
     entries: Iterable[Entry],
     corrections: Corrections,
     *,
     strict: bool = False,
     max_length: int | None = None,
 ) -> Iterator[Entry]:
-    """Records with only residues in them, as they come, those that cannot be read with their faults.
+    """Read the letters of records as they come, as `normalize` does.
 
     Args:
         entries: the records.
-        corrections: receives the counts of what was changed.
-        strict: refuse letters that are no residue, and stop at the first record that cannot be read.
-        max_length: residues to keep; by default all.
+        corrections: counts of changes, to which those of these records are added.
+        strict: whether to refuse letters that are no residue, and to stop at the first record that cannot be
+            read.
+        max_length: number of residues to keep of each sequence; by default all.
+
+    Yields:
+        Each record, with nothing but residues in it, or with a fault.
 
     Raises:
-        ValueError: when strict, for the first record that cannot be read.
+        ValueError: if strict, for the first record that cannot be read.
     """
     for entry in entries:
         read = entry if entry.fault else _read(entry, corrections, strict=strict, max_length=max_length)
         if read.fault and strict:
-            raise ValueError(said(read))
+            raise ValueError(describe_fault(read))
         yield read
 
 
 def _read(entry: Entry, corrections: Corrections, *, strict: bool, max_length: int | None) -> Entry:
-    """The record with its residues, or its fault."""
+    """Return the record with its residues, or with its fault."""
     try:
         letters = read_residues(entry.sequence, corrections, strict=strict)
     except ValueError as error:
@@ -103,8 +112,8 @@ def _read(entry: Entry, corrections: Corrections, *, strict: bool, max_length: i
     return entry if letters is entry.sequence else entry._replace(sequence=letters)
 
 
-def sound(entries: Iterable[Entry], left_out: list[Entry]) -> Iterator[Entry]:
-    """The records that can be embedded; the others are appended to the list."""
+def keep_sound(entries: Iterable[Entry], left_out: list[Entry]) -> Iterator[Entry]:
+    """Yield the records that can be embedded, and append the others to `left_out`."""
     for entry in entries:
         if entry.fault:
             left_out.append(entry)
@@ -112,38 +121,51 @@ def sound(entries: Iterable[Entry], left_out: list[Entry]) -> Iterator[Entry]:
             yield entry
 
 
-def sound_proteins(entries: Iterable[Entry]) -> Iterator[Protein]:
-    """The proteins of records; raises a ValueError at the first record that has a fault."""
+def require_sound(entries: Iterable[Entry]) -> Iterator[Protein]:
+    """Yield the proteins of records; raise a ValueError at the first record that has a fault."""
     for entry in entries:
         if entry.fault:
-            raise ValueError(said(entry))
+            raise ValueError(describe_fault(entry))
         yield Protein(entry.identifier, entry.sequence)
 
 
-def normalized_proteins(
+def normalize_proteins(
     proteins: Iterable[tuple[str, str]], *, strict: bool = False, max_length: int | None = None
 ) -> Iterator[Protein]:
-    """Identifiers and sequences with only residues in them, as they come; one warning counts the changes.
+    """Read the letters of proteins as they come, as `normalize` does; one warning counts the changes.
 
-    Arguments and errors as for `normalize`.
+    Args:
+        proteins: pairs of identifier and sequence.
+        strict: whether to refuse letters that are no residue.
+        max_length: number of residues to keep of each sequence; by default all.
+
+    Yields:
+        Each protein, with nothing but residues in it.
     """
     corrections = Corrections()
     entries = (Entry(*protein) for protein in proteins)
-    yield from sound_proteins(normalized_entries(entries, corrections, strict=strict, max_length=max_length))
+    yield from require_sound(normalize_entries(entries, corrections, strict=strict, max_length=max_length))
     corrections.warn()
 
 
-def normalized(sequences: Iterable[str]) -> Iterator[str]:
-    """The same of sequences without identifiers; errors name them by their number, from 1."""
+def normalize_sequences(sequences: Iterable[str]) -> Iterator[str]:
+    """Read sequences without identifiers, as `normalize` does; errors name them by their number, from 1."""
     proteins = ((f"number {number:,}", sequence) for number, sequence in enumerate(sequences, start=1))
-    return (protein.sequence for protein in normalized_proteins(proteins))
+    return (protein.sequence for protein in normalize_proteins(proteins))
 
 
 def cut_batches(sequences: Iterable[str], tokens_per_batch: int) -> Iterator[list[tuple[int, str]]]:
-    """Batches of `(index, sequence)`, longest first within a window, so that neighbours are alike.
+    """Cut sequences into batches, in each of which lengths are alike.
 
-    A batch holds at most `tokens_per_batch` tokens, padding counted, and at least one sequence.
-    Memory holds one window of about 16 batches.
+    Sequences are sorted by length within a window of about 16 batches, which is what memory holds of them.
+
+    Args:
+        sequences: the sequences, read as they are needed.
+        tokens_per_batch: number of tokens, padding included, that a batch holds at most; a longer sequence
+            makes a batch of its own.
+
+    Yields:
+        Each batch as `(index, sequence)` pairs, longest sequence first.
 
     Raises:
         ValueError: for a budget below 1.
@@ -163,7 +185,7 @@ def cut_batches(sequences: Iterable[str], tokens_per_batch: int) -> Iterator[lis
 
 
 def _cut_window(window: list[tuple[int, str]], tokens_per_batch: int) -> Iterator[list[tuple[int, str]]]:
-    """Cuts one window, sorted by falling length, into batches."""
+    """Sort one window by falling length and cut it into batches."""
     waiting = iter(sorted(window, key=lambda item: -len(item[1])))
     for longest in waiting:
         rows = max(1, tokens_per_batch // (len(longest[1]) + SPECIAL_TOKENS))

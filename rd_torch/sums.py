@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any, Final, Self, Unpack
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rd_torch.backbone import ESM2
+from rd_torch.disk import LOCK, Lock, require_folder, take_lock, write_whole
 from rd_torch.model import RDModel
 from rd_torch.modules import digest_of
 from rd_torch.moments import RunningMoments
 from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions, solve_stages
 from rd_torch.store import Window
-from rd_torch.store.format import require_folder, written_whole
-from rd_torch.store.locks import LOCK, locked
 
 SECONDS_BETWEEN_SAVES: Final = 60
 """At most so often are moments saved: those of the whole ESM-2 family are 865 MB."""
@@ -100,12 +98,12 @@ class Sums:
         self.done = Summed({})
         self._saved = time.monotonic()
         self._file: Path | None = None
-        self._lock: FileLock | None = None
+        self._lock: Lock | None = None
         if folder is not None:
             folder = Path(folder).resolve()
             require_folder(folder)
             folder.mkdir(exist_ok=True)
-            self._lock = locked(folder, folder)
+            self._lock = take_lock(folder, folder)
             self._file = folder / MOMENTS
             self._fingerprint = _fingerprint(family)
             if self._file.exists():
@@ -171,7 +169,7 @@ class Sums:
             _, mean, scatter = self.moments.parts
             tensors = {"mean": mean.cpu(), "scatter": scatter.cpu()}
             metadata = {"facts": json.dumps(self._facts())}
-            written_whole(self._file, lambda part: save_file(tensors, part, metadata))
+            write_whole(self._file, lambda part: save_file(tensors, part, metadata))
         self._saved = time.monotonic()
 
     def solved(self, provenance: Mapping[str, Any] | None, **options: Unpack[SolveOptions]) -> RDModel:

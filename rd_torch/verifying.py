@@ -1,4 +1,4 @@
-"""Checks of real files against fair-esm and against the promises of the project."""
+"""Check real files against fair-esm and against what the project promises."""
 
 from __future__ import annotations
 
@@ -33,18 +33,24 @@ SEQUENCES: Final = (
     "MKV<mask>LAGXBUZO<mask>ACDEFGHIKLMNPQRSTVWY",
     "M",
 )
-"""Ubiquitin; rare residues and masks; one residue."""
+"""Ubiquitin, a sequence with rare residues and masks, and a sequence of one residue."""
 
 TOLERANCE: Final = 2e-5
-"""Largest difference of embeddings and logits from fair-esm in float32, in standard deviations."""
+"""Largest difference of embeddings and logits from fair-esm's in float32, in standard deviations."""
 
 CONTACT_TOLERANCE: Final = 1e-4
-"""Largest difference of contact probabilities."""
+"""Largest difference of contact probabilities from fair-esm's."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report."""
+    """One line of the report.
+
+    Attributes:
+        name: what was checked.
+        passed: whether the check passed.
+        detail: what was found.
+    """
 
     name: str
     passed: bool
@@ -52,10 +58,13 @@ class Check:
 
 
 def require_fair_esm() -> None:
-    """Raises an ImportError unless the installed package `esm` is fair-esm's, with whose code we compare.
+    """Require that the installed package `esm` is fair-esm, with whose code the files are compared.
 
-    EvolutionaryScale's package has that name too. Installed over each other, the files of the two mix, and
-    neither works.
+    EvolutionaryScale's package has the same name. Where both are installed, their files mix, and neither
+    works.
+
+    Raises:
+        ImportError: where it is not fair-esm.
     """
     spec = find_spec("esm")
     places = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
@@ -72,7 +81,10 @@ def require_fair_esm() -> None:
 
 
 def environment() -> str:
-    """The versions that a report depends on, in one line.
+    """Return the versions that a report depends on.
+
+    Returns:
+        One line of text.
 
     Raises:
         ImportError: where fair-esm is not installed.
@@ -95,25 +107,28 @@ def verify_chain(
     device: torch.device | str = "cpu",
     **published: Unpack[PublishedOptions],
 ) -> Iterator[Check]:
-    """Loads a chain in float32 and checks it; yields the checks as they are done.
+    """Load a chain in float32 and check it.
 
-    Every backbone's hidden states, logits and contacts are compared with fair-esm's own code, given the
-    same tensors; with `fair_esm`, its tensors with fair-esm's own file too, which tells whether names
-    were understood. Every prefix is compared to the bit.
+    Each backbone's embeddings, logits and contacts are compared with those of fair-esm's own code, which gets
+    the same tensors. With `fair_esm`, each backbone's tensors are compared with fair-esm's own file, too,
+    which shows whether names were understood. Every prefix is compared to the bit.
 
     Args:
-        name_or_folder: what `RDModel.from_pretrained` takes.
+        name_or_folder: the chain, as for `RDModel.from_pretrained`.
         level: the level to end at.
-        fair_esm: folder of fair-esm's `.pt` files.
-        backbones: other sources of backbones by level.
-        cache_dir: the Hub's cache.
-        device: where the model runs.
-        **published: which of the authors' maps.
+        fair_esm: folder with fair-esm's `.pt` files.
+        backbones: files, folders or Hub ids of backbones that come from elsewhere, by level.
+        cache_dir: folder of the Hub's cache.
+        device: the device that the model runs on.
+        **published: options that choose among the authors' maps.
+
+    Yields:
+        Each check, as soon as it is done.
 
     Raises:
         FileNotFoundError: for a file that is not there.
         ImportError: where fair-esm is not installed.
-        ValueError: for a file that does not read, match or fit.
+        ValueError: for a file that cannot be read, has another checksum, or does not fit the others.
     """
     require_fair_esm()
     model = RDModel.from_pretrained(
@@ -130,22 +145,22 @@ def verify_chain(
             else "the checkpoint's own"
         )
         yield Check(f"files of {each.name}", True, home)
-        yield _equals_fair_esm(each.name, backbone, tokens)
+        yield _compare_with_fair_esm(each.name, backbone, tokens)
         if fair_esm and each.name in ESM2_LEVELS:
             path = fair_esm / FAIR_ESM_NAMES[each.name]
-            yield _equals_file(each.name, backbone, path)
-            yield _has_checksum(path)
-    yield from _prefixes(model, tokens)
+            yield _compare_with_file(each.name, backbone, path)
+            yield _compare_checksum(path)
+    yield from _compare_prefixes(model, tokens)
     fitted, applied = model.config.provenance.get("fitted_on"), model.config.predict_from
     if "fit" in model.config.provenance:
-        fitted = applied  # ours: fitted as they are applied
-    told = f"fitted on {fitted or 'what cannot be told'}, applied to {applied}"
-    yield Check("maps", fitted in (None, applied), told)
+        fitted = applied  # maps that this package has fitted are applied as they were fitted
+    detail = f"fitted on {fitted or 'what cannot be told'}, applied to {applied}"
+    yield Check("maps", fitted in (None, applied), detail)
 
 
 def _oracle(backbone: ESM2) -> nn.Module:
-    """fair-esm's module around the tensors of one of ours."""
-    from esm.model.esm2 import ESM2 as FairESM2  # here, for nothing else needs it and it may be missing
+    """Return fair-esm's module with the tensors of one of ours."""
+    from esm.model.esm2 import ESM2 as FairESM2  # here, because it may be missing and nothing else needs it
 
     with torch.device("meta"):
         oracle = FairESM2(backbone.num_layers, backbone.embed_dim, backbone.attention_heads)
@@ -158,8 +173,8 @@ def _oracle(backbone: ESM2) -> nn.Module:
     return oracle.eval()
 
 
-def _equals_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
-    """Compares one backbone with fair-esm's code on the same tensors."""
+def _compare_with_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
+    """Compare one backbone with fair-esm's code on the same tensors."""
     if not backbone.has_lm_head:
         return Check(f"{name} against fair-esm", False, "its checkpoint has no language-model head")
     layer, heads = backbone.num_layers, "contact_head.regression.weight" in backbone.tensors()
@@ -174,7 +189,7 @@ def _equals_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
     passed = max(worst.values()) <= TOLERANCE
     detail = "largest difference " + ", ".join(f"{key} {value:.1e} SD" for key, value in worst.items())
     if heads:
-        # NaN stands where a protein has no pair of residues
+        # NaN stands where a protein has no pair of residues; as 2, it differs from every probability.
         ours, other = (answer["contacts"].nan_to_num(2) for answer in (out, expected))
         difference = (ours - other).abs().max()
         passed &= float(difference) <= CONTACT_TOLERANCE
@@ -182,8 +197,8 @@ def _equals_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
     return Check(f"{name} against fair-esm", passed, detail)
 
 
-def _equals_file(name: str, backbone: ESM2, path: Path) -> Check:
-    """Compares one backbone's tensors with fair-esm's own file, which may hold them in half precision."""
+def _compare_with_file(name: str, backbone: ESM2, path: Path) -> Check:
+    """Compare one backbone's tensors with fair-esm's own file, which may have them in half precision."""
     files = find_backbone(path, Hub())
     stored = read_backbone(files, read_level(files, name))
     different = [
@@ -198,16 +213,16 @@ def _equals_file(name: str, backbone: ESM2, path: Path) -> Check:
     return Check(f"{name} against fair-esm's file", not different and not missing, detail)
 
 
-def _has_checksum(path: Path) -> Check:
-    """Compares fair-esm's file with its known checksum, where one is known."""
+def _compare_checksum(path: Path) -> Check:
+    """Compare the checksum of fair-esm's file with the known one, where one is known."""
     got = sha256_of(path)
     known = FAIR_ESM_SHA256.get(path.name)
     detail = f"sha256 {got}" + ("" if known == got else f", known {known or 'none'}")
     return Check(f"checksum of {path.name}", known in (None, got), detail)
 
 
-def _prefixes(model: RDModel, tokens: Tensor) -> Iterator[Check]:
-    """Compares every shorter chain with the beginning of the whole, to the bit."""
+def _compare_prefixes(model: RDModel, tokens: Tensor) -> Iterator[Check]:
+    """Compare the embedding of every shorter chain with the first features of the whole, to the bit."""
     if not model.config.is_nested:
         return
     whole = model(tokens).representations

@@ -181,7 +181,7 @@ def test_wrong_input_is_said_in_a_sentence():
         with pytest.raises(ValueError, match="expected pairs of label and sequence, got .* of strings"):
             OURS.get_batch_converter()(strings)
     for name in ("ESM-1", "MSA Transformer", "nothing", None):
-        with pytest.raises(ValueError, match=r"ESM-2's alphabet, ESM-1b or roberta_large, got .*only that"):
+        with pytest.raises(ValueError, match=r"ESM-2's alphabet, ESM-1b or roberta_large, got .*no other"):
             Alphabet.from_architecture(name)
 
 

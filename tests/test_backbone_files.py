@@ -136,7 +136,7 @@ def test_angles_are_found_under_every_name_and_missing_ones_are_computed_with_a_
         rewrite({**tensors, **{name: inv_freq.clone() for name in names}}, path)
         assert_equals_fair_esm(rd_torch.RDModel.from_pretrained(tmp_path), fair, tokens)
     rewrite(tensors, path)
-    with pytest.warns(UserWarning, match="no inv_freq; it is computed anew"):
+    with pytest.warns(UserWarning, match="no inv_freq, so it is computed anew"):
         model = rd_torch.RDModel.from_pretrained(tmp_path)
     (backbone,) = model.backbones.values()
     exact = 10_000.0 ** -(torch.arange(0, 16, 2) / 16)
@@ -265,7 +265,7 @@ def test_other_families_are_told_by_their_tensors(theirs, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)got others: .*embeddings\.layer_norm\.weight"):
         rd_torch.RDModel.from_pretrained(path)
     rewrite({**tensors, "lm_head.decoder.weight": torch.ones(33, 64)}, path)
-    with pytest.raises(ValueError, match="expected a language-model head tied to the embeddings"):
+    with pytest.raises(ValueError, match="expected a language-model head that is tied to the embeddings"):
         rd_torch.RDModel.from_pretrained(path)
     rewrite({"bert.embeddings.word_embeddings.weight": torch.ones(4, 4)}, path)
     with pytest.raises(ValueError, match=r"expected an ESM-2 in .*, got a file with bert\."):
@@ -308,7 +308,7 @@ def test_a_renamed_file_is_told_by_its_shape(tmp_path):
     module = perturbed_esm2(6, 320, 20)
     save_fair_esm(module, tmp_path / "esm2_t12_35M_UR50D.pt")
     assert list(rd_torch.RDModel.from_pretrained(tmp_path).backbones) == ["8M"]
-    from rd_torch.weights.backbone import find_backbone, read_level
+    from rd_torch.weights import find_backbone, read_level
     from rd_torch.weights.hub import Hub
 
     with pytest.raises(
@@ -321,7 +321,7 @@ def test_nothing_there_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="got '.*no.pt'"):
         rd_torch.RDModel.from_pretrained(str(tmp_path / "no.pt"))
     with pytest.raises(
-        FileNotFoundError, match="expected a file, a folder or a Hub id, got '.*no.pt', which is none"
+        FileNotFoundError, match="expected a file, a folder or a Hub id, got none of them: '.*no.pt'"
     ):
         rd_torch.RDModel.from_pretrained("esm2-rd-mini", backbones={"28K": str(tmp_path / "no.pt")})
     (tmp_path / "empty").mkdir()

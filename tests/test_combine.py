@@ -364,7 +364,10 @@ def test_the_command_writes_what_python_writes_and_goes_on(nesting, raw, tmp_pat
         (("28K=gone.h5",), "expected an embedding file or folder at gone.h5, got nothing there"),
         (("28K=a", "--width", "3", "--level", "28K"), "expected --width or --level, got both"),
         (("28K=a", "--level", "9B"), "level to be one of '28K', '90K', '207K', '1M', got '9B'"),
-        (("28K=a", "--model", "nowhere"), "expected a checkpoint folder, a shipped one (esm2-rd-mini)"),
+        (
+            ("28K=a", "--model", "nowhere"),
+            "expected a checkpoint's folder, the name of a shipped checkpoint (esm2-rd-mini)",
+        ),
         ((), "Missing argument 'LEVEL=FILE...'"),
     ],
 )

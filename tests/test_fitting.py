@@ -290,8 +290,8 @@ def test_a_finished_fit_is_solved_otherwise_without_another_pass(saving, tmp_pat
 
 def test_moments_are_saved_once_a_minute(tmp_path, monkeypatch):
     saved, clock = [], [0.0]
-    written = sums.written_whole
-    monkeypatch.setattr(sums, "written_whole", lambda *given: (saved.append(clock[0]), written(*given)))
+    write = sums.write_whole
+    monkeypatch.setattr(sums, "write_whole", lambda *given: (saved.append(clock[0]), write(*given)))
     monkeypatch.setattr(sums.time, "monotonic", lambda: clock[0])
 
     def slow(more, before):

@@ -292,7 +292,7 @@ def test_labels_on_no_residue_are_refused(batch):
         ),
         (
             lambda: align_labels([[1] * 9, [1], [1] * 5], tokens_of(*SEQUENCES)),
-            r"expected a label for each residue, \[10, 1, 5\], got \[9, 1, 5\]",
+            r"expected one label for each residue, so \[10, 1, 5\] labels, got \[9, 1, 5\]",
         ),
     ],
 )

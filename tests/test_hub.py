@@ -27,10 +27,10 @@ from hub_server import FakeHub, Fault, no_fault
 
 import rd_torch
 from rd_torch.config import ESM2_LEVELS, Reference
-from rd_torch.weights import Hub, read_checkpoint, shipped
+from rd_torch.weights import Hub, read_checkpoint, shipped_checkpoints
 from rd_torch.weights.known import ESM2_ON_HUB, PUBLISHED_MAPS
 
-MINI = shipped()["esm2-rd-mini"]
+MINI = shipped_checkpoints()["esm2-rd-mini"]
 SMALL = ("config.json", "maps.safetensors", "backbones/28K.safetensors", "backbones/90K.safetensors")
 LAST = SMALL[-1]
 CHAIN = "someone/chain"
@@ -303,7 +303,7 @@ def test_offline_loads_what_is_cached_without_a_request(hub, monkeypatch, by):
 def test_offline_with_nothing_cached_names_the_command_to_run(hub, monkeypatch, repo, level, command, by):
     if by == "variable":
         offline(monkeypatch)
-    said = rf"of {repo} from the Hub or its cache, got neither: where there is network, run `{command}"
+    said = rf"of {repo} from the Hub or its cache, got it from neither: run `{command}"
     with pytest.raises(FileNotFoundError, match=said):
         load(repo, level=level, local_files_only=by == "argument")
     assert hub.requests == []
@@ -333,7 +333,9 @@ def test_what_is_cached_loads_when_the_hub_does_not_answer(hub, monkeypatch, how
 def test_other_bytes_than_the_known_ones_of_esm2_are_refused(hub, monkeypatch):
     known, files = ESM2_ON_HUB["8M"], backbone_files()
     hub.add(known.repo, files, commit=known.revision)
-    said = rf"expected sha256 {known.sha256[WEIGHTS]} of .*{WEIGHTS}, got {sha256(files[WEIGHTS])}: it is not"
+    said = (
+        rf"expected sha256 {known.sha256[WEIGHTS]} of .*{WEIGHTS}, got {sha256(files[WEIGHTS])}: the file is"
+    )
     with pytest.raises(ValueError, match=said):
         load(known.repo)
     assert {request.revision for request in hub.requests} == {known.revision}
@@ -443,7 +445,7 @@ def shards(number):
 
 def read_15b(hub=None, revision=None):
     checkpoint = read_checkpoint(ESM2_ON_HUB["15B"].repo, None, hub, revision)
-    level, tensors = checkpoint.backbone(checkpoint.config.levels[0], None, hub or Hub())
+    level, tensors = checkpoint.read_backbone(checkpoint.config.levels[0], None, hub or Hub())
     assert (level.num_layers, level.width) == (2, 32)
     return tensors["emb_layer_norm_after.bias"]
 
@@ -463,7 +465,7 @@ def test_the_first_checksum_is_kept_and_that_is_said_once(hub, cache, kept):
     assert len(said) == len(files)
     named = [str(each.message) for each in said if kept.file in str(each.message)]
     assert len(named) == 1
-    assert f"sha256 {sha256(files[kept.file])}, its first, is kept in {cache}" in named[0]
+    assert f"sha256 {sha256(files[kept.file])} of this first download is kept in {cache}" in named[0]
     record = record_of(cache, kept.repo)
     assert record["commit"] == commit
     assert {name: each["sha256"] for name, each in record["files"].items()} == {
@@ -511,9 +513,7 @@ def test_other_bytes_at_the_first_commit_are_refused(hub, cache, kept):
     kept.read()
     forget(cache, kept.repo)
     hub.replace(kept.repo, commit, kept.file, other)
-    said = (
-        rf"expected sha256 {sha256(first[kept.file])} of {commit}/{kept.file}, got {sha256(other)}: it is not"
-    )
+    said = rf"expected sha256 {sha256(first[kept.file])} of {commit}/{kept.file}, got {sha256(other)}: the"
     for _ in range(2):
         with pytest.raises(ValueError, match=said):
             kept.read()
@@ -589,7 +589,7 @@ def test_a_broken_download_leaves_nothing_that_would_be_loaded(hub, no_waiting, 
 
 def test_a_file_that_is_truncated_on_the_hub_is_refused(hub):
     hub.add(CHAIN, {**chain_files(), LAST: chain_files()[LAST][:-4]})
-    with pytest.raises(ValueError, match=rf"whole safetensors file, got one that does not read: .*{LAST}"):
+    with pytest.raises(ValueError, match=rf"whole safetensors file, got one that cannot be read: .*{LAST}"):
         load(CHAIN, level="90K")
 
 
@@ -744,11 +744,11 @@ def test_a_changed_backbone_is_not_pushed_as_a_reference(hub):
     model = referenced_chain(hub)
     with torch.no_grad():
         bias(model).add_(1)
-    said = r"expected backbone 28K as it came from someone/esm-28K, got another emb_layer_norm_after.bias"
+    said = r"expected backbone 28K as it came from someone/esm-28K, got a changed emb_layer_norm_after.bias"
     with pytest.raises(ValueError, match=said):
         model.push_to_hub(CHAIN, backbones="referenced")
     with pytest.raises(
-        ValueError, match="expected a backbone from the Hub at level a, got one from elsewhere"
+        ValueError, match="expected a backbone that came from the Hub at level a, got one from elsewhere"
     ):
         small_model().push_to_hub(CHAIN, backbones="referenced")
     assert CHAIN not in hub.repositories

@@ -221,8 +221,8 @@ def test_every_argument_has_its_name(ours, theirs):
         ({"use_cache": True}, "keeps nothing from call to call"),
         ({"head_mask": torch.ones(2, 4)}, "heads cannot be left out"),
         ({"output_hidden_states": True}, "only last layers have a reverse-distilled form"),
-        ({"position_ids": torch.arange(TOKENS.shape[1])[None] + 2}, "of the columns"),
-        ({"position_ids": torch.arange(TOKENS.shape[1] - 1)[None]}, "of the columns"),
+        ({"position_ids": torch.arange(TOKENS.shape[1])[None] + 2}, "expected position_ids 0, 1, 2"),
+        ({"position_ids": torch.arange(TOKENS.shape[1] - 1)[None]}, "expected position_ids 0, 1, 2"),
         ({"attention_mask": MASK[:, 1:]}, "expected an attention_mask of shape"),
     ],
     ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
@@ -560,8 +560,11 @@ def test_whatever_rd_model_loads_is_loaded():
     assert not model.training
     for options, message in (
         ({"num_label": 3}, "expected options of RDModel.from_pretrained or of a config, got 'num_label'"),
-        ({"attn_implementation": "flash_attention_2"}, "expected attn_implementation of 'eager', 'sdpa'"),
-        ({"add_pooling_layer": True}, "expected add_pooling_layer of False, got True"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "expected attn_implementation to be 'eager' or 'sdpa', got",
+        ),
+        ({"add_pooling_layer": True}, "expected add_pooling_layer to be False, got True"),
         ({"dtype": "floaty"}, "expected a dtype, as torch.float32 or 'float32', got 'floaty'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -19,7 +19,7 @@ from rd_torch.cli import main
 from rd_torch.cluster import Records
 from rd_torch.letters import Corrections
 from rd_torch.reading import Proteins
-from rd_torch.sequences import Entry, normalized_entries
+from rd_torch.sequences import Entry, normalize_entries
 from rd_torch.store import Names, open_store
 
 FOLDER = Path(__file__).parent / "inputs"
@@ -30,7 +30,7 @@ WITH_UNKNOWN_LETTERS = ("stops.fasta", "aligned.fasta", "rare.fasta")
 FASTA = [case for case in READ if case["file"].split(".")[1] not in ("csv", "tsv", "parquet")]
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*as guessed of"),
+    pytest.mark.filterwarnings("ignore:guessed for"),
     pytest.mark.filterwarnings("ignore:letters that are no residue"),
     pytest.mark.filterwarnings("ignore:sequences whose"),
     pytest.mark.filterwarnings("ignore:records whose identifier"),
@@ -65,7 +65,7 @@ def faults(case):
 
 def read(proteins, **options):
     """What comes of a source: records, and faults with lines and reasons."""
-    entries = list(normalized_entries(proteins.entries(), Corrections(), **options))
+    entries = list(normalize_entries(proteins.entries(), Corrections(), **options))
     good = [(entry.identifier, entry.sequence) for entry in entries if not entry.fault]
     return good, [(entry.identifier, entry.line, entry.fault) for entry in entries if entry.fault]
 
@@ -183,8 +183,8 @@ def test_a_cluster_reads_the_same(case):
         letters for window in windows for k, letters in enumerate(window.contents) if k not in window.faults
     ]
     assert good == [letters for _, letters in sound(case)]
-    places = [window.places[k][1] for window in windows for k in sorted(window.faults)]
-    assert places == [line for _, line, _ in faults(case)]
+    lines = [window.origins[k][1] for window in windows for k in sorted(window.faults)]
+    assert lines == [line for _, line, _ in faults(case)]
     known = [known for _, known in Records(FOLDER / case["file"]).windows(10_000)]
     lost = [Entry(*entry) for each in known for entry in json.loads(each["left_out"])]
     if sound(case):
@@ -423,7 +423,7 @@ def test_any_text_gives_the_records_of_a_second_parser_or_an_error(tmp_path_fact
     path.write_bytes(text.encode())
     expected = second_parser(text.removeprefix("\ufeff"))
     try:
-        entries = list(normalized_entries(rd_torch.Fasta(path).entries(), Corrections()))
+        entries = list(normalize_entries(rd_torch.Fasta(path).entries(), Corrections()))
     except ValueError as error:
         assert str(error).startswith("expected")  # noqa: PT017  # either is right
         assert expected is None

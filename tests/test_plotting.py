@@ -15,7 +15,7 @@ import rd_torch
 from rd_torch import embed_to_store, open_store, plot_store, sampling
 from rd_torch.cli import main
 from rd_torch.plotting import draw
-from rd_torch.sampling import principal_components, sample_of
+from rd_torch.sampling import principal_components, read_sample
 from rd_torch.sequences import Protein
 
 PROTEINS = [Protein(f"P{i}", random_sequence(5 + 3 * i, seed=i)) for i in range(30)]
@@ -47,7 +47,7 @@ def put(path, rows):
 
 def sampled(path):
     with open_store(path) as store:
-        return sample_of(store)
+        return read_sample(store)
 
 
 def drawn(path, width=None):
@@ -277,5 +277,5 @@ def test_the_command_says_where_the_picture_is(stores, tmp_path):
     path = tmp_path / "a.png"
     result = CliRunner().invoke(main, ["plot", str(stores["pt", "none"]), "-o", str(path), "--width", "64"])
     assert result.exit_code == 0, result.output
-    assert result.stderr == f"Picture in {path}\n"
+    assert result.stderr == f"Wrote the picture to {path}.\n"
     assert path.is_file()

@@ -12,7 +12,7 @@ from helpers import random_sequence, tokens_of
 
 import rd_torch
 from rd_torch.cli import main
-from rd_torch.pooling import named_pool, pools_of
+from rd_torch.pooling import pool_name, pools_of
 from rd_torch.store import Facts, open_store
 
 SEQUENCES = [random_sequence(length, length) for length in (5, 31, 1, 17, 12)]
@@ -52,7 +52,7 @@ def test_the_deviation_of_one_residue_is_zero(mini):
 @pytest.mark.parametrize("ways", [["mean", "max"], ("std", "cls", "mean"), "max+std", ["cls"]], ids=str)
 def test_several_stand_one_behind_the_other(mini, ways):
     vectors = rd_torch.embed(mini, SEQUENCES, pool=ways, width=48)
-    each = [rd_torch.embed(mini, SEQUENCES, pool=way, width=48) for way in pools_of(named_pool(ways))]
+    each = [rd_torch.embed(mini, SEQUENCES, pool=way, width=48) for way in pools_of(pool_name(ways))]
     assert np.array_equal(vectors, np.concatenate(each, axis=1))
     assert rd_torch.embed(mini, [], pool=ways, width=48).shape == (0, 48 * len(each))
 
@@ -62,7 +62,10 @@ WRONG = ["median", [], ["mean", "mean"], ["mean", "none"], "", ["mean", "median"
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_other_ways_are_refused(mini, wrong):
-    with pytest.raises(ValueError, match=r"expected pool of 'mean', 'max', 'std', 'cls', several of"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected pool to be one or several of 'mean', 'max', 'std', 'cls', each once, or 'none'",
+    ):
         rd_torch.embed(mini, ["MKT"], pool=wrong)
 
 
@@ -71,7 +74,7 @@ def test_other_ways_are_refused(mini, wrong):
 def test_a_store_of_every_format_keeps_them_and_reads_prefixes_of_each(mini, tmp_path, suffix, pool):
     path = tmp_path / f"out.{suffix}"
     rd_torch.embed_to_store(mini, PROTEINS, path, pool=pool, tokens_per_batch=40)
-    ways = pools_of(named_pool(pool))
+    ways = pools_of(pool_name(pool))
     with open_store(path) as store:
         assert store.pool == store.facts.pool == "+".join(ways)
         assert store.facts.boundaries == tuple(64 * number for number in range(len(ways) + 1))
@@ -128,7 +131,7 @@ def test_long_sequences_in_windows_are_pooled_when_they_are_blended(mini, pool):
     (residues,) = rd_torch.embed(mini, [SEQUENCES[1]], pool="none", windows=(12, 4))
     exact = residues.astype(np.float64)
     known = {"mean": exact.mean(0), "max": exact.max(0), "std": exact.std(0)}
-    expected = np.concatenate([known[way] for way in pools_of(named_pool(pool))])
+    expected = np.concatenate([known[way] for way in pools_of(pool_name(pool))])
     (vector,) = rd_torch.embed(mini, [SEQUENCES[1]], pool=pool, windows=(12, 4))
     np.testing.assert_allclose(vector, expected, atol=1e-6)
 

@@ -4,14 +4,16 @@ import random
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rd_torch.backbone.tokens import is_residue, tokenize
+from rd_torch.cli import main
 from rd_torch.config import ALPHABET
-from rd_torch.letters import RESIDUE_LETTERS, Corrections
+from rd_torch.letters import RESIDUE_LETTERS, Corrections, read_residues
 from rd_torch.reading import Fasta
-from rd_torch.sequences import Protein, cut_batches, normalize, normalized
+from rd_torch.sequences import Protein, cut_batches, normalize, normalize_sequences
 
 LETTERS = st.text(alphabet="".join(sorted(RESIDUE_LETTERS)), min_size=1, max_size=40)
 FASTA = ">sp|P1|ONE first protein\nMKT\nAYI\n\n>two\nGG\n"
@@ -47,7 +49,7 @@ def test_fasta_reads_the_same_in_every_packing_and_line_ending(tmp_path, pack, e
         ),
         (">one\nMK\n>two\n>three\nMK\n", r"expected a sequence, got none, in record two \(line 3 of"),
         (">one\nMK\n>two\n*\n", r"expected a sequence, got none, in record two \(line 3 of"),
-        (">one\nMK\n>\nMK\n", r"identifier behind '>', got none, in record line 3 \(line 3 of"),
+        (">one\nMK\n>\nMK\n", r"identifier after '>', got none, in record line 3 \(line 3 of"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_the_reason(tmp_path, content, message):
@@ -81,7 +83,7 @@ def test_one_warning_counts_all_changes():
     with pytest.warns(
         UserWarning, match="was dropped: 2; letters that are no residue, read as X: 3"
     ) as caught:
-        assert list(normalized(sequences)) == ["MKT", "MX", "MXKX"]
+        assert list(normalize_sequences(sequences)) == ["MKT", "MX", "MXKX"]
     assert len(caught) == 1
 
 
@@ -188,3 +190,20 @@ def test_nasty_files_are_read_exactly_or_refused(tmp_path, name):
             list(Fasta(path))
     else:
         assert [record.sequence for record in Fasta(path)] == expected
+
+
+@pytest.mark.parametrize("command", ["embed", "fit"])
+def test_letters_are_read_once_from_a_file_to_the_model(tmp_path, monkeypatch, command):
+    read = []
+
+    def counting(text, *others, **options):
+        read.append(text)
+        return read_residues(text, *others, **options)
+
+    monkeypatch.setattr("rd_torch.sequences.read_residues", counting)
+    written = [f"M{'K' * length}jt" for length in range(3, 40)]
+    (tmp_path / "in.fasta").write_text("".join(f">{place}\n{text}\n" for place, text in enumerate(written)))
+    arguments = [command, str(tmp_path / "in.fasta"), "-o", str(tmp_path / "out.h5")]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert read == written

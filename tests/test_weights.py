@@ -8,14 +8,14 @@ from safetensors.torch import load_file
 
 import rd_torch
 from rd_torch.config import RDConfig
-from rd_torch.weights import shipped
+from rd_torch.weights import shipped_checkpoints
 
 TOKENS = torch.tensor([[0, 20, 15, 11, 5, 19, 12, 2, 1], [0, 4, 5, 32, 7, 8, 9, 10, 2]])
 
 
 @pytest.fixture
 def folder(tmp_path):
-    shutil.copytree(shipped()["esm2-rd-mini"], tmp_path / "copy")
+    shutil.copytree(shipped_checkpoints()["esm2-rd-mini"], tmp_path / "copy")
     return tmp_path / "copy"
 
 
@@ -47,7 +47,7 @@ def test_the_card_says_how_to_load_and_names_no_path(tmp_path):
     card = (tmp_path / "esm2-rd-mini" / "README.md").read_text()
     assert 'RDModel.from_pretrained("esm2-rd-mini")  # level="28K" stops there' in card
     assert str(tmp_path) not in card
-    assert card == (shipped()["esm2-rd-mini"] / "README.md").read_text()
+    assert card == (shipped_checkpoints()["esm2-rd-mini"] / "README.md").read_text()
 
 
 def test_whoever_reads_the_config_reads_the_tensors(tmp_path):
@@ -86,14 +86,14 @@ def test_a_missing_file_is_named(folder, name):
 def test_a_truncated_file_is_named(folder, name, size):
     path = folder / name
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=rf"whole safetensors file, got one that does not read: .*{name}"):
+    with pytest.raises(ValueError, match=rf"whole safetensors file, got one that cannot be read: .*{name}"):
         rd_torch.RDModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 1, "levels": [{"name": "a"}]}'])
 def test_a_config_that_does_not_read_is_refused(folder, text):
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="expected a checkpoint's config in"):
+    with pytest.raises(ValueError, match="expected the config of a checkpoint in"):
         rd_torch.RDModel.from_pretrained(folder)
 
 
@@ -132,7 +132,9 @@ def test_a_folder_here_goes_before_a_shipped_name(folder, tmp_path, monkeypatch)
 
 def test_unknown_names_list_what_there_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match=r"a shipped one \(esm2-rd-mini\) or a Hub id, got 'esm2-rd'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"a shipped checkpoint \(esm2-rd-mini\) or a Hub id, got 'esm2-rd'"
+    ):
         rd_torch.RDModel.from_pretrained("esm2-rd")
     with pytest.raises(FileNotFoundError, match=r"got '.*nowhere'"):
         rd_torch.RDModel.from_pretrained(tmp_path / "nowhere")
@@ -154,7 +156,8 @@ def test_a_hub_id_is_read_from_the_cache(folder, tmp_path, monkeypatch):
         model(TOKENS).embeddings, rd_torch.RDModel.from_pretrained("esm2-rd-mini")(TOKENS).embeddings
     )
     with pytest.raises(
-        FileNotFoundError, match=r"of someone/else from the Hub or its cache, got neither.*the Hub said"
+        FileNotFoundError,
+        match=r"of someone/else from the Hub or its cache, got it from neither.*the Hub said",
     ):
         rd_torch.RDModel.from_pretrained("someone/else")
 

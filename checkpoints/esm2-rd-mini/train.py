@@ -25,7 +25,7 @@ from torch.nn import functional
 from rd_torch.backbone import ESM2, Packing, is_residue, tokenize
 from rd_torch.config import ALPHABET, Level
 from rd_torch.reading import Fasta
-from rd_torch.sequences import normalized
+from rd_torch.sequences import normalize_sequences
 
 LEVELS = {
     level.name: level
@@ -58,7 +58,7 @@ def read_tokens(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_sequences(path: Path) -> list[str]:
     """The normalised sequences of a FASTA."""
-    return list(normalized(protein.sequence for protein in Fasta(path)))
+    return list(normalize_sequences(protein.sequence for protein in Fasta(path)))
 
 
 def draw_windows(

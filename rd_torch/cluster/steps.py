@@ -1,11 +1,14 @@
-"""What is done on the machines of a cluster: records read in windows, windows embedded, moments summed."""
+"""What the workers of a cluster do: embed windows, add columns of embeddings, sum moments.
+
+Functions called `begin_...` load a model in a worker and return the step that the worker does to each table.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,156 +18,55 @@ import torch
 from torch import nn
 
 from rd_torch.batching import find_budget, plan_batches
+from rd_torch.cluster.records import BULK
 from rd_torch.cluster.workers import Step
 from rd_torch.embedding import EmbedOptions, embed, embed_windows
 from rd_torch.fitting import add_moments, shared_family
-from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
-from rd_torch.reading import Proteins
-from rd_torch.sequences import Entry, normalized, normalized_entries, sound
-from rd_torch.store import Names, Window, cut_windows
-from rd_torch.store.folder import Folder
-from rd_torch.store.parquet import level_columns
-from rd_torch.sums import Summed
+from rd_torch.sequences import normalize_sequences
+from rd_torch.store import Folder, Window, level_columns
+from rd_torch.sums import Sums
 
-Source: TypeAlias = str | Path | RDModel
-"""A model, or what `RDModel.from_pretrained` takes on every machine."""
+ModelOrName: TypeAlias = str | Path | RDModel
+"""A model, or a name or folder from which `RDModel.from_pretrained` loads it on every machine."""
 
 Load: TypeAlias = Callable[[str], RDModel]
+"""Loads a chain onto the device of the worker that calls it."""
+
 LoadFamily: TypeAlias = Callable[[str], Mapping[str, nn.Module]]
-"""Called by every worker with its device."""
-
-_BULK = ("names", "contents", "lengths", "marks")
-"""Columns of a window that no driver needs."""
-
-
-@dataclass(frozen=True)
-class Records:
-    """The proteins of files that every machine sees.
-
-    Attributes:
-        path: a file or folder, or several.
-        strict: refuse letters that are no residue, and stop at the first record that cannot be read.
-        max_length: residues to keep of each; by default all.
-        identifier: what is taken of a header as the identifier, as for `rd_torch.Proteins`.
-        columns: the columns of sequences and identifiers in tables, likewise.
-    """
-
-    path: Path | Sequence[Path]
-    strict: bool = False
-    max_length: int | None = None
-    identifier: str | None = None
-    columns: tuple[str | None, str | None] = (None, None)
-
-    def proteins(self) -> Proteins:
-        """The proteins as they are read on this machine.
-
-        Raises:
-            ValueError: for standard input and pipes, which no other machine can read.
-        """
-        paths = [self.path] if isinstance(self.path, str | Path) else self.path
-        proteins = Proteins(
-            *paths,
-            identifier=self.identifier,
-            sequence_column=self.columns[0],
-            identifier_column=self.columns[1],
-        )
-        proteins.require_files()
-        return proteins
-
-    def windows(
-        self, tokens_per_batch: int, names: Names | None = None, identifier: str = "word"
-    ) -> Iterator[tuple[Window[str], dict[str, Any]]]:
-        """The windows of a local run, each with what is known when its last record has been read.
-
-        Without names, for a fit, records that cannot be read are left out of them, and said beside them.
-
-        Args:
-            tokens_per_batch: tokens a batch holds at most.
-            names: gives records that share an identifier names of their own.
-            identifier: the rule for headers where none was chosen.
-        """
-        proteins, corrections, read = self.proteins(), Corrections(), 0
-        entries = normalized_entries(
-            proteins.entries(identifier), corrections, strict=self.strict, max_length=self.max_length
-        )
-        lost: list[Entry] = []
-        if names is None:
-            entries = sound(entries, lost)
-        last: tuple[Window[str], dict[str, Any]] | None = None
-        for window in cut_windows(entries, tokens_per_batch, names):
-            if last is not None:
-                yield last
-            read += window.residues
-            known = {"read": read, "fraction": proteins.fraction, "corrections": list(astuple(corrections))}
-            last = window, known | {"left_out": json.dumps(lost)}
-            lost.clear()
-        if last is not None:
-            last[1]["left_out"] = json.dumps([*json.loads(last[1]["left_out"]), *lost])
-            yield last
-
-
-def embedding_tables(records: Records, folder: Folder) -> Iterator[pa.Table]:
-    """Every window of a store as a table of one row; without its records where the folder has it done.
-
-    Raises:
-        ValueError: for records that cannot be read, or other ones than the store was begun with.
-    """
-    names = Names(folder.format.key)
-    for window, known in records.windows(folder.facts.tokens_per_batch, names, folder.format.identifier):
-        yield _table(window, known | {"renamed": names.renamed}, folder.done(window) is not None)
-
-
-def summing_tables(records: Records, tokens_per_batch: int, done: Summed) -> Iterator[pa.Table]:
-    """Every window of a fit likewise; without its records where it is done.
-
-    Raises:
-        ValueError: for records that cannot be read, or other ones than the fit was begun with.
-    """
-    for window, known in records.windows(tokens_per_batch):
-        yield _table(window, known | {"renamed": 0}, window in done)
-
-
-def _table(window: Window[str], known: Mapping[str, Any], before: bool) -> pa.Table:
-    row = {
-        "number": window.number,
-        "checksum": window.checksum,
-        "residues": window.residues,
-        "before": before,
-        **{name: [] if before else getattr(window, name) for name in _BULK[:-1]},
-        "marks": json.dumps([] if before else [window.places, list(window.faults.items())]),
-        **known,
-    }
-    return pa.table({name: [value] for name, value in row.items()})
+"""Loads a family, by level, onto the device of the worker that calls it."""
 
 
 class Limits(NamedTuple):
-    """What a worker keeps to.
+    """Limits that a worker keeps to.
 
     Attributes:
-        is_budget_free: whether batches may be smaller than the store's, for want of memory.
-        most_deaths: workers that may die of the same window.
+        is_budget_free: whether a worker with little memory may make smaller batches than the store's budget.
+        most_deaths: number of workers that may die of the same window before the job is given up.
     """
 
     is_budget_free: bool
     most_deaths: int
 
 
-def window_embedder(load: Load, device: str, folder: Folder, limits: Limits) -> Step:
-    """What embeds a window and writes its files.
+def begin_embedding(load: Load, device: str, folder: Folder, limits: Limits) -> Step:
+    """Load the chain in a worker that embeds windows into a store.
 
     Args:
-        load: gives the chain.
-        device: where it goes.
-        folder: of the store.
-        limits: what it keeps to.
+        load: loads the chain.
+        device: the worker's device.
+        folder: the folder of the unfinished store.
+        limits: limits that the worker keeps to.
+
+    Returns:
+        The step: it embeds the window in a table, and writes the window's files.
 
     Raises:
-        FileNotFoundError: where the folder is not seen.
-        ValueError: for another chain than the store's.
+        FileNotFoundError: where the worker's machine does not see the folder.
+        ValueError: where the chain is not the one that the store was begun with.
     """
-    folder = Folder.begun(folder.path, folder.format)
+    folder = Folder.open(folder.path, folder.format)  # raises where this machine does not see the folder
     model, facts = load(device), folder.facts
     if model.fingerprint() != facts.fingerprint:
         raise ValueError(
@@ -177,49 +79,60 @@ def window_embedder(load: Load, device: str, folder: Folder, limits: Limits) -> 
     compute = embed_windows(model, facts)
 
     def step(table: pa.Table) -> pa.Table:
-        """The row of the window, when its files are there."""
+        """Embed the window in a table; return its row, without the records, when its files are written."""
         row = table.to_pylist()[0]
-        places, faults = json.loads(row["marks"]) or ([], [])
+        origins, faults = json.loads(row["marks"]) or ([], [])
         window = Window(
             row["number"], row["names"], row["contents"], row["lengths"], row["checksum"],
-            places=list(map(tuple, places)), faults=dict(faults),
+            origins=list(map(tuple, origins)), faults=dict(faults),
         )  # fmt: skip
-        if not row["before"] and folder.done(window) is None:
-            _outlive(folder, window, limits.most_deaths)
+        if not row["before"] and folder.find_done(window) is None:
+            _count_attempt(folder, window, limits.most_deaths)
             failures = dict(window.faults)
             rows = (each for batch in compute(window, failures) for each in batch)
             folder.write(window, rows, failures, apart=True)
-        return table.drop_columns(_BULK)
+        return table.drop_columns(BULK)
 
     return step
 
 
 def forget_deaths(folder: Folder) -> None:
-    """Starts the count of workers that died of a window anew."""
+    """Set the number of workers that have died of each window back to zero."""
     shutil.rmtree(folder.folder / "tries", ignore_errors=True)
     (folder.folder / "tries").mkdir()
 
 
-def _outlive(folder: Folder, window: Window[str], most_deaths: int) -> None:
-    """Counts who tries a window; raises a ChildProcessError when too many have died of it."""
+def _count_attempt(folder: Folder, window: Window[str], most_deaths: int) -> None:
+    """Count one more attempt at a window; raise a ChildProcessError when too many workers have died of it."""
     path = folder.folder / "tries" / f"{window.number:06d}"
+    # The file holds a byte for each attempt, and every attempt before this one ended in a worker's death.
     with path.open("ab") as handle:
         handle.write(b".")
     if path.stat().st_size > most_deaths + 1:
         raise ChildProcessError(
             f"expected workers that live, got {most_deaths + 1} that died of the {len(window.names):,} "
-            f"records from {window.names[0]} on: run the same command again, it goes on where it was; if "
-            "their memory is short, with fewer --workers to a machine"
+            f"records from {window.names[0]} on: run the same command again, and it goes on where it was; if "
+            "memory was short, run it with fewer --workers on each machine"
         )
 
 
-def column_embedder(load: Load, device: str, column: str, options: EmbedOptions) -> Step:
-    """What adds the columns of embeddings to a table."""
+def begin_adding_columns(load: Load, device: str, column: str, options: EmbedOptions) -> Step:
+    """Load the chain in a worker that adds embeddings to the rows of a dataset.
+
+    Args:
+        load: loads the chain.
+        device: the worker's device.
+        column: name of the column that holds the letters.
+        options: options of `rd_torch.embed`.
+
+    Returns:
+        The step: it adds a column to a table for what each level adds.
+    """
     model = load(device)
     prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
 
     def step(table: pa.Table) -> pa.Table:
-        """The table with a column for what each level adds."""
+        """Embed the sequences of a table; return the table with a column for what each level adds."""
         vectors = np.asarray(embed(model, _sequences(table, column), **options))
         for level, added in level_columns(vectors, list(prefixes), list(prefixes.values())).items():
             if level in table.column_names:
@@ -230,28 +143,51 @@ def column_embedder(load: Load, device: str, column: str, options: EmbedOptions)
     return step
 
 
-def gatherer(load: LoadFamily, device: str, column: str, tokens_per_batch: int | None) -> Step:
-    """What makes one row of the joint moments of a table's sequences."""
+def begin_summing(load: LoadFamily, device: str, column: str, tokens_per_batch: int | None) -> Step:
+    """Load the family in a worker that sums the joint moments of a table's sequences.
+
+    Args:
+        load: loads the family.
+        device: the worker's device.
+        column: name of the column that holds the letters.
+        tokens_per_batch: number of tokens, padding included, that a batch holds at most; by default what half
+            of the worker's free memory takes.
+
+    Returns:
+        The step: it makes one row of moments of a table.
+    """
     family = shared_family(load(device))
     budget, place = plan_batches(family.values(), tokens_per_batch)
     width = sum(backbone.embed_dim for backbone in family.values())
 
     def step(table: pa.Table) -> dict[str, Any]:
-        """The columns of a window but for its records, and the moments."""
+        """Sum the moments of a table; return them with the window's columns, without its records."""
         sequences = _sequences(table, column)
-        moments = RunningMoments(width if sequences else 1, place)  # of nothing, nothing large is sent
-        row: dict[str, Any] = {"sequences": add_moments(family, moments, normalized(sequences), budget)}
+        # A table without sequences sends moments of width 1, not a large matrix of zeros.
+        moments = RunningMoments(width if sequences else 1, place)
+        is_window = "number" in table.column_names  # its records were normalised before it was cut
+        residues = sequences if is_window else normalize_sequences(sequences)
+        row: dict[str, Any] = {"sequences": add_moments(family, moments, residues, budget)}
         count, mean, scatter = moments.parts
-        if "number" in table.column_names:
-            row |= table.drop_columns(_BULK).to_pylist()[0]
+        if is_window:
+            row |= table.drop_columns(BULK).to_pylist()[0]
         row |= {"count": count, "mean": mean.cpu().numpy(), "scatter": scatter.cpu().numpy()}
         return {name: np.asarray(value)[None] for name, value in row.items()}
 
     return step
 
 
+def merge_moments(sums: Sums, row: Mapping[str, Any]) -> None:
+    """Add the moments in a row, which the step of `begin_summing` has made, to a family's."""
+    if not row["sequences"]:  # its moments have width 1
+        return
+    mean, scatter = (torch.tensor(row[name]) for name in ("mean", "scatter"))
+    sums.moments.merge(RunningMoments.of(int(row["count"]), mean, scatter))
+    sums.sequences += int(row["sequences"])
+
+
 def _sequences(table: pa.Table, column: str) -> list[str]:
-    """The letters in a column, of a window too."""
+    """Return the sequences in a column, whose cells hold one sequence each, or a list of a window's."""
     if column not in table.column_names:
         raise ValueError(f"expected a column {column!r}, got {', '.join(table.column_names)}")
     values = table[column].combine_chunks()
@@ -260,15 +196,33 @@ def _sequences(table: pa.Table, column: str) -> list[str]:
     return [sequence or "" for sequence in values.to_pylist()]
 
 
-def loaded(source: Source, device: str | None) -> RDModel:
-    """A model on a device; where it is, or on the CPU, without one."""
-    if isinstance(source, RDModel):
-        return source if device is None else source.to(device)
-    return RDModel.from_pretrained(source, device=device)
+def load_model(model: ModelOrName, device: str | None) -> RDModel:
+    """Load a model onto a device; without a device, one that is loaded stays where it is.
+
+    Args:
+        model: the model, or the name or folder to load it from.
+        device: the device; without it, what is loaded comes to the CPU.
+
+    Returns:
+        The model.
+    """
+    if isinstance(model, RDModel):
+        return model if device is None else model.to(device)
+    return RDModel.from_pretrained(model, device=device)
 
 
-def loaded_family(source: Source | Mapping[str, nn.Module], device: str | None) -> dict[str, nn.Module]:
-    """Backbones on a device; likewise."""
-    if not isinstance(source, Mapping):
-        return dict(loaded(source, device).backbones.items())
-    return {name: module if device is None else module.to(device) for name, module in source.items()}
+def load_backbones(
+    backbones: ModelOrName | Mapping[str, nn.Module], device: str | None
+) -> dict[str, nn.Module]:
+    """Load a family's backbones onto a device, as `load_model` does a model.
+
+    Args:
+        backbones: the backbones by level, or the model, name or folder that has them.
+        device: the device; without it, backbones that are loaded stay where they are.
+
+    Returns:
+        The backbones by level.
+    """
+    if not isinstance(backbones, Mapping):
+        return dict(load_model(backbones, device).backbones.items())
+    return {level: module if device is None else module.to(device) for level, module in backbones.items()}

@@ -1,4 +1,7 @@
-"""Ray alone: a cluster to join, workers on it, and what is said when they fail; knows nothing of proteins."""
+"""A Ray cluster, and workers on it whose errors reach the driver.
+
+Ray is imported here and nowhere else, and nothing here knows of proteins.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,23 @@ from typing import Any, Final, TypeAlias
 import pyarrow as pa
 
 Step: TypeAlias = Callable[[pa.Table], Any]
-"""What a worker does to a table of rows: gives another one, or arrays by column."""
+"""What a worker does to a table of rows; it returns another table, or arrays by column."""
 
 CPUS_OF_A_WORKER: Final = 8
-"""Cores from which further ones help one model less than a second model."""
+"""Most cores that a worker gets by default: further cores do more for a second worker than for the first."""
 
 _ERRORS: Final = {kind.__name__: kind for kind in (MemoryError, OSError, ValueError)}
+"""Errors that a user can act on, by name; a worker passes them to the driver as rows."""
 
 
 def require_ray() -> Any:
-    """The package `ray`, with `ray.data`.
+    """Return the package `ray`, with `ray.data` loaded.
+
+    Returns:
+        The module.
 
     Raises:
-        ModuleNotFoundError: where it is not installed.
+        ModuleNotFoundError: where Ray is not installed.
     """
     try:
         import ray.data
@@ -36,14 +43,14 @@ def require_ray() -> Any:
 
 
 def join(address: str | None = None) -> None:
-    """Joins a Ray cluster, unless this process is in one; for programs that show a progress of their own.
+    """Join a Ray cluster, unless this process is in one already, and switch off Ray's own progress bars.
 
     Args:
-        address: `host:port` of the cluster; by default the one on this machine, started if need be.
+        address: `host:port` of the cluster; by default that of this machine, which is started if none runs.
 
     Raises:
         ModuleNotFoundError: where Ray is not installed.
-        ConnectionError: for an address where nothing answers.
+        ConnectionError: where nothing answers at the address.
     """
     ray = require_ray()
     if not ray.is_initialized():
@@ -55,7 +62,7 @@ def join(address: str | None = None) -> None:
 
 
 def _require_answer(address: str) -> None:
-    """Raises a ConnectionError where nobody listens: Ray itself would try for minutes."""
+    """Raise a ConnectionError where nobody listens at the address; Ray itself would try for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -67,12 +74,13 @@ def _require_answer(address: str) -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that hold a model each.
+    """How many processes hold a model each, and what each of them gets.
 
     Attributes:
-        count: how many; by default as many as the machines of the cluster have room for now.
-        num_cpus: cores of each; by default 1 beside a GPU, else up to 8.
-        num_gpus: GPUs of each, or a share of one; by default 1 where the cluster has any, else 0.
+        count: number of workers; by default as many as the machines of the cluster have room for now.
+        num_cpus: number of cores for each worker; by default 1 beside a GPU, else up to 8.
+        num_gpus: number of GPUs for each worker, or the share of one; by default 1 where the cluster has any
+            GPU, else 0.
     """
 
     count: int | None = None
@@ -80,10 +88,13 @@ class Workers:
     num_gpus: float | None = None
 
     def placed(self) -> Workers:
-        """The same with what is not given filled in from the cluster.
+        """Fill in from the cluster what was left to the default.
+
+        Returns:
+            Workers whose count, cores and GPUs are numbers.
 
         Raises:
-            ValueError: for workers that no machine has room for.
+            ValueError: where no machine has room for one worker.
         """
         nodes = [node["Resources"] for node in require_ray().nodes() if node["Alive"]]
         gpus, cpus = self.num_gpus, self.num_cpus
@@ -105,11 +116,17 @@ class Workers:
 
     @property
     def device(self) -> str:
-        """Where the model of each goes; Ray shows a worker its own GPUs alone."""
+        """The device that a worker puts its model on; Ray shows each worker its own GPUs and no others."""
         return "cuda" if self.num_gpus else "cpu"
 
     def arguments(self) -> dict[str, Any]:
-        """What `ray.data.Dataset.map_batches` is told of them: it replaces those that die, without end."""
+        """Return the arguments by which `ray.data.Dataset.map_batches` starts these workers.
+
+        Ray replaces a worker that dies, however often that happens.
+
+        Returns:
+            Values by argument name.
+        """
         placed = self.placed()
         return {
             "compute": require_ray().data.ActorPoolStrategy(size=placed.count),
@@ -118,11 +135,14 @@ class Workers:
         }
 
 
+AS_MANY_AS_FIT: Final = Workers()
+
+
 class Worker:
-    """What Ray makes one of in each process.
+    """The object that Ray makes in each process, and calls with one table after the other.
 
     Args:
-        begin: loads what is needed, and says what is done to a table.
+        begin: loads what the worker needs, and returns the step that is done to each table.
     """
 
     def __init__(self, begin: Callable[[], Step]) -> None:
@@ -133,10 +153,10 @@ class Worker:
 
 
 class ReportingWorker:
-    """The same, whose expected errors reach the driver as rows: Ray would wrap them in its own.
+    """A `Worker` that sends errors to the driver as rows, because Ray would wrap them in errors of its own.
 
     Args:
-        begin: as for `Worker`; called with the first table.
+        begin: as for `Worker`, but called with the first table, so that what it raises is sent as a row too.
     """
 
     def __init__(self, begin: Callable[[], Step]) -> None:
@@ -150,26 +170,37 @@ class ReportingWorker:
             self._step = self._step or self._begin()
             return self._step(table)
         except tuple(_ERRORS.values()) as error:
-            return _failed(error)
+            return _error_table(error)
 
 
 def stream(tables: Callable[[], Iterator[pa.Table]]) -> Any:
-    """A `ray.data.Dataset` of the tables that one task makes while they are worked through, each a block."""
+    """Make a dataset of tables, which one task produces while workers already take the first ones.
+
+    Args:
+        tables: produces the tables; it is called on one machine of the cluster.
+
+    Returns:
+        A `ray.data.Dataset` in which each table is a block.
+    """
     dataset = require_ray().data.from_items([0], override_num_blocks=1)
-    dataset.context.target_max_block_size = 1  # in bytes: nothing is held back until a block is full
-    # Without a core of its own: the workers may have taken all.
-    return dataset.map_batches(_reported, fn_kwargs={"tables": tables}, batch_format="pyarrow", num_cpus=0)
+    # A size in bytes. With the default, Ray holds tables back until a block is full.
+    dataset.context.target_max_block_size = 1
+    # The task asks for no core of its own: the workers may have taken all, and it would wait for ever.
+    return dataset.map_batches(
+        _report_errors, fn_kwargs={"tables": tables}, batch_format="pyarrow", num_cpus=0
+    )
 
 
-def _reported(_: pa.Table, tables: Callable[[], Iterator[pa.Table]]) -> Iterator[pa.Table]:
-    """The tables; an expected error is the last of them."""
+def _report_errors(_: pa.Table, tables: Callable[[], Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """Yield the tables; an expected error becomes the last of them."""
     try:
         yield from tables()
     except tuple(_ERRORS.values()) as error:
-        yield _failed(error)
+        yield _error_table(error)
 
 
-def _failed(error: BaseException) -> pa.Table:
+def _error_table(error: BaseException) -> pa.Table:
+    """Return an error as a table of one row, which `run` raises again on the driver."""
     kind = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
     return pa.table({"error": [kind], "message": [str(error)]})
 
@@ -177,11 +208,20 @@ def _failed(error: BaseException) -> pa.Table:
 def run(
     dataset: Any, begin: Callable[[], Step], workers: Workers, batch_size: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """The rows that workers make of a dataset's, in any order, as they come.
+    """Send the rows of a dataset through workers.
+
+    Args:
+        dataset: the `ray.data.Dataset`.
+        begin: what each worker begins with, as for `Worker`.
+        workers: number of workers, and what each of them gets.
+        batch_size: number of rows that a worker takes at a time.
+
+    Yields:
+        The rows that the workers return, as soon as they are there, in any order.
 
     Raises:
-        ValueError, OSError, MemoryError: what reader or workers raised.
-        ChildProcessError: when a worker cannot be started.
+        ValueError: where the reading task or a worker raised one; OSError and MemoryError likewise.
+        ChildProcessError: where a worker cannot be started.
     """
     ray = require_ray()
     rows = dataset.map_batches(
@@ -192,8 +232,9 @@ def run(
         **workers.arguments(),
     )
     try:
-        with closing(iter(rows.iter_rows())) as made:  # gives the workers back, whatever happens
-            for row in made:
+        # Closing gives the workers back to the cluster, also where the caller stops before the last row.
+        with closing(iter(rows.iter_rows())) as returned:
+            for row in returned:
                 if "error" in row:
                     raise _ERRORS[row["error"]](row["message"])
                 yield row

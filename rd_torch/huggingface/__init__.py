@@ -1,6 +1,6 @@
-"""A chain where code expects transformers' `EsmModel`, or one of the tasks on top of it.
+"""Classes that put a chain where code expects transformers' `EsmModel`, or one of the tasks on top of it.
 
-Loaded when one of its classes is asked for: nothing else in the package needs transformers.
+They are loaded when one of them is asked for: nothing else in the package needs transformers.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""What transformers wants to know of a chain."""
+"""`RDTransformersConfig`: a chain's config in the form that transformers reads and writes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from rd_torch.model import RDModel
 from rd_torch.stage import map_shapes, stages_of
 
 HEADS: Final = ("lm_head", "contact_head")
+"""Parts of a backbone that its checkpoint may lack."""
 
 
 class RDTransformersConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is not typed
-    """What transformers wants to know of a chain, and the chain's own config.
+    """A chain's config in the form that transformers reads and writes, with the options of a task's head.
 
     Args:
         chain: the chain's `RDConfig`, as it is written into checkpoints.
-        missing_heads: heads that backbones do not have, as `650M.contact_head`.
-        hidden_dropout_prob: share of the features that training blanks in a task's head.
+        missing_heads: heads that backbones lack, such as `650M.contact_head`.
+        hidden_dropout_prob: share of the features that a task's head sets to zero in training, 0 to 1.
         initializer_range: standard deviation of the weights that a task's head begins with.
-        **others: what every config of transformers takes, such as `num_labels` and `id2label`.
+        **others: options of every config of transformers, such as `num_labels` and `id2label`.
     """
 
     model_type = "rd_torch"
@@ -54,7 +55,7 @@ class RDTransformersConfig(PretrainedConfig):  # type: ignore[misc]  # transform
 
     @classmethod
     def of(cls, model: RDModel, **options: Any) -> Self:
-        """The config of a chain."""
+        """Make the config of a chain; `options` are those of the class."""
         missing = [
             f"{level}.{head}"
             for level, backbone in model.backbones.items()
@@ -64,7 +65,7 @@ class RDTransformersConfig(PretrainedConfig):  # type: ignore[misc]  # transform
         return cls(chain=model.config.to_dict(), missing_heads=missing, **options)
 
     def empty_chain(self) -> RDModel:
-        """A chain of this config, whose numbers are still to be loaded."""
+        """Make the chain that this config describes, with weights and maps that are still to be loaded."""
         config = RDConfig.from_dict(self.chain or {})
         backbones = {}
         for level in config.levels:
@@ -74,7 +75,7 @@ class RDTransformersConfig(PretrainedConfig):  # type: ignore[misc]  # transform
                 if f"{level.name}.{head}" in self.missing_heads:
                     setattr(backbone, head, MissingHead())
             backbones[level.name] = backbone
-        exact = torch.float32  # whatever dtype others make a default of
+        exact = torch.float32  # transformers may have made another dtype the default
         maps = {
             level: {part: torch.zeros(shape, dtype=exact) for part, shape in shapes.items()}
             for level, shapes in map_shapes(config).items()

@@ -1,4 +1,4 @@
-"""The linear maps of a layer under the names that transformers' `EsmLayer` has for them."""
+"""The linear layers inside a layer, under the names that transformers' `EsmLayer` has for them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LAYER: Final = {
     "intermediate": ("", {"dense": "fc1"}),
     "output": ("", {"dense": "fc2"}),
 }
-"""By transformers' module within a layer: ours, and what its children are called here."""
+"""For each module in a layer of transformers': ours, and our names of its children."""
 
 _RENAMED: Final = re.compile(rf"(.*\blayers\.\d+)\.({'|'.join(map(re.escape, LAYER))})(?:\.(\w+))?")
 
 
 class Renamed(nn.Module):
-    """A module's children under other names; what is put in the place of one is put in the child's place."""
+    """A view of a module whose children have other names; a child that is replaced here is replaced there."""
 
     def __init__(self, owner: nn.Module, names: Mapping[str, str]) -> None:
         super().__init__()
@@ -39,15 +39,25 @@ class Renamed(nn.Module):
 
 
 class NamedTwice:
-    """A part of a module's class: the module's layers have linear maps that are found under two names.
+    """A mixin for modules whose linear layers are found under two names each.
 
-    Its own are fair-esm's, `layers.0.self_attn.q_proj`; besides there are those that transformers has for the
-    same, `layers.0.attention.self.query`. Whoever lists the modules or asks for one by name, as PEFT does to
-    put its adapters in, is answered by both. State dicts and parameters have fair-esm's names alone.
+    One name is fair-esm's, `layers.0.self_attn.q_proj`, and the other is transformers',
+    `layers.0.attention.self.query`. Whoever lists the modules or asks for one by name, as PEFT does to put
+    its adapters in, finds both. State dicts and parameters have fair-esm's names alone.
     """
 
     def named_modules(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Modules by name; those of layers by both, unless somebody asks with arguments, as PyTorch does."""
+        """List modules by name, and linear layers by both names.
+
+        PyTorch itself passes arguments, to list parameters and buffers: then each module has one name alone.
+
+        Args:
+            *arguments: arguments of `torch.nn.Module.named_modules`.
+            **options: likewise.
+
+        Yields:
+            Pairs of name and module.
+        """
         for name, module in cast(Any, super()).named_modules(*arguments, **options):
             yield name, module
             if not arguments and not options and isinstance(module, TransformerLayer):
@@ -56,11 +66,11 @@ class NamedTwice:
                     yield from ((f"{name}.{theirs}.{new}", getattr(owner, old)) for new, old in names.items())
 
     def modules(self) -> Iterator[nn.Module]:
-        """Every module once."""
+        """Return every module once."""
         return (module for _, module in cast(Any, super()).named_modules())
 
     def get_submodule(self, target: str) -> nn.Module:
-        """The module of a name of either kind."""
+        """Return the module that has a name of either kind."""
         match = _RENAMED.fullmatch(target)
         if match is None:
             return cast(nn.Module, cast(Any, super()).get_submodule(target))

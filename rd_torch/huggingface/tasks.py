@@ -1,4 +1,4 @@
-"""Tasks on top of a chain, as transformers' `EsmFor...` are called."""
+"""Models for tasks on top of a chain, which are called as transformers' `EsmFor...` are."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from transformers.utils import ModelOutput
 
 from rd_torch.backbone import ESM2
+from rd_torch.huggingface.base import ChainModel, HeadLinear
 from rd_torch.huggingface.config import RDTransformersConfig
-from rd_torch.huggingface.encoder import TransformersEncoder, as_asked
-from rd_torch.huggingface.standing import Fresh, Standing
+from rd_torch.huggingface.encoder import TransformersEncoder, as_dict_or_tuple
 from rd_torch.model import RDModel
 
 
-class Task(Standing):
-    """A task on top of a chain.
+class TaskModel(ChainModel):
+    """The base class of models for a task on top of a chain.
 
     Args:
-        model: the chain, whose parameters are shared; or a config, for one without numbers.
-        **options: of the config, such as `num_labels`.
+        model: the chain, whose parameters are shared; or a config, for a chain that has no weights yet.
+        **options: options of `RDTransformersConfig`, such as `num_labels`.
     """
 
     answer: type[ModelOutput]
@@ -52,23 +52,26 @@ class Task(Standing):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ModelOutput | tuple[Any, ...]:
-        """Logits of the task, and the loss where labels come.
+        """Predict the task's logits, and compute the loss where there are labels.
 
         Args:
-            input_ids: as `TransformersEncoder` takes them, and so are the others.
-            attention_mask: `(batch, time)`.
-            position_ids: the columns, or nothing.
-            head_mask: nothing.
-            inputs_embeds: nothing.
-            encoder_hidden_states: nothing.
-            encoder_attention_mask: nothing.
-            labels: as the task has them.
+            input_ids: `(batch, time)` ids, or `(batch, time, 33)` distributions, as for
+                `TransformersEncoder`.
+            attention_mask: `(batch, time)`, 0 at padding; without a mask, `<pad>` is padding.
+            position_ids: the numbers of the columns, 0, 1, 2, ..., or None.
+            head_mask: must be None.
+            inputs_embeds: must be None.
+            encoder_hidden_states: must be None.
+            encoder_attention_mask: must be None.
+            labels: `(batch,)` or `(batch, labels)` for whole sequences, `(batch, time)` for tokens; -100
+                where a class is not known.
             output_attentions: whether to return the attention maps of the largest backbone.
-            output_hidden_states: nothing.
-            return_dict: false for a tuple.
+            output_hidden_states: must be false or None.
+            return_dict: whether to return an object with named outputs, not a tuple; by default what the
+                config says.
 
         Returns:
-            `loss`, `logits` and `attentions`, as far as they are asked for.
+            `logits`; `loss`, where there are labels; `attentions`, where they were asked for.
         """
         out = self.esm(
             input_ids,
@@ -85,18 +88,26 @@ class Task(Standing):
         logits = self.predicted(out.last_hidden_state)
         loss = None if labels is None else self.loss_of(logits, labels.to(logits.device))
         answer = self.answer(loss=loss, logits=logits, attentions=out.attentions)
-        return as_asked(answer, return_dict, self.config)
+        return as_dict_or_tuple(answer, return_dict, self.config)
 
     def predicted(self, embeddings: Tensor) -> Tensor:
-        """Logits of `(batch, time, width)` embeddings."""
+        """Return the logits of `(batch, time, width)` embeddings."""
         raise NotImplementedError
 
     def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The cross-entropy of `(batch, time, classes)` logits, without labels of -100."""
+        """Return the cross-entropy of `(batch, time, classes)` logits, but for labels of -100."""
         return functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
     def predict_contacts(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`(batch, residues, residues)` contact probabilities of the largest backbone."""
+        """Predict contacts with the largest backbone.
+
+        Args:
+            tokens: `(batch, time)` ids.
+            attention_mask: `(batch, time)`, 0 at padding; without a mask, `<pad>` is padding.
+
+        Returns:
+            `(batch, residues, residues)` probabilities.
+        """
         return self.esm.predict_contacts(tokens, attention_mask)
 
 
@@ -105,25 +116,34 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, config: RDTransformersConfig) -> None:
         super().__init__()
-        self.dense = Fresh(config.hidden_size, config.hidden_size)
+        self.dense = HeadLinear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.out_proj = Fresh(config.hidden_size, config.num_labels)
+        self.out_proj = HeadLinear(config.hidden_size, config.num_labels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(batch, time, width)` to `(batch, labels)`."""
+        """Map `(batch, time, width)` embeddings to `(batch, labels)` logits."""
         hidden = torch.tanh(self.dense(self.dropout(features[:, 0])))
         return self.out_proj(self.dropout(hidden))
 
 
-class TransformersForSequenceClassification(Task):
+class TransformersForSequenceClassification(TaskModel):
     """A chain with a head on the embedding of `<cls>`, in place of `EsmForSequenceClassification`.
 
-    The loss is that of the config's `problem_type`. Without one it follows from the first labels: one number
-    a sequence is regression, integers are a class each, several numbers several classes at once.
+    The config's `problem_type` says which loss is taken. Without one, the first labels decide: with
+    `num_labels=1` it is regression, with integers one class for each sequence, and with other numbers several
+    classes at once.
 
     Args:
-        model: the chain, whose parameters are shared; or a config, for one without numbers.
-        **options: of the config, such as `num_labels`.
+        model: the chain, whose parameters are shared; or a config, for a chain that has no weights yet.
+        **options: options of `RDTransformersConfig`, such as `num_labels`.
+
+    Examples:
+        >>> classes = rd_torch.TransformersForSequenceClassification
+        >>> classifier = classes.from_pretrained("esm2-rd-mini", num_labels=2)
+        >>> tokens = torch.tensor([[0, 20, 15, 7, 2]])  # <cls> M K V <eos>
+        >>> out = classifier(input_ids=tokens, labels=torch.tensor([1]))
+        >>> out.logits.shape, out.loss.shape
+        (torch.Size([1, 2]), torch.Size([]))
     """
 
     answer = SequenceClassifierOutput
@@ -134,11 +154,11 @@ class TransformersForSequenceClassification(Task):
         self.post_init()
 
     def predicted(self, embeddings: Tensor) -> Tensor:
-        """`(batch, labels)`."""
+        """Return `(batch, labels)` logits."""
         return self.classifier(embeddings)
 
     def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of `(batch,)` or `(batch, labels)` labels."""
+        """Return the loss for `(batch,)` or `(batch, labels)` labels."""
         if self.config.problem_type is None:
             one_each = not labels.is_floating_point()
             several = "single_label_classification" if one_each else "multi_label_classification"
@@ -150,12 +170,20 @@ class TransformersForSequenceClassification(Task):
         return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
-class TransformersForTokenClassification(Task):
+class TransformersForTokenClassification(TaskModel):
     """A chain with a head on every token, in place of `EsmForTokenClassification`.
 
     Args:
-        model: the chain, whose parameters are shared; or a config, for one without numbers.
-        **options: of the config, such as `num_labels`.
+        model: the chain, whose parameters are shared; or a config, for a chain that has no weights yet.
+        **options: options of `RDTransformersConfig`, such as `num_labels`.
+
+    Examples:
+        >>> classes = rd_torch.TransformersForTokenClassification
+        >>> tagger = classes.from_pretrained("esm2-rd-mini", num_labels=3)
+        >>> tokens = torch.tensor([[0, 20, 15, 7, 2]])  # <cls> M K V <eos>
+        >>> labels = torch.tensor([[-100, 0, 2, 1, -100]])
+        >>> tagger(input_ids=tokens, labels=labels).logits.shape
+        torch.Size([1, 5, 3])
     """
 
     answer = TokenClassifierOutput
@@ -163,25 +191,31 @@ class TransformersForTokenClassification(Task):
     def __init__(self, model: RDModel | RDTransformersConfig, **options: Any) -> None:
         super().__init__(model, **options)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
-        self.classifier = Fresh(self.config.hidden_size, self.config.num_labels)
+        self.classifier = HeadLinear(self.config.hidden_size, self.config.num_labels)
         self.post_init()
 
     def predicted(self, embeddings: Tensor) -> Tensor:
-        """`(batch, time, labels)`."""
+        """Return `(batch, time, labels)` logits."""
         return self.classifier(self.dropout(embeddings))
 
 
-class TransformersForMaskedLM(Task):
+class TransformersForMaskedLM(TaskModel):
     """The largest backbone of a chain with its language-model head, in place of `EsmForMaskedLM`.
 
-    Letters are predicted by one backbone: the smaller ones are left out. The head trains.
+    One backbone predicts the letters, and the smaller ones are left out. Its head is trainable.
 
     Args:
-        model: the chain, whose parameters are shared; or a config, for one without numbers.
-        **options: of the config.
+        model: the chain, whose parameters are shared; or a config, for a chain that has no weights yet.
+        **options: options of `RDTransformersConfig`.
 
     Raises:
         ValueError: for a backbone whose checkpoint has no language-model head.
+
+    Examples:
+        >>> model = rd_torch.TransformersForMaskedLM.from_pretrained("esm2-rd-mini")
+        >>> tokens = torch.tensor([[0, 20, 32, 7, 2]])  # <cls> M <mask> V <eos>
+        >>> model(input_ids=tokens).logits.shape
+        torch.Size([1, 5, 33])
     """
 
     answer = MaskedLMOutput
@@ -199,12 +233,12 @@ class TransformersForMaskedLM(Task):
         return backbone
 
     def predicted(self, embeddings: Tensor) -> Tensor:
-        """`(batch, time, 33)`."""
+        """Return `(batch, time, 33)` logits."""
         return self._backbone.logits(embeddings)
 
 
 def _largest(model: RDModel) -> RDModel:
-    """The largest backbone as a chain of one."""
+    """Return the largest backbone as a chain of one level."""
     *_, level = model.backbones
     return RDModel({level: model.backbones[level]}, []).train(model.training)
 

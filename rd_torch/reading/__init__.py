@@ -1,9 +1,8 @@
-"""What comes in: files, pipes and Python's containers, each read as what was meant, or refused."""
+"""Read the sequences that people have, in files, pipes and containers of Python, or refuse them."""
 
 from __future__ import annotations
 
-from rd_torch.reading.fasta import naming
 from rd_torch.reading.items import entries_of, sequences_of
 from rd_torch.reading.proteins import Fasta, Proteins
 
-__all__ = ["Fasta", "Proteins", "entries_of", "naming", "sequences_of"]
+__all__ = ["Fasta", "Proteins", "entries_of", "sequences_of"]

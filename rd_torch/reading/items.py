@@ -1,4 +1,4 @@
-"""What people hold in Python: lists, columns and records of sequences, told from what is none."""
+"""Read the sequences in Python's containers: lists, columns and records; refuse what has another meaning."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ _A_LIST = (
 
 
 def sequences_of(given: Any) -> Iterator[str]:
-    """The sequences in whatever holds some, in its order.
+    """Read the sequences in a container, in its order.
 
     Args:
         given: a list, tuple, iterator, pandas Series or Index, one-dimensional numpy array or pyarrow column
             of strings, `Bio.Seq` objects, `SeqRecord`s, `Protein`s or `(identifier, sequence)` pairs; or
             `Proteins`.
+
+    Returns:
+        The sequences as they are written.
 
     Raises:
         TypeError: for what has no order or more than one meaning, and for an item that is no sequence, with
@@ -35,11 +38,14 @@ def sequences_of(given: Any) -> Iterator[str]:
 
 
 def entries_of(given: Any, identifier: str = "word") -> Iterator[Entry]:
-    """The records in whatever holds some, in its order, those without a sequence with their faults.
+    """Read the records in a container, in its order.
 
     Args:
         given: `Proteins`, or an iterable of `(identifier, sequence)` pairs, `Protein`s or `SeqRecord`s.
-        identifier: the rule for headers of `Proteins` that have none.
+        identifier: the rule for headers where `Proteins` was given none.
+
+    Returns:
+        The records; one without a sequence has a fault.
 
     Raises:
         TypeError: as `sequences_of`, and for sequences without identifiers.
@@ -50,13 +56,18 @@ def entries_of(given: Any, identifier: str = "word") -> Iterator[Entry]:
     return (_entry(item, number) for number, item in enumerate(given, start=1))
 
 
-def require_ordered(given: Any, of_a_frame: str, of_a_mapping: str) -> None:
-    """Raises a TypeError for what is no sequence of items, or would be iterated over as something else.
+def require_ordered(given: Any, instead_of_table: str, instead_of_mapping: str) -> None:
+    """Require a container of items in an order.
+
+    A table would iterate over its columns, a string over its letters, and a dictionary over its keys.
 
     Args:
-        given: what somebody passes.
-        of_a_frame: what to pass of a table.
-        of_a_mapping: what to pass of a dictionary.
+        given: the container.
+        instead_of_table: code for what to pass instead of a table.
+        instead_of_mapping: code for what to pass instead of a dictionary.
+
+    Raises:
+        TypeError: for anything else, with what to pass instead.
     """
     cure = None
     if isinstance(given, str):
@@ -70,13 +81,13 @@ def require_ordered(given: Any, of_a_frame: str, of_a_mapping: str) -> None:
     elif isinstance(given, io.IOBase):
         cure = "an open file: pass rd_torch.Fasta(path)"
     elif isinstance(given, Mapping):
-        cure = f"a mapping: pass {of_a_mapping}"
+        cure = f"a mapping: pass {instead_of_mapping}"
     elif isinstance(given, Set) and not isinstance(given, MappingView):
         cure = "a set, which has no order: pass a list"
     elif isinstance(given, Tensor):
         cure = "a tensor: tokens go to the model itself, model(tokens)"
     elif hasattr(given, "columns") or hasattr(given, "column_names"):
-        cure = f"a table: pass {of_a_frame}"
+        cure = f"a table: pass {instead_of_table}"
     elif isinstance(given, np.ndarray) and (given.ndim != 1 or given.dtype.names):
         cure = f"an array of shape {given.shape}: pass one column of it"
     elif not isinstance(given, Iterable):
@@ -86,12 +97,12 @@ def require_ordered(given: Any, of_a_frame: str, of_a_mapping: str) -> None:
 
 
 def _is_biopython(given: Any) -> bool:
-    """Whether something is one sequence or record of Biopython's, whose items are letters."""
+    """Tell whether something is one sequence or record of Biopython's, which iterates over letters."""
     return type(given).__module__ in ("Bio.Seq", "Bio.SeqRecord")
 
 
 def _entry(item: Any, number: int) -> Entry:
-    """The record of an item."""
+    """Return the record of an item; `number` counts items from 1."""
     if isinstance(item, Entry):
         return item
     if type(item).__module__ == "Bio.SeqRecord":
@@ -102,7 +113,7 @@ def _entry(item: Any, number: int) -> Entry:
             f"expected (identifier, sequence) pairs, got {type(item).__name__}{parts} as item number "
             f"{number:,}"
         )
-    identifier, sequence = map(_plain, item)
+    identifier, sequence = map(_plain_value, item)
     missing = _is_missing(sequence)
     if isinstance(identifier, bool) or not isinstance(identifier, str | int | np.integer):
         raise TypeError(
@@ -113,8 +124,8 @@ def _entry(item: Any, number: int) -> Entry:
 
 
 def _sequence(item: Any, number: int) -> str:
-    """The sequence of an item."""
-    item = _plain(item)
+    """Return the sequence of an item; `number` counts items from 1."""
+    item = _plain_value(item)
     if isinstance(item, str):
         return str(item)
     if isinstance(item, Protein | Entry):
@@ -126,7 +137,7 @@ def _sequence(item: Any, number: int) -> str:
     if type(item).__module__ == "Bio.Seq":
         try:
             return str(item)
-        except ValueError as error:
+        except ValueError as error:  # Biopython has sequences of which it knows the length alone
             raise ValueError(
                 f"expected a sequence, got one whose letters are not known as item number {number:,}"
             ) from error
@@ -136,13 +147,13 @@ def _sequence(item: Any, number: int) -> str:
     raise TypeError(f"expected a sequence, got {type(item).__name__} as item number {number:,}{cure}")
 
 
-def _plain(item: Any) -> Any:
-    """What a scalar of pyarrow's stands for, and anything else as it is."""
+def _plain_value(item: Any) -> Any:
+    """Return the Python value of a pyarrow scalar, and anything else as it is."""
     return item.as_py() if hasattr(item, "as_py") else item
 
 
 def _is_missing(item: Any) -> bool:
-    """Whether an item is None, NaN, or pandas's NA or NaT."""
+    """Tell whether an item is None, NaN, or NA or NaT of pandas."""
     if item is None or type(item).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(item, float | np.floating) and bool(np.isnan(item))

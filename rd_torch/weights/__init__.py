@@ -1,11 +1,12 @@
-"""Where checkpoints come from, and how they are written; one file a format."""
+"""Read checkpoints, wherever they lie and whoever wrote them, and write our own."""
 
-from rd_torch.weights.backbone import Source, find_backbone, read_backbone, read_level, require_unchanged
+from rd_torch.weights.backbone import read_backbone, read_level, require_unchanged
+from rd_torch.weights.files import Source, find_backbone
 from rd_torch.weights.folder import CONFIG, write_folder
 from rd_torch.weights.hub import Hub, Upload, upload
 from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256, PUBLISHED_MAPS
 from rd_torch.weights.published import PublishedOptions
-from rd_torch.weights.source import DEFAULT_MODEL, Checkpoint, read_checkpoint, shipped
+from rd_torch.weights.source import DEFAULT_MODEL, Checkpoint, read_checkpoint, shipped_checkpoints
 from rd_torch.weights.tensors import read_json, sha256_of
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
     "read_level",
     "require_unchanged",
     "sha256_of",
-    "shipped",
+    "shipped_checkpoints",
     "upload",
     "write_folder",
 ]

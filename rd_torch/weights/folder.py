@@ -1,9 +1,10 @@
-"""Our own checkpoint: a folder of `config.json`, `maps.safetensors` and `backbones/<level>.safetensors`."""
+"""Our own checkpoints: folders of `config.json`, `maps.safetensors` and `backbones/<level>.safetensors`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rd_torch.config import RDConfig
+from rd_torch.disk import write_whole
 from rd_torch.stage import map_shapes
 from rd_torch.weights.card import model_card
 from rd_torch.weights.tensors import Tensors, read_json, read_tensors, require_finite
@@ -28,53 +30,70 @@ def write_folder(
     backbones: Mapping[str, Mapping[str, Tensor]],
     name: str,
 ) -> None:
-    """Writes a checkpoint; the config comes last, so that a broken-off write does not look whole.
+    """Write a checkpoint with its model card.
 
     Args:
-        folder: made if need be; files of the same names are replaced.
-        config: what the checkpoint is.
+        folder: the folder to write. It is made if it does not exist; files of the same names are replaced.
+        config: the config, with a reference for each level whose backbone is not written.
         maps: by level, the tensors of the stage that leads to it.
-        backbones: by level, the backbone's tensors under fair-esm's names; the others are left out.
-        name: what the model card calls it.
+        backbones: by level, the tensors of the backbones to write, by fair-esm's names.
+        name: name of the checkpoint in the model card.
     """
     (folder / BACKBONES).mkdir(parents=True, exist_ok=True)
+    # The config is removed first and written last, so that a write that is cut off does not look whole.
     (folder / CONFIG).unlink(missing_ok=True)
     flat = {f"{level}.{name}": part for level, parts in maps.items() for name, part in parts.items()}
     files = {MAPS: flat, **{backbone_file(level): tensors for level, tensors in backbones.items()}}
     for level in config.levels:
         if level.name not in backbones:
             (folder / backbone_file(level.name)).unlink(missing_ok=True)
-    for path, tensors in files.items():  # beside it first: the tensors may be mapped from that very file
-        part = folder / f"{path}.part"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
-        part.replace(folder / path)
+    for path, tensors in files.items():  # never over the old file, from which the tensors may be mapped
+        write_whole(folder / path, partial(_write_tensors, tensors), durable=False)
     (folder / CARD).write_text(model_card(config, name))
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    for path in files:  # which safetensors writes for its owner alone
+    for path in files:  # safetensors lets the owner alone read its files
         (folder / path).chmod((folder / CONFIG).stat().st_mode)
 
 
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors to a safetensors file."""
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+
+
 def read_config(path: Path) -> RDConfig:
-    """The config of a checkpoint.
+    """Read the config of a checkpoint.
+
+    Args:
+        path: the file `config.json`.
+
+    Returns:
+        The config.
 
     Raises:
-        FileNotFoundError: where there is none.
+        FileNotFoundError: if the file is not there.
         ValueError: for a file that is no config of this format.
     """
     try:
         return RDConfig.from_dict(read_json(path))
     except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"expected a checkpoint's config in {path}, got one that does not read: {error}"
+            f"expected the config of a checkpoint in {path}, got a file that cannot be read as one: {error}"
         ) from error
 
 
 def read_maps(path: Path, config: RDConfig) -> dict[str, Tensors]:
-    """The maps of a config by level; those of other levels are not read.
+    """Read the maps of the levels in a config; those of other levels are not read.
+
+    Args:
+        path: the file `maps.safetensors`.
+        config: the config, which says what shapes the maps have.
+
+    Returns:
+        By level, the tensors of the stage that leads to it.
 
     Raises:
-        FileNotFoundError: for a file that is missing.
-        ValueError: for a file that is truncated, holds NaN, or is not what the config says.
+        FileNotFoundError: if the file is not there.
+        ValueError: for a file that is cut off, holds NaN, or has other shapes than the config says.
     """
     shapes = map_shapes(config)
     flat = dict(read_tensors(path, [f"{name}.{part}" for name in shapes for part in shapes[name]]))
@@ -89,5 +108,5 @@ def read_maps(path: Path, config: RDConfig) -> dict[str, Tensors]:
 
 
 def backbone_file(level: str) -> str:
-    """A backbone's place in a checkpoint."""
+    """Return the path of a level's backbone, relative to the checkpoint."""
     return f"{BACKBONES}/{level}.safetensors"

@@ -1,4 +1,7 @@
-"""Files from the Hub: fetched into its cache, checked once, pinned where a checksum is known."""
+"""Download files from the Hub into its cache, check their checksums, and upload folders.
+
+A checksum is computed when a file is seen for the first time, and again only if the file has changed.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,27 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # a public re-export
 
 from rd_torch.config import Reference
-from rd_torch.weights.known import ESM2_ON_HUB, FIRST_KEPT, PUBLISHED_MAPS
+from rd_torch.disk import write_whole
+from rd_torch.weights.known import ESM2_ON_HUB, PINNED_ON_FIRST_USE, PUBLISHED_MAPS
 from rd_torch.weights.tensors import sha256_of
 
 RECORD: Final = "rd_torch.json"
-"""Beside a repository's snapshots in the cache: checksums of its files, and the commit that came first."""
+"""The file beside a repository's snapshots in the cache that holds what we know of the repository.
+
+It holds the checksums of files, with the size and time that the files had then, and the first commit of a
+repository that is pinned on first use.
+"""
 
 
 class MissingFileError(FileNotFoundError):
-    """A repository, or without network its cache, does not have the file: another layout may be there."""
+    """A repository, or its cache when there is no network, does not have a file.
+
+    Another layout of weight files may be there instead; other errors of the Hub leave that open.
+    """
 
 
 class Fetched(NamedTuple):
-    """A file of the cache, the commit it belongs to and its checksum."""
+    """A file in the cache, with the commit that it belongs to and its checksum."""
 
     path: Path
     commit: str
@@ -41,51 +52,59 @@ class Fetched(NamedTuple):
 
 @dataclass(frozen=True)
 class Hub:
-    """How to reach the Hub; `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `HF_TOKEN` count too.
+    """How to reach the Hub. `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `HF_TOKEN` count too.
 
     Attributes:
         cache_dir: folder of the cache; by default the Hub's own.
-        local_files_only: take what is cached, never the network.
+        local_files_only: whether to take files from the cache alone, without the network.
     """
 
     cache_dir: str | Path | None = None
     local_files_only: bool = False
 
     def fetch(self, reference: Reference, filename: str) -> Fetched:
-        """A file of a repository, downloaded if need be and checked the first time it is seen.
+        """Find a file of a repository in the cache, or download it.
 
-        Of published repositories without a known checksum the commit that came first is kept: a later
-        change of their main branch is not taken, other bytes under the same name are refused.
+        For repositories that are pinned on first use, the commit of the first download holds from then on, so
+        that a later change of the main branch is not taken.
+
+        Args:
+            reference: the repository, its revision and the checksums that are known.
+            filename: path of the file in the repository.
+
+        Returns:
+            The file in the cache, its commit and its checksum.
 
         Raises:
-            MissingFileError: when the repository has no such file, or without network the cache.
-            FileNotFoundError: when the network fails and nothing is cached.
-            ValueError: when its checksum is another than the known or first one.
+            MissingFileError: if the repository, or without network the cache, does not have the file.
+            FileNotFoundError: if the network fails and the file is not in the cache.
+            OSError: if the disk fails.
+            ValueError: for another checksum than the known one, or than that of the first download.
         """
         repo = reference.repo
         cache = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
         folder = cache / f"models--{repo.replace('/', '--')}"
-        keep = repo in FIRST_KEPT and reference.revision is None
+        pins_first = repo in PINNED_ON_FIRST_USE and reference.revision is None
         try:
             path = Path(
                 hf_hub_download(
                     repo,
                     filename,
-                    revision=_read_record(folder).get("commit") if keep else reference.revision,
+                    revision=_read_record(folder).get("commit") if pins_first else reference.revision,
                     cache_dir=cache,
                     local_files_only=self.local_files_only,
                 )
             )
         except (EntryNotFoundError, HFValidationError, HTTPError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
-                raise  # the disk's, not the Hub's
-            lacking = self._is_offline or _says_there_is_none(error)
-            raise (MissingFileError if lacking else FileNotFoundError)(
-                _explain(repo, filename, error)
+                raise  # the error is the disk's, not the Hub's
+            is_missing = self._is_offline or _says_file_is_absent(error)
+            raise (MissingFileError if is_missing else FileNotFoundError)(
+                _failure_message(repo, filename, error)
             ) from error
         commit = path.parents[len(Path(filename).parts) - 1].name
-        sha256 = _check(folder, path, f"{commit}/{filename}", reference.sha256.get(filename))
-        if keep:
+        sha256 = _verify(folder, path, f"{commit}/{filename}", reference.sha256.get(filename))
+        if pins_first:
             _remember(folder, commit=commit)
         return Fetched(path, commit, sha256)
 
@@ -94,26 +113,36 @@ class Hub:
         return self.local_files_only or constants.HF_HUB_OFFLINE
 
 
-def _says_there_is_none(error: Exception) -> bool:
-    """Whether the Hub answered that the repository has no such file."""
+def _says_file_is_absent(error: Exception) -> bool:
+    """Return whether the Hub answered that the repository does not have the file."""
     return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 
-def _explain(repo: str, filename: str, error: Exception) -> str:
-    """What to do about a file that did not come."""
-    if _says_there_is_none(error):
+def _failure_message(repo: str, filename: str, error: Exception) -> str:
+    """Return the message for a file that could not be fetched, with what to do about it."""
+    if _says_file_is_absent(error):
         return f"expected {filename} in the repository {repo}, got a repository without it"
     levels = {reference.repo: level for level, reference in ESM2_ON_HUB.items()}
-    ours = repo in levels or repo == PUBLISHED_MAPS
-    command = f"rd-torch download {levels.get(repo, 'LEVEL')}" if ours else f"hf download {repo}"
+    is_published = repo in levels or repo == PUBLISHED_MAPS
+    command = f"rd-torch download {levels.get(repo, 'LEVEL')}" if is_published else f"hf download {repo}"
     return (
-        f"expected {filename} of {repo} from the Hub or its cache, got neither: where there is network, run "
-        f"`{command}`; the Hub said: {error}"
+        f"expected {filename} of {repo} from the Hub or its cache, got it from neither: run `{command}` on a "
+        f"machine with network; the Hub said: {error}"
     )
 
 
-def _check(folder: Path, path: Path, name: str, known: str | None) -> str:
-    """A file's checksum, compared with the known one or, at the same commit, the one that came first."""
+def _verify(folder: Path, path: Path, name: str, known: str | None) -> str:
+    """Return a file's checksum if it is the known one or, without one, that of the first download.
+
+    Args:
+        folder: the repository's folder in the cache.
+        path: the file in the cache.
+        name: the file's commit and path in the repository; another commit may have another file.
+        known: the checksum to compare with, if one is known.
+
+    Raises:
+        ValueError: for another checksum.
+    """
     seen = _read_record(folder).get("files", {}).get(name)
     stat = path.stat()
     stamp = [stat.st_size, stat.st_mtime_ns]
@@ -123,14 +152,14 @@ def _check(folder: Path, path: Path, name: str, known: str | None) -> str:
     expected = known or (seen and seen["sha256"])
     if expected and got != expected:
         raise ValueError(
-            f"expected sha256 {expected} of {name}, got {got}: it is not loaded; delete {path} and "
+            f"expected sha256 {expected} of {name}, got {got}: the file is not loaded; delete {path} and "
             f"{path.resolve()} and download it again"
         )
     repo = folder.name.removeprefix("models--").replace("--", "/")
-    if repo in FIRST_KEPT and not expected:
+    if repo in PINNED_ON_FIRST_USE and not expected:
         warnings.warn(
-            f"no checksum of {name} in {repo} is known: sha256 {got}, its first, is kept in "
-            f"{folder / RECORD}, and other bytes will be refused",
+            f"no checksum of {name} in {repo} is known: sha256 {got} of this first download is kept in "
+            f"{folder / RECORD}, and a file with another one will be refused",
             stacklevel=5,
         )
     _remember(folder, files={name: {"sha256": got, "stamp": stamp}})
@@ -138,7 +167,7 @@ def _check(folder: Path, path: Path, name: str, known: str | None) -> str:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """What is remembered of a repository; nothing where nothing reads."""
+    """Return what the record holds of a repository; nothing if there is no record or it cannot be read."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
@@ -147,21 +176,29 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _remember(folder: Path, *, files: Mapping[str, Any] | None = None, commit: str | None = None) -> None:
-    """Adds to the record, a commit only if there is none; a cache that is read-only stays without."""
+    """Add checksums of files to the record, and a commit if it has none; not if the cache is read-only."""
     if not os.access(folder, os.W_OK):
         return
+    # The Hub's own kind of lock: other users of a shared cache may take it, and it needs no flock.
     with WeakFileLock(folder / f"{RECORD}.lock"):
         record = _read_record(folder)
         changed = {**record, "files": {**record.get("files", {}), **(files or {})}}
         if commit:
             changed.setdefault("commit", commit)
         if changed != record:
-            (folder / f"{RECORD}.part").write_text(json.dumps(changed, indent=1))
-            (folder / f"{RECORD}.part").replace(folder / RECORD)
+            text = json.dumps(changed, indent=1)
+            write_whole(folder / RECORD, lambda part: part.write_text(text), durable=False)
 
 
 class Upload(TypedDict, total=False):
-    """Options of an upload, as the Hub's own functions have them."""
+    """Options of an upload, with the names that the Hub's own functions give them.
+
+    Attributes:
+        private: whether a repository that is made is private.
+        token: the access token; by default that of `hf auth login` or `HF_TOKEN`.
+        revision: the branch to upload to, which is made if it does not exist; by default the main branch.
+        commit_message: message of the commit.
+    """
 
     private: bool
     token: str
@@ -170,7 +207,16 @@ class Upload(TypedDict, total=False):
 
 
 def upload(folder: Path, repo: str, **options: Unpack[Upload]) -> str:
-    """Uploads a folder to a repository or a branch of it, made if need be; the address of the commit."""
+    """Upload a folder to a repository on the Hub, which is made if it does not exist.
+
+    Args:
+        folder: the folder.
+        repo: name of the repository, `"owner/name"`.
+        **options: see `Upload`.
+
+    Returns:
+        The address of the commit.
+    """
     api = HfApi(token=options.get("token"))
     revision = options.get("revision")
     api.create_repo(repo, private=options.get("private"), exist_ok=True)
@@ -181,6 +227,6 @@ def upload(folder: Path, repo: str, **options: Unpack[Upload]) -> str:
         folder_path=folder,
         revision=revision,
         commit_message=options.get("commit_message", "Upload a reverse-distilled chain"),
-        delete_patterns="backbones/*",  # those of an earlier chain
+        delete_patterns="backbones/*",  # backbones of an earlier chain, which this one may not have
     )
     return commit.commit_url

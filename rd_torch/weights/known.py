@@ -1,4 +1,4 @@
-"""Published files: where they lie, at which revision, with which checksums."""
+"""Where published files lie on the Hub, at which revision, and with which checksums."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 from rd_torch.config import Reference
 
 PUBLISHED_MAPS: Final = "singhlab/plm_reverse_distillation"
-"""The authors' maps (Catrina et al., ICLR 2026); no checksum of them is known."""
+"""The repository of the authors' maps (Catrina et al., ICLR 2026), whose checksums nobody published."""
 
 ESM2_ON_HUB: Final[Mapping[str, Reference]] = {
     "8M": Reference(
@@ -45,7 +45,10 @@ ESM2_ON_HUB: Final[Mapping[str, Reference]] = {
     ),
     "15B": Reference("facebook/esm2_t48_15B_UR50D"),
 }
-"""ESM-2 on the Hub. Of 15B neither revision nor checksums are known: those that come first are kept."""
+"""The repository of each size of ESM-2, by level.
+
+The revision and checksums of 15B are not known; `PINNED_ON_FIRST_USE` says what is done instead.
+"""
 
 FAIR_ESM_SHA256: Final[Mapping[str, str]] = {
     "esm2_t6_8M_UR50D.pt": "46f002a9870c9bdecd0ea887acb1f9a38a6b561e8f8bf8a6990b679b9d31b928",
@@ -54,19 +57,26 @@ FAIR_ESM_SHA256: Final[Mapping[str, str]] = {
     "esm2_t33_650M_UR50D.pt": "ea9d0522b335a8778dea6535a65301f10208dece28cd5865482b0b1fc446168c",
     "esm2_t36_3B_UR50D.pt": "7de8b4082ba15891959ab368b77ce3886697af1efb16d3c9e9e7b0c5d3f07500",
 }
-"""fair-esm's own files, which `rd-torch verify` compares with; of 15B no checksum is known."""
+"""The checksums of fair-esm's own files, which `rd-torch verify` compares with; that of 15B is not known."""
 
-FIRST_KEPT: Final = (PUBLISHED_MAPS, ESM2_ON_HUB["15B"].repo)
-"""Repositories of which the first commit and checksums that come are kept."""
-
+PINNED_ON_FIRST_USE: Final = (PUBLISHED_MAPS, ESM2_ON_HUB["15B"].repo)
+"""Repositories without known checksums: the commit and checksums of the first download hold from then on."""
 
 FAIR_ESM_NAMES: Final[Mapping[str, str]] = {
     level: reference.repo.split("/")[1] + ".pt" for level, reference in ESM2_ON_HUB.items()
 }
-"""What fair-esm calls its files, by level."""
+"""The name that fair-esm gives the file of each level."""
 
 
 def reference_to(repo: str, revision: str | None = None) -> Reference:
-    """A repository's reference; of ESM-2's own with what is known of it, unless a revision is asked for."""
+    """Refer to a repository on the Hub.
+
+    Args:
+        repo: name of the repository, `"owner/name"`.
+        revision: commit, tag or branch.
+
+    Returns:
+        The reference. For a repository of ESM-2 without a `revision` it holds the known commit and checksums.
+    """
     known = {reference.repo: reference for reference in ESM2_ON_HUB.values()}
     return known[repo] if repo in known and revision is None else Reference(repo, revision)

@@ -1,4 +1,4 @@
-"""Names of ESM-2's tensors, whoever wrote them: everything becomes fair-esm's module names."""
+"""Rename the tensors of an ESM-2 to fair-esm's names, whichever program wrote them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ ANGLES: Final = "layers.{}.self_attn.rot_emb.inv_freq"
 
 _PREFIXES: Final = ("encoder.sentence_encoder.", "encoder.", "esm.")
 
-# Names of transformers' EsmForMaskedLM without their `esm.`, longest first within a layer.
+# Names of transformers' EsmForMaskedLM without their `esm.`. The order matters: a longer name is replaced
+# before the one that it ends with, as `.attention.output.dense.` before `.output.dense.`.
 _TRANSFORMERS: Final = (
     (r"^embeddings\.word_embeddings\.", "embed_tokens."),
     (r"^(encoder\.)?emb_layer_norm_after\.", "emb_layer_norm_after."),
@@ -31,16 +32,16 @@ _TRANSFORMERS: Final = (
     (r"\.output\.dense\.", ".fc2."),
     (r"\.LayerNorm\.", ".final_layer_norm."),
     (r"^lm_head\.decoder\.", "lm_head."),
-    (r"gamma$", "weight"),  # as tensors of the first transformers are still written
+    (r"gamma$", "weight"),  # names in files that early versions of transformers wrote
     (r"beta$", "bias"),
 )
 
-# Of no use to ESM-2: absolute positions, which rotary ones replaced, and heads of other models.
+# Tensors that ESM-2 does not use: absolute positions, which rotary ones replaced, and heads of other models.
 _UNUSED: Final = re.compile(r"position_embeddings\.|position_ids|pooler\.")
 
 
 def rename(name: str) -> str | None:
-    """fair-esm's module name of a tensor; None for one that ESM-2 does not use."""
+    """Return the name that fair-esm gives a tensor, or None for a tensor that ESM-2 does not use."""
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix) if not name.startswith("encoder.layer.") else name
     if _UNUSED.search(name):
@@ -50,21 +51,31 @@ def rename(name: str) -> str | None:
     return name
 
 
-def complete(tensors: Mapping[str, Tensor], num_layers: int, head_size: int) -> dict[str, Tensor]:
-    """The renamed tensors with an `inv_freq` in every layer, and without the tied head's second copy.
+def complete_tensors(tensors: Mapping[str, Tensor], num_layers: int, head_size: int) -> dict[str, Tensor]:
+    """Give every layer an `inv_freq`, and drop the copy of the embeddings that the language-model head holds.
+
+    Args:
+        tensors: the backbone's tensors, by fair-esm's names.
+        num_layers: number of transformer layers.
+        head_size: number of features of an attention head.
+
+    Returns:
+        The tensors that our modules have.
 
     Raises:
-        ValueError: when the language-model head is not tied to the embeddings, as ESM-2's is.
+        ValueError: for a language-model head that differs from the embeddings; in ESM-2 they are tied.
     """
     result = dict(tensors)
     head = result.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, result[EMBEDDING]):
-        raise ValueError("expected a language-model head tied to the embeddings, got another lm_head.weight")
+        raise ValueError(
+            "expected a language-model head that is tied to the embeddings, got another lm_head.weight"
+        )
     shared = result.pop(SHARED_ANGLES, None)
     if shared is None and ANGLES.format(0) not in result:
         warnings.warn(
-            "the checkpoint has no inv_freq; it is computed anew, without the rounding of ESM-2's training, "
-            "which shifts embeddings slightly",
+            "the checkpoint has no inv_freq, so it is computed anew, without the rounding of ESM-2's "
+            "training; this shifts embeddings slightly",
             stacklevel=4,
         )
         shared = inverse_frequencies(head_size)

@@ -1,4 +1,4 @@
-"""From a name to a checkpoint, whatever lies there: ours, the authors' maps, a backbone of ESM-2."""
+"""Read the checkpoint that a name stands for: one of ours, the authors' maps, or a single backbone."""
 
 from __future__ import annotations
 
@@ -11,15 +11,8 @@ from typing import Final, Unpack
 import torch
 
 from rd_torch.config import Level, RDConfig, Reference
-from rd_torch.weights.backbone import (
-    Files,
-    Source,
-    find_backbone,
-    list_weights,
-    looks_like_a_repository,
-    read_backbone,
-    read_level,
-)
+from rd_torch.weights.backbone import read_backbone, read_level
+from rd_torch.weights.files import Files, Source, find_backbone, list_weights, looks_like_a_repository
 from rd_torch.weights.folder import CONFIG, MAPS, backbone_file, read_config, read_maps
 from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.known import PUBLISHED_MAPS, reference_to
@@ -27,7 +20,7 @@ from rd_torch.weights.published import Choice, PublishedOptions, holds_published
 from rd_torch.weights.tensors import Tensors, read_json
 
 DEFAULT_MODEL: Final = "esm2-rd-mini"
-"""The shipped family that everything runs on unless another is named."""
+"""The family that ships with the package, on which everything runs unless another model is named."""
 
 _PACKAGE: Final = Path(__file__).parents[1]
 _SHELVES: Final = (_PACKAGE / "checkpoints", _PACKAGE.parent / "checkpoints")
@@ -35,13 +28,14 @@ _SHELVES: Final = (_PACKAGE / "checkpoints", _PACKAGE.parent / "checkpoints")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds; its backbones are found and read one at a time.
+    """A checkpoint's config and maps, and the way to its backbones, which are read one at a time.
 
     Attributes:
-        config: its levels and facts.
+        config: levels and choices of the chain.
         maps: by level, the tensors of the stage that leads to it.
-        included: by level, what finds the files of a backbone that the checkpoint holds itself.
-        as_stored: whether those come in the dtype that they are stored in, or in float32.
+        included: by level, a function that finds the files of a backbone which the checkpoint itself holds.
+        as_stored: whether included backbones are read in the dtype and shape that the checkpoint states; if
+            false, their shape is told from their tensors, and they are read in float32.
     """
 
     config: RDConfig
@@ -49,7 +43,7 @@ class Checkpoint:
     included: Mapping[str, Callable[[], Files]]
     as_stored: bool = True
 
-    def backbone(
+    def read_backbone(
         self,
         level: Level,
         source: Source | None,
@@ -58,16 +52,25 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> tuple[Level, Tensors]:
-        """A level and its backbone's tensors, from `source` or from where the checkpoint has it.
+        """Read a level's backbone.
 
-        Weights come in `dtype`; without one, in a checkpoint of ours as stored, others in float32.
+        Args:
+            level: the level.
+            source: where to take the backbone from; by default from where the checkpoint has it.
+            hub: how to reach the Hub.
+            dtype: dtype of the weights; by default the stored one in a checkpoint of ours, else float32.
+            device: device to put the weights on; by default the CPU.
+
+        Returns:
+            The level, with the reference of a backbone that came from the Hub, and the backbone's tensors by
+            fair-esm's names.
 
         Raises:
-            FileNotFoundError: where nothing is.
-            ValueError: for a backbone that does not read or is of another shape.
+            FileNotFoundError: if the backbone's files are not there.
+            ValueError: for a backbone that cannot be read, or that has another shape than the level.
         """
         stored = self.as_stored and source is None and level.name in self.included
-        files = self.find(level, source, hub)
+        files = self.find_backbone(level, source, hub)
         found = level if stored else read_level(files, level.name)
         if replace(found, reference=None) != replace(level, reference=None):
             raise ValueError(f"expected a backbone of shape {level}, got {found} in {files.place}")
@@ -75,22 +78,33 @@ class Checkpoint:
             files, found, dtype=dtype or (None if stored else torch.float32), device=device
         )
 
-    def find(self, level: Level, source: Source | None, hub: Hub) -> Files:
-        """The files of a level's backbone, downloaded if need be.
+    def find_backbone(self, level: Level, source: Source | None, hub: Hub) -> Files:
+        """Find the files of a level's backbone, and download them if need be.
+
+        Args:
+            level: the level.
+            source: where to take the backbone from; by default from where the checkpoint has it.
+            hub: how to reach the Hub.
+
+        Returns:
+            The files.
 
         Raises:
-            FileNotFoundError: where nothing is.
-            ValueError: for a checksum or a config that is not ESM-2's.
+            FileNotFoundError: if the files are not there.
+            ValueError: for a checksum that differs, or a config that is not an ESM-2's.
         """
         if source is None and level.name in self.included:
             return self.included[level.name]()
         source = source or level.reference
-        assert source is not None, "a level is included or has a reference"
+        assert source is not None, "each level is included or has a reference"
         return find_backbone(source, hub, level.name)
 
 
-def shipped() -> dict[str, Path]:
-    """Checkpoints that come with the package, by name: inside it, or beside it in a source tree."""
+def shipped_checkpoints() -> dict[str, Path]:
+    """Return the folders of the checkpoints that come with the package, by name.
+
+    They lie inside the package when it is installed, and beside it in a source tree.
+    """
     return {
         config.parent.name: config.parent
         for shelf in _SHELVES
@@ -105,45 +119,49 @@ def read_checkpoint(
     revision: str | None = None,
     **published: Unpack[PublishedOptions],
 ) -> Checkpoint:
-    """The checkpoint of that name up to `level`: no maps above it are read, and no backbones yet.
+    """Read a checkpoint up to a level: its config and its maps, but not yet its backbones.
 
     Args:
-        name_or_folder: our checkpoint as folder, shipped name or Hub id; the authors' maps as Hub id or
-            a folder that holds their `weights/`; or one backbone, a chain of one level, as file,
-            folder or Hub id.
-        level: the level to end at; the authors' maps need one.
+        name_or_folder: a checkpoint of ours, as a folder, the name of a shipped one or a Hub id; the authors'
+            maps, as a Hub id or a folder that holds their `weights/`; or one backbone, which becomes a chain
+            of one level, as a file, a folder or a Hub id.
+        level: name of the level at which the chain ends; by default the last. The authors' maps need one.
         hub: how to reach the Hub.
-        revision: of a Hub id: commit, tag or branch.
-        **published: which of the authors' maps.
+        revision: commit, tag or branch of a Hub id.
+        **published: which of the authors' maps to read, as `PublishedOptions` says.
+
+    Returns:
+        The checkpoint.
 
     Raises:
-        FileNotFoundError: when nothing is there.
-        ValueError: for files that do not read, unknown levels or options, or options of the authors'
-            maps for anything else.
+        FileNotFoundError: if nothing is there.
+        ValueError: for files that cannot be read, unknown levels or options, or options of the authors' maps
+            for anything else.
     """
     hub = hub or Hub()
     unknown = set(published) - PublishedOptions.__annotations__.keys()
     if unknown:
         raise ValueError(
-            f"expected no option {', '.join(map(repr, sorted(unknown)))}, got it; known: "
-            + ", ".join(PublishedOptions.__annotations__)
+            f"expected options among {', '.join(PublishedOptions.__annotations__)}, got "
+            + ", ".join(map(repr, sorted(unknown)))
         )
     path = Path(name_or_folder)
-    path = path if path.exists() else shipped().get(str(name_or_folder), path)
+    path = path if path.exists() else shipped_checkpoints().get(str(name_or_folder), path)
     if str(name_or_folder) == PUBLISHED_MAPS or (path.is_dir() and holds_published_maps(path)):
         folder = path if path.is_dir() else None
         return Checkpoint(*read_published(folder, level, Choice(**published), hub, revision), {})
     if published:
         raise ValueError(
-            f"expected {', '.join(published)} for the authors' maps alone, got them for {name_or_folder}"
+            f"expected the options {', '.join(published)} with the authors' maps alone, got them with "
+            f"{name_or_folder}"
         )
     if path.is_dir() and not list_weights(path):
-        return _read_ours(lambda name: path / name, level)
+        return _read_own(lambda name: path / name, level)
     if not path.exists():
         reference = _reference(name_or_folder, revision)
-        one_commit = _our_commit(reference, hub)
-        if one_commit:
-            return _read_ours(lambda name: hub.fetch(one_commit, name).path, level)
+        pinned = _pin_own(reference, hub)
+        if pinned:
+            return _read_own(lambda name: hub.fetch(pinned, name).path, level)
     files = find_backbone(path if path.exists() else reference, hub)
     config = RDConfig((read_level(files),), (), ())
     config = config if level is None else config.until(level)
@@ -151,35 +169,32 @@ def read_checkpoint(
 
 
 def _reference(name_or_folder: str | Path, revision: str | None) -> Reference:
-    """The Hub reference that a name means.
-
-    Raises:
-        FileNotFoundError: for a name that cannot be one.
-    """
+    """Return the Hub reference that a name stands for; raise a FileNotFoundError if it cannot be one."""
     name = str(name_or_folder)
     if isinstance(name_or_folder, Path) or not looks_like_a_repository(name):
         raise FileNotFoundError(
-            f"expected a checkpoint folder, a shipped one ({', '.join(shipped())}) or a Hub id, got {name!r}"
+            "expected a checkpoint's folder, the name of a shipped checkpoint "
+            f"({', '.join(shipped_checkpoints())}) or a Hub id, got {name!r}"
         )
     return reference_to(name, revision)
 
 
-def _our_commit(reference: Reference, hub: Hub) -> Reference | None:
-    """The commit that a name means, if it is a checkpoint of ours: all files have to be of one."""
+def _pin_own(reference: Reference, hub: Hub) -> Reference | None:
+    """Return a checkpoint of ours at one commit, of which all its files must be; None for anything else."""
     try:
         config = hub.fetch(reference, CONFIG)
     except MissingFileError:
-        return None  # looking for a backbone says what is missing
+        return None  # the search for a backbone, which follows, says what is missing
     return replace(reference, revision=config.commit) if "format" in read_json(config.path) else None
 
 
-def _read_ours(fetch: Callable[[str], Path], level: str | None) -> Checkpoint:
-    """Our checkpoint, whose files `fetch` finds by name."""
+def _read_own(fetch: Callable[[str], Path], level: str | None) -> Checkpoint:
+    """Read a checkpoint of ours, whose files `fetch` finds by their names."""
     config = read_config(fetch(CONFIG))
     config = config if level is None else config.until(level)
 
     def find(name: str) -> Files:
-        """The backbone of a level that the checkpoint holds."""
+        """Find the file of a backbone by its level."""
         file = fetch(backbone_file(name))
         return Files(str(file), (file,))
 

@@ -1,4 +1,7 @@
-"""Tensor files: safetensors, `.bin` and `.pt`, mapped into memory; whatever would run code is refused."""
+"""Read files of tensors: safetensors, `.bin` and `.pt`.
+
+Tensors are mapped into memory, not copied. A file that would run code when it is loaded is refused.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pickle
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,14 +20,22 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 
-BROKEN_PICKLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError)
+# What `torch.load` raises for files that are cut off, damaged, or not allowed.
+_BROKEN_PICKLE: Final = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+)
 
 
 def require_file(path: Path) -> Path:
-    """The path, if there is a file.
+    """Return the path if a file is there.
 
     Raises:
-        FileNotFoundError: where there is none.
+        FileNotFoundError: if no file is there.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint file {path}, got nothing there")
@@ -32,35 +43,47 @@ def require_file(path: Path) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """A file's checksum."""
+    """Return a file's checksum."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file.
+    """Read the object in a JSON file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object, as a dictionary.
 
     Raises:
-        FileNotFoundError: where there is no file.
-        ValueError: for one that holds no JSON object.
+        FileNotFoundError: if the file is not there.
+        ValueError: for a file that holds no JSON object.
     """
     try:
         content = json.loads(require_file(path).read_text())
     except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got what does not read: {error}") from error
+        raise ValueError(f"expected JSON in {path}, got a file that cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object in {path}, got {type(content).__name__}")
     return content
 
 
 def read_tensors(path: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a file, or the wanted ones it has; their pages are read when they are used.
+    """Read the tensors of a file. The disk is read only when a tensor's numbers are used.
 
-    fair-esm's files hold their tensors under `"model"`; elsewhere the file is the dictionary.
+    Args:
+        path: the file. A pickle of fair-esm's holds its tensors under `"model"`; others are the dictionary of
+            tensors themselves.
+        wanted: names of the tensors to read, as far as the file has them; by default all.
+
+    Yields:
+        The name and the tensor, one after the other.
 
     Raises:
-        FileNotFoundError: where there is no file.
-        ValueError: for a file that does not read whole, or holds anything but tensors and settings.
+        FileNotFoundError: if the file is not there.
+        ValueError: for a file that is cut off or damaged, or that holds anything but tensors and settings.
     """
     if path.suffix == ".safetensors":
         yield from _read_safetensors(path, wanted)
@@ -74,10 +97,18 @@ def read_tensors(path: Path, wanted: Collection[str] | None = None) -> Iterator[
 
 
 def require_finite(tensors: Mapping[str, Tensor], place: object) -> None:
-    """Raises a ValueError that names the first tensor with a NaN or an infinity."""
+    """Require that no tensor holds a NaN or an infinity.
+
+    Args:
+        tensors: the tensors by name.
+        place: where they come from, for the message.
+
+    Raises:
+        ValueError: for the first tensor that does, with its name.
+    """
     for name, tensor in tensors.items():
         if tensor.numel() and tensor.is_floating_point():
-            lowest, highest = tensor.aminmax()  # both are NaN where anything is
+            lowest, highest = tensor.aminmax()  # both are NaN if any number is
             if not (lowest.isfinite() and highest.isfinite()):
                 raise ValueError(f"expected finite numbers in {place}, got NaN or infinity in {name}")
 
@@ -90,22 +121,22 @@ def _read_safetensors(path: Path, wanted: Collection[str] | None) -> Iterator[tu
                     yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(
-            f"expected a whole safetensors file, got one that does not read: {path}: {error}"
+            f"expected a whole safetensors file, got one that cannot be read: {path}: {error}"
         ) from error
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
-    """A file of `torch.save`; it may name no classes but tensors and fair-esm's `argparse.Namespace`."""
+    """Load a file of `torch.save` that names no classes but tensors and fair-esm's `argparse.Namespace`."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(
                 require_file(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except BROKEN_PICKLE as error:
-        # torch's own text goes on to advise what must not be done
+    except _BROKEN_PICKLE as error:
+        # torch's own text goes on to recommend `weights_only=False`, with which the file could run its code.
         reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error) or repr(error)
         raise ValueError(
-            f"expected a whole file of tensors in {path}, got one that does not read, or that would run "
+            f"expected a whole file of tensors in {path}, got one that cannot be read, or that would run "
             f"code if it were trusted; nothing of it was run: {reason.splitlines()[0]}"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("model", content), Mapping):

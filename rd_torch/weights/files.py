@@ -1,0 +1,188 @@
+"""Find the weight files of one backbone, wherever a user has them: in a file, a folder or on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from torch import Tensor
+
+from rd_torch.config import Reference
+from rd_torch.weights.folder import CONFIG, backbone_file
+from rd_torch.weights.hub import Hub, MissingFileError
+from rd_torch.weights.known import reference_to
+from rd_torch.weights.names import rename
+from rd_torch.weights.tensors import read_json, read_tensors, require_file
+
+Source: TypeAlias = str | Path | Reference
+"""Where a backbone comes from: a file, a folder, a Hub id, or a Hub id with its revision and checksums."""
+
+LAYOUTS: Final = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+"""The files by which transformers stores weights, in the order in which they are looked for."""
+
+REGRESSION: Final = "-contact-regression.pt"
+"""The end of the name by which fair-esm stores a contact head's regression beside a model's `.pt`."""
+
+# What transformers' `config.json` must say of an ESM-2. A key that is missing is let pass: in any case the
+# tensors have to fit.
+_ESM2_FACTS: Final = {
+    "model_type": "esm",
+    "position_embedding_type": "rotary",
+    "emb_layer_norm_before": False,
+    "token_dropout": True,
+    "layer_norm_eps": 1e-5,
+    "vocab_size": 33,
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """The weight files of one backbone.
+
+    Attributes:
+        place: name of the file, folder or repository, for messages.
+        paths: the files.
+        reference: the repository, commit and checksums of files that came from the Hub.
+    """
+
+    place: str
+    paths: tuple[Path, ...]
+    reference: Reference | None = None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Read the tensors that ESM-2 uses; they are mapped into memory, not copied.
+
+        Yields:
+            The name that fair-esm gives the tensor, and the tensor.
+
+        Raises:
+            ValueError: for a model with absolute positions and no rotary ones, which is no ESM-2.
+        """
+        has_absolute, has_rotary = False, False
+        for path in self.paths:
+            for name_in_file, tensor in read_tensors(path):
+                name = rename(name_in_file)
+                has_absolute |= "position_embeddings" in name_in_file
+                has_rotary |= name is not None and name.endswith("inv_freq")
+                if name is not None:
+                    yield name, tensor
+        if has_absolute and not has_rotary:
+            raise ValueError(f"expected an ESM-2, got a model with absolute positions in {self.place}")
+
+
+def find_backbone(source: Source, hub: Hub, level: str | None = None) -> Files:
+    """Find the files that a source names, and download them if need be.
+
+    Args:
+        source: a file, a folder, a Hub id or a reference. The revisions and checksums of ESM-2's own
+            repositories are known, and checked.
+        hub: how to reach the Hub.
+        level: name of the level to take from a folder that is a checkpoint of ours.
+
+    Returns:
+        The files.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the source.
+        ValueError: for a checksum that differs, or a config that is not an ESM-2's.
+    """
+    if isinstance(source, Reference):
+        return _fetch(source, hub)
+    path = Path(source)
+    own_file = path / backbone_file(str(level))
+    if own_file.is_file():
+        return Files(str(own_file), (own_file,))
+    if path.exists():
+        return Files(str(path), tuple(_list_files(path)))
+    if isinstance(source, Path) or not looks_like_a_repository(source):
+        raise FileNotFoundError(f"expected a file, a folder or a Hub id, got none of them: {str(source)!r}")
+    return _fetch(reference_to(source), hub)
+
+
+def _require_esm2(config: Path, place: str) -> None:
+    """Raise a ValueError for a `config.json` of transformers that is not an ESM-2's."""
+    facts = read_json(config)
+    for key, expected in _ESM2_FACTS.items():
+        if facts.get(key, expected) != expected:
+            raise ValueError(f"expected an ESM-2 with {key} {expected!r}, got {facts[key]!r} in {place}")
+
+
+def _fetch(reference: Reference, hub: Hub) -> Files:
+    """Fetch a reference's weight files. Their own reference holds the commit and checksums that were found.
+
+    The config, or the layout that is found, settles the commit of all files, so that no push mixes two.
+    """
+    pinned = reference
+    with suppress(MissingFileError):  # without a config the tensors tell nearly as much
+        config = hub.fetch(reference, CONFIG)
+        pinned = replace(reference, revision=config.commit)
+        _require_esm2(config.path, reference.repo)
+    names, commit = (list(reference.sha256), None) if reference.sha256 else _find_weights(pinned, hub)
+    pinned = replace(pinned, revision=commit or pinned.revision)
+    fetched = {name: hub.fetch(pinned, name) for name in names}
+    paths = tuple(file.path for file in fetched.values())
+    commit = next(iter(fetched.values())).commit
+    found = Reference(reference.repo, commit, {name: file.sha256 for name, file in fetched.items()})
+    return Files(reference.repo, paths, found)
+
+
+def _find_weights(reference: Reference, hub: Hub) -> tuple[list[str], str]:
+    """Return the names of a repository's weight files, in the first layout that it has, and their commit."""
+    missing: list[MissingFileError] = []
+    for layout in LAYOUTS:
+        try:
+            found = hub.fetch(reference, layout)
+        except MissingFileError as error:
+            missing.append(error)
+        else:
+            names = _read_index(found.path) if layout.endswith(".json") else [layout]
+            return names, found.commit
+    raise missing[0]
+
+
+def list_weights(folder: Path) -> list[Path]:
+    """Return the files in a folder that are called as transformers or fair-esm call a backbone's weights."""
+    layouts = [folder / layout for layout in LAYOUTS if (folder / layout).is_file()]
+    return layouts[:1] or [path for path in folder.glob("*.pt") if not path.name.endswith(REGRESSION)]
+
+
+def looks_like_a_repository(name: str) -> bool:
+    """Return whether a name can be a Hub id, `owner/repository`, rather than the path of a weight file."""
+    return name.count("/") == 1 and Path(name).suffix not in {".pt", ".bin", ".safetensors"}
+
+
+def _list_files(path: Path) -> list[Path]:
+    """Return the weight files of a local file or folder."""
+    if path.is_file():
+        regression = path.with_name(path.stem + REGRESSION)
+        return [path, regression] if path.suffix == ".pt" and regression.is_file() else [path]
+    if (path / CONFIG).is_file():
+        _require_esm2(path / CONFIG, str(path))
+    weights = list_weights(path)
+    if len(weights) != 1:
+        raise FileNotFoundError(
+            f"expected one of {', '.join(LAYOUTS)} or one .pt file in {path}, got {len(weights)} of them"
+        )
+    if weights[0].suffix == ".json":
+        return [require_file(path / name) for name in _read_index(weights[0])]
+    return _list_files(weights[0])
+
+
+def _read_index(index: Path) -> list[str]:
+    """Return the names of the files that an index of shards lists, all of which lie beside it."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"expected an index of shards in {index}, got {error!r}") from error
+    elsewhere = [name for name in names if Path(name).name != name]
+    if elsewhere:
+        raise ValueError(f"expected shards beside {index}, got {elsewhere[0]!r}")
+    return names
