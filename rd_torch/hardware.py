@@ -28,6 +28,7 @@ from torch.nn import functional
 OLDEST_TORCH: Final = (2, 6)
 """The oldest PyTorch that the tests are run on."""
 
+# The dtypes that a backbone can have.
 HALF: Final = (torch.float16, torch.bfloat16)
 FULL: Final = (torch.float32, torch.float64)
 

@@ -1,4 +1,4 @@
-"""Which principal components stand out of noise: the mathematics that `pcr` chooses them by."""
+"""Tell principal components from noise, which is how the regressor `pcr` chooses them."""
 
 from __future__ import annotations
 

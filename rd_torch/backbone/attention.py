@@ -139,6 +139,6 @@ def attention_maps(q: Tensor, k: Tensor, packing: Packing) -> Tensor:
     padded_q, padded_k = packing.unpack(q), packing.unpack(k)
     scores = torch.einsum("bihd,bjhd->bhij", padded_q * q.shape[-1] ** -0.5, padded_k)
     keys, queries = packing.real[:, None, None, :], packing.real[:, None, :, None]
-    lowest = torch.finfo(scores.dtype).min  # not -inf, which would make NaN of rows that are all padding
+    lowest = torch.finfo(scores.dtype).min  # not -inf, whose softmax is NaN where a row is all padding
     maps = scores.masked_fill(~keys, lowest).softmax(-1, dtype=at_least_float32(scores.dtype))
     return maps.to(scores.dtype).masked_fill(~(keys & queries), 0)

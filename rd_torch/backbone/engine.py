@@ -35,13 +35,13 @@ buffers that graphs write raw embeddings to have as many rows.
 """
 
 LEAST_SIZE: Final = 256
-"""Smallest packed size. Smaller batches would hardly be faster in smaller graphs, and share this one."""
+"""Smallest packed size, which smaller batches share, because so few tokens hardly keep a GPU busy anyway."""
 
 STEPS_PER_DOUBLING: Final = 8
 """Number of packed sizes between a power of two and the next.
 
-Eight keep filling below an eighth of a batch, with 49 sizes from `LEAST_SIZE` to `GRAPH_TOKENS`. More would
-fill less, but would record more graphs, each of which takes time and memory.
+With eight, what fills a batch above `LEAST_SIZE` is less than an eighth of it, and there are 49 sizes up to
+`GRAPH_TOKENS`. More steps would fill less, but record more graphs, each of which takes time and memory.
 """
 
 LEAST_SEQUENCES: Final = 16

@@ -53,11 +53,11 @@ LIMITS: Final = {
 """The largest error and smallest cosine that count as rounding, by the backbones' dtype.
 
 Those of half types are the worst that any level had, with a float32 residual stream, in
-`benchmarks/results/half_precision_*.json`. 2e-5 is the distance from fair-esm that is allowed everywhere, and
-the cosine beside it a choice.
+`benchmarks/results/half_precision_*.json`. For float32 the error is what all tests allow it (2e-5), and the
+cosine a choice.
 """
 
-PLAIN: Final = frozenset(
+OWN_MODULES: Final = frozenset(
     {
         ESM2,
         TransformerLayer,
@@ -90,7 +90,7 @@ def obstacle(family: Mapping[str, ESM2]) -> str | None:
         for name, module in _encoder_modules(backbone):
             place = f"{level}.{name}".rstrip(".")
             kind = type(module)
-            if kind not in PLAIN:
+            if kind not in OWN_MODULES:
                 return f"{place} is a {kind.__module__}.{kind.__name__}, not one of ESM-2's own modules"
             if _is_hooked(module):
                 return f"{place} has hooks"
@@ -174,7 +174,7 @@ class Prepared:
             return self._engine(tokens, packing, count)
         except torch.OutOfMemoryError:
             raise  # the caller halves the batch, as on the reference path
-        except Exception as error:  # compilers and drivers again
+        except Exception as error:  # as above; what fails once is not tried again
             self._engine = None
             _warn_of(_in_one_line(error))
             return None
