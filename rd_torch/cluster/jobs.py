@@ -20,7 +20,7 @@ from rd_torch.cluster.steps import (
     merge_moments,
 )
 from rd_torch.cluster.workers import AS_MANY_AS_FIT, Workers, run, stream
-from rd_torch.embedding import EmbedOptions, facts_of, warn_renamed
+from rd_torch.embedding import EmbedOptions, facts_of, warn_of_renamed
 from rd_torch.fitting import shared_family
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
@@ -218,6 +218,6 @@ def _follow(
             last = row
             progress.reach(row["read"], row["fraction"])
         progress(row["residues"], row["before"])
-    warn_renamed(last["renamed"])
+    warn_of_renamed(last["renamed"])
     Corrections(*last["corrections"]).warn()
     return last
