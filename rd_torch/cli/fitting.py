@@ -80,7 +80,7 @@ def fit(
     """
     from rd_torch.cli.progress import Progress
     from rd_torch.config import check_choice
-    from rd_torch.sums import clear
+    from rd_torch.sums import clear_folder
 
     counts = _added(added)
     file = take_proteins(proteins, options)
@@ -109,7 +109,7 @@ def fit(
         else:
             chain = _here({level: family[level] for level in wanted}, file, strict, left_out, **options)
     chain.save_pretrained(output)
-    clear(work_folder)
+    clear_folder(work_folder)
     print_levels(chain.config)
     click.echo(f"Written to {output}", err=True)
     _list(left_out, output.with_name(f"{output.name}.failed.tsv"))

@@ -192,7 +192,7 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
         if left_out is not None:
             left_out += sorted(lost, key=lambda entry: (entry.source, entry.line))
         sums.finish(last["number"] + 1)
-        return sums.solved(provenance, **options)
+        return sums.solve(provenance, **options)
 
 
 def _add(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
@@ -200,7 +200,7 @@ def _add(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
     lost += [Entry(*entry) for entry in json.loads(str(row["left_out"]))]
     if not row["before"]:
         merge_moments(sums, row)
-        sums.add(row["number"], row["checksum"])
+        sums.mark_done(row["number"], row["checksum"])
 
 
 def _follow(
