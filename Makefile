@@ -20,7 +20,7 @@ endef
 # What holds PyTorch and oneDNN to the vector units that every x86-64 CPU of today has.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
-.PHONY: setup demo test test-all test-portable test-capabilities test-oldest coverage package check format lint types docs clean
+.PHONY: setup demo test test-all test-portable test-capabilities test-oldest coverage package check format lint types docs pictures clean
 
 setup: .venv/installed
 
@@ -69,7 +69,8 @@ package: setup
 	rm -rf dist
 	$(BIN)/hatchling build
 
-check: lint types test test-capabilities
+# What the documentation says is executed by the tests.
+check: lint types docs test test-capabilities
 
 format: setup
 	$(BIN)/ruff format .
@@ -82,8 +83,13 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# The documentation as a site, in site/: without network, and every warning is an error.
 docs: setup
-	$(BIN)/pytest tests/test_docs.py -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The pictures of the tutorials, as their blocks draw them.
+pictures: setup
+	$(BIN)/python tests/pages.py
 
 clean:
-	rm -rf .venv .venv-oldest demo build dist htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest demo site build dist htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from rd_torch.backbone import ESM2, at_least_float32
-from rd_torch.config import Level, Method, PredictFrom, RDConfig, SpecialRows
+from rd_torch.choices import Method, PredictFrom, SpecialRows
+from rd_torch.config import Level, RDConfig
 from rd_torch.modules import Modules, StateDict, modules_of
 from rd_torch.nesting import fingerprint
 from rd_torch.stage import Maps, map_shapes

@@ -17,6 +17,7 @@ from rd_torch.nesting import Nesting
 from rd_torch.store import (
     Facts,
     Names,
+    ProgressCallback,
     Record,
     Row,
     SaveDtype,
@@ -27,7 +28,6 @@ from rd_torch.store import (
     gather,
     open_store,
 )
-from rd_torch.store.work import Progress
 from rd_torch.threads import run_ahead
 
 Raw: TypeAlias = dict[str, Tensor]
@@ -54,7 +54,7 @@ def combine_stores(
     width: int | None = None,
     form: str | None = None,
     save_dtype: SaveDtype = "float32",
-    progress: Progress = lambda records, before: None,
+    progress: ProgressCallback = lambda records, before: None,
 ) -> None:
     """Nest raw embeddings that lie in files, and write them to a store; no backbone runs.
 
@@ -80,6 +80,16 @@ def combine_stores(
         ValueError: for levels that are not the family's first; for files that do not fit their level or each
             other; for a width, dtype or format that does not exist; and for a store that was begun with other
             embeddings, another model or other choices.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="90K")
+        >>> for level, backbone in model.backbones.items():  # raw embeddings, as people have them
+        ...     alone = rd_torch.RDModel({level: backbone}, [])
+        ...     _ = rd_torch.embed_to_store(alone, [("one", "MQIFVK"), ("two", "MKV")], f"{level}.h5")
+        >>> nesting = rd_torch.Nesting.from_pretrained("esm2-rd-mini", level="90K")
+        >>> rd_torch.combine_stores(nesting, {"28K": "28K.h5", "90K": "90K.h5"}, "nested.h5")
+        >>> rd_torch.open_store("nested.h5")["one"].shape
+        (48,)
     """
     levels = nesting.config.first_levels(inputs, width)
     nesting = nesting.until(levels[-1])
@@ -99,7 +109,7 @@ def combine_stores(
 
             # The thread that reads ahead must end before the files are closed.
             with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
-                work.fill(windows, nest_window, lambda done, before: progress(len(done), before))
+                work.fill(windows, nest_window, progress, count=len)
     if names.renamed:
         warnings.warn(
             f"records whose name an earlier record has in {work.format.name}, stored as IDENTIFIER#2 and so "

@@ -6,21 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from numbers import Integral
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, get_args
 
 from rd_torch.alphabet import Alphabet
+from rd_torch.choices import Method, PredictFrom, SpecialRows, check_choice
 from rd_torch.letters import RESIDUE_LETTERS
-
-Regressor: TypeAlias = Literal["pcr", "ols", "ridge"]
-PredictFrom: TypeAlias = Literal["nested", "previous"]
-SpecialRows: TypeAlias = Literal["maps", "larger"]
-Method: TypeAlias = Literal["rd", "naive"]
-Storage: TypeAlias = Literal["included", "referenced"]
-
-# The choices among the maps that the authors published.
-PublishedRegressor: TypeAlias = Literal["pcr", "linear", "ridge"]
-PCA: TypeAlias = Literal["incremental", "fbpca"]
-SequenceCount: TypeAlias = Literal["0.5k", "1k", "5k", "10k"]
 
 ALPHABET: Final = Alphabet()
 """The alphabet that all sizes of ESM-2 share."""
@@ -43,6 +33,10 @@ class Reference:
         repo: name of the repository, such as `"facebook/esm2_t6_8M_UR50D"`.
         revision: commit, tag or branch; None stands for the main branch.
         sha256: known checksums by file name; each is checked when the file has been downloaded.
+
+    Examples:
+        >>> rd_torch.Reference("facebook/esm2_t6_8M_UR50D", revision="main").repo
+        'facebook/esm2_t6_8M_UR50D'
     """
 
     repo: str
@@ -64,6 +58,10 @@ class Level:
 
     Raises:
         ValueError: for a name that no module can have, or heads that would not be of one even size.
+
+    Examples:
+        >>> rd_torch.Level("tiny", num_layers=2, width=32, attention_heads=4).width
+        32
     """
 
     name: str
@@ -93,7 +91,12 @@ ESM2_LEVELS: Final[Mapping[str, Level]] = {
         ("15B", 48, 5120, 40),
     )
 }
-"""The published sizes of ESM-2 (Lin et al., Science 2023, doi:10.1126/science.ade2574)."""
+"""The published sizes of ESM-2 (Lin et al., Science 2023, doi:10.1126/science.ade2574).
+
+Examples:
+    >>> {name: level.width for name, level in rd_torch.ESM2_LEVELS.items()}
+    {'8M': 320, '35M': 480, '150M': 640, '650M': 1280, '3B': 2560, '15B': 5120}
+"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,11 @@ class Explained:
         r2: `1 - tr cov(r) / tr cov(y)`, the share of the larger embedding's variance that the regression
             predicts; None for maps that came without this number.
         kept: share of the residual's variance that the added directions keep, from 0 to 1.
+
+    Examples:
+        >>> stage = rd_torch.RDModel.from_pretrained("esm2-rd-mini").stages["90K"]
+        >>> f"{stage.explained.r2:.2f} predicted, {stage.explained.kept:.2f} of the rest kept"
+        '0.87 predicted, 0.77 of the rest kept'
     """
 
     r2: float | None
@@ -127,6 +135,13 @@ class RDConfig:
 
     Raises:
         ValueError: for tuples that do not fit together, or a choice that does not exist.
+
+    Examples:
+        >>> config = rd_torch.RDModel.from_pretrained("esm2-rd-mini").config
+        >>> config.widths
+        {'28K': 32, '90K': 48, '207K': 64, '1M': 128}
+        >>> config.levels_for(40)
+        ['28K', '90K']
     """
 
     levels: tuple[Level, ...]
@@ -281,14 +296,3 @@ def _level_from_dict(values: Mapping[str, Any]) -> Level:
 
 # Keys of a config that are not passed on as they are.
 _CONVERTED = frozenset({"format", "levels", "added", "explained"})
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Require that an option called `name` has one of the values in `choices`.
-
-    Raises:
-        ValueError: for any other value, with the choices.
-    """
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"expected {name} to be one of {listed}, got {value!r}")

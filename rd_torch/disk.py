@@ -97,7 +97,7 @@ def take_lock(folder: Path, path: Path, name: str = LOCK, *, wait: float = 0) ->
     try:
         lock.acquire(timeout=wait)
     except Timeout:
-        raise busy_error(path) from None
+        raise BlockingIOError(busy_message(path)) from None
     return lock
 
 
@@ -112,6 +112,6 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def busy_error(path: Path) -> BlockingIOError:
-    """The error that is raised where another process writes to a path."""
-    return BlockingIOError(f"expected to write {path} alone, got another process that does: wait for it")
+def busy_message(path: Path) -> str:
+    """What an error says where another process writes to a path."""
+    return f"expected to write {path} alone, got another process that does: wait for it"

@@ -20,9 +20,20 @@ from rd_torch.pieces import Pieces
 from rd_torch.pooling import Pools, pool_name, pools_of
 from rd_torch.reading import entries_of, sequences_of
 from rd_torch.sequences import normalize_entries, normalize_sequences
-from rd_torch.store import Facts, Names, Row, SaveDtype, Shard, Window, Work, cut_windows, format_of
-from rd_torch.store.folder import Failure
-from rd_torch.store.work import Compute, Progress, in_residues
+from rd_torch.store import (
+    Compute,
+    Facts,
+    Failure,
+    Names,
+    ProgressCallback,
+    Row,
+    SaveDtype,
+    Shard,
+    Window,
+    Work,
+    cut_windows,
+    format_of,
+)
 from rd_torch.threads import run_ahead
 
 WINDOWS_AHEAD: Final = 1
@@ -87,6 +98,13 @@ def embed(
         ValueError: for an empty sequence or characters that are no letters, with the number of the sequence,
             and for a `pool`, `width` or `windows` that does not exist.
         MemoryError: for a sequence that alone takes more memory than there is.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> rd_torch.embed(model, ["MQIFVK", "MKV"], width=48).shape
+        (2, 48)
+        >>> [rows.shape for rows in rd_torch.embed(model, ["MQIFVK", "MKV"], pool="none")]
+        [(6, 128), (3, 128)]
     """
     way = pool_name(pool)
     pieces = None if windows is None else Pieces.of(windows, way)
@@ -114,7 +132,7 @@ def embed_to_store(
     form: str | None = None,
     save_dtype: SaveDtype = "float32",
     name: str = "",
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
     **options: Unpack[StoreOptions],
 ) -> dict[str, Failure]:
     """Embed proteins into a store, a file or folder that `rd_torch.open_store` reads.
@@ -159,6 +177,13 @@ def embed_to_store(
         ValueError: for no proteins; for a pool, width, dtype or format that does not exist; for a store that
             was begun with other sequences, another model or other choices; and, if strict, for a record that
             cannot be read.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> proteins = [("one", "MQIFVK"), ("two", "MKV"), ("three", "M1")]
+        >>> failures = rd_torch.embed_to_store(model, proteins, "proteins.parquet")
+        >>> list(rd_torch.open_store("proteins.parquet")), list(failures)
+        (['one', 'two'], ['three'])
     """
     form_of_store = format_of(path, form)
     entries, corrections = entries_of(proteins, form_of_store.identifier), Corrections()
@@ -180,7 +205,7 @@ def embed_to_store(
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
         with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
             compute = None if only_finish else window_embedder(model, work.facts)
-            failures = work.fill(windows, compute, in_residues(progress))
+            failures = work.fill(windows, compute, progress)
     corrections.warn()
     warn_of_renamed(names.renamed)
     return failures

@@ -39,6 +39,10 @@ Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A file that is loaded: token ids to embeddings and residue mask."""
 
 
+class MismatchError(RuntimeError):
+    """A file does not give the model's embeddings."""
+
+
 class Exporter(NamedTuple):
     """How one kind of file is written and loaded.
 
@@ -81,7 +85,16 @@ def export(model: RDModel, path: str | Path) -> None:
         TypeError: for anything but an `RDModel`, such as a `Predictor` around one.
         ImportError: where a package is missing, or PyTorch is older than 2.8.
         OSError: where there is no C++ compiler for `.pt2`, or no folder for the file.
-        RuntimeError: where the file does not give the model's embeddings; it is not kept.
+        MismatchError: a RuntimeError; where the file does not give the model's embeddings; it is not kept.
+
+    Examples:
+        >>> chain = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="28K")
+        >>> rd_torch.export(chain, "model.onnx")
+        >>> import onnxruntime
+        >>> session = onnxruntime.InferenceSession("model.onnx")
+        >>> embeddings, mask = session.run(None, {"tokens": torch.tensor([[0, 20, 15, 7, 2]]).numpy()})
+        >>> embeddings.shape, mask.tolist()
+        ((1, 5, 32), [[False, True, True, True, False]])
     """
     if not isinstance(model, RDModel):
         raise TypeError(f"expected an RDModel to export, got {type(model).__name__}: export the chain in it")
@@ -189,14 +202,14 @@ def _facts_of(model: RDModel) -> dict[str, str]:
 
 
 def _require_equal(run: Run, model: RDModel) -> None:
-    """Raise a RuntimeError unless the file gives the model's embeddings."""
+    """Raise a MismatchError unless the file gives the model's embeddings."""
     for tokens in _probes(model.device):
         expected = model.encode(tokens)
         got, mask = run(tokens)
         real = expected[is_real(tokens)]
         error = float((got - expected).abs().max() / real.std()) if got.shape == expected.shape else torch.inf
         if not (error <= TOLERANCE and torch.equal(mask, is_residue(tokens))):
-            raise RuntimeError(
+            raise MismatchError(
                 f"expected a file within {TOLERANCE:g} standard deviations of the model's embeddings, got "
                 f"one that is off by {error:.2g} for a batch of {len(tokens)}; it was not kept. Please "
                 "report it with what rd-torch env prints"

@@ -18,8 +18,7 @@ from rd_torch.moments import RunningMoments
 from rd_torch.reading import sequences_of
 from rd_torch.sequences import Entry, normalize_sequences
 from rd_torch.solve import SolveOptions, check_options
-from rd_torch.store import cut_windows
-from rd_torch.store.work import Progress
+from rd_torch.store import ProgressCallback, cut_windows
 from rd_torch.sums import Sums
 
 
@@ -28,7 +27,7 @@ def fit(
     sequences: Iterable[str],
     *,
     tokens_per_batch: int | None = None,
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
     provenance: Mapping[str, Any] | None = None,
     work_folder: str | Path | None = None,
     **options: Unpack[SolveOptions],
@@ -62,6 +61,13 @@ def fit(
         ValueError: for fewer than two residues, an option that does not exist, embeddings that are not
             finite, or a folder that was begun with other backbones or sequences.
         TypeError: for a backbone of another kind, or a container that holds no sequences.
+
+    Examples:
+        >>> backbones = rd_torch.RDModel.from_pretrained("esm2-rd-mini").backbones
+        >>> sequences = ["MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEG", "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"]
+        >>> chain = rd_torch.fit(backbones, sequences, regressor="ols")  # take a thousand or more
+        >>> chain.config.provenance["fit"]["residues"]
+        68
     """
     residues = normalize_sequences(sequences_of(sequences))
     return fit_entries(
@@ -80,7 +86,7 @@ def fit_entries(
     entries: Iterable[Entry],
     *,
     tokens_per_batch: int | None = None,
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
     provenance: Mapping[str, Any] | None = None,
     work_folder: str | Path | None = None,
     **options: Unpack[SolveOptions],
@@ -135,7 +141,7 @@ def add_moments(
     moments: RunningMoments,
     sequences: Iterable[str],
     tokens_per_batch: int,
-    progress: Progress = lambda residues, before: None,
+    progress: ProgressCallback = lambda residues, before: None,
 ) -> int:
     """Add the residues of sequences to the joint moments of a family.
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rd_torch.backbone import is_real
-from rd_torch.config import SPECIAL_TOKENS, check_choice
+from rd_torch.choices import check_choice
+from rd_torch.config import SPECIAL_TOKENS
 from rd_torch.modules import modules_of
 
 Task = Literal["regression", "classification"]
@@ -138,7 +139,12 @@ class Head(nn.Module):
 
 
 class ResidueHead(Head):
-    """A head that predicts labels of residues: `(batch, time, width)` to `(batch, time, outputs)`."""
+    """A head that predicts labels of residues: `(batch, time, width)` to `(batch, time, outputs)`.
+
+    Examples:
+        >>> head = rd_torch.ResidueHead(128, 3, task="classification")
+        >>> predictions = head(torch.randn(2, 10, 128), torch.ones(2, 10) > 0)  # (2, 10, 3)
+    """
 
     def forward(self, embeddings: Tensor, residue_mask: Tensor) -> Tensor:
         """Predict at every token; predictions at tokens that are no residue mean nothing.
@@ -175,6 +181,10 @@ class SequenceHead(Head):
 
     Raises:
         ValueError: for a number below one, fewer than two classes, or a task or pool that does not exist.
+
+    Examples:
+        >>> head = rd_torch.SequenceHead(48, 1, task="regression", pool="attention")
+        >>> predictions = head(torch.randn(2, 10, 128), torch.ones(2, 10) > 0)  # (2, 1), of 48 features
     """
 
     def __init__(
@@ -229,6 +239,10 @@ class MatryoshkaHead(nn.Module):
 
     Raises:
         ValueError: for no heads, or two heads of the same width.
+
+    Examples:
+        >>> heads = [rd_torch.ResidueHead(width, 1, task="regression") for width in (32, 128)]
+        >>> predictions = rd_torch.MatryoshkaHead(heads)(torch.randn(2, 10, 128), torch.ones(2, 10) > 0)
     """
 
     def __init__(self, heads: Sequence[Head]) -> None:
@@ -268,6 +282,10 @@ def align_labels(labels: Sequence[Sequence[float] | Tensor], tokens: Tensor) -> 
 
     Raises:
         ValueError: where a protein does not have as many labels as residues.
+
+    Examples:
+        >>> rd_torch.align_labels([[0, 1, 2]], torch.tensor([[0, 20, 15, 7, 2]]))  # <cls> M K V <eos>
+        tensor([[-100,    0,    1,    2, -100]])
     """
     rows = [torch.as_tensor(row) for row in labels]
     lengths = (is_real(tokens).sum(1) - SPECIAL_TOKENS).tolist()

@@ -80,7 +80,7 @@ def require_letters(text: str) -> None:
 
 
 def _are_blocks(pieces: list[str]) -> bool:
-    """Whether pieces have one length, as in a sequence printed in blocks; the last one may be shorter."""
+    """Tell whether pieces have one length, as in a sequence printed in blocks; the last may be shorter."""
     length = len(pieces[0])
     return all(len(piece) == length for piece in pieces[:-1]) and len(pieces[-1]) <= length
 

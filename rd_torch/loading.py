@@ -13,7 +13,7 @@ from torch import nn
 
 from rd_torch.backbone import ESM2
 from rd_torch.chain import Chain
-from rd_torch.config import Storage, check_choice
+from rd_torch.choices import Storage, check_choice
 from rd_torch.modules import StateDict
 from rd_torch.weights import Checkpoint, Hub, Source, require_unchanged, write_folder
 

@@ -1,4 +1,4 @@
-"""Refuse files that state something which a level's raw embeddings cannot be."""
+"""Refuse files that cannot hold a level's raw embeddings, by what they state of themselves."""
 
 from __future__ import annotations
 

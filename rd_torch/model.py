@@ -21,7 +21,8 @@ from rd_torch.backbone import (
     token_ids,
 )
 from rd_torch.chain import Chain
-from rd_torch.config import ALPHABET, Storage
+from rd_torch.choices import Storage
+from rd_torch.config import ALPHABET
 from rd_torch.loading import read_family, write_chain
 from rd_torch.nesting import Nesting
 from rd_torch.output import RDOutput
@@ -49,6 +50,10 @@ class RDModel(Chain):
     Raises:
         ValueError: when stages and backbones do not fit together.
         TypeError: for a backbone of another kind.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> out = model(model.alphabet.get_batch_converter()([("a protein", "MKV")])[2])  # (1, 5, 128)
     """
 
     alphabet = ALPHABET

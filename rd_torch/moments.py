@@ -23,6 +23,15 @@ class RunningMoments:
 
     Raises:
         ValueError: for a width below 1.
+
+    Examples:
+        >>> moments = rd_torch.RunningMoments(width=2)
+        >>> moments.update(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
+        >>> moments.update(torch.tensor([[4.0, 2.0]]))
+        >>> moments.count, moments.mean.tolist()
+        (3, [2.0, 2.0])
+        >>> moments.covariance().tolist()
+        [[4.0, 2.0], [2.0, 4.0]]
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:

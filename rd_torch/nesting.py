@@ -23,6 +23,12 @@ class Nesting:
         config: levels and choices of the chain.
         stages: the stages, by the level that each leads to.
         name: name or path by which the user asked for the checkpoint.
+
+    Examples:
+        >>> nesting = rd_torch.Nesting.from_pretrained("esm2-rd-mini", level="90K")
+        >>> raw = {"28K": torch.zeros(10, 32), "90K": torch.zeros(10, 48)}  # means of ten proteins
+        >>> nesting.combine(raw).shape
+        torch.Size([10, 48])
     """
 
     config: RDConfig

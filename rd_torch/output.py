@@ -28,6 +28,15 @@ class RDOutput:
         repr_layers: the integers `representations` iterates over; None for all its keys.
         attentions: `(batch, layers, heads, time, time)` of the largest backbone that ran, if asked for.
         contacts: `(batch, residues, residues)` contact probabilities of it, if asked for.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> _, _, tokens = model.alphabet.get_batch_converter()([("one", "MQIFVK"), ("two", "MKV")])
+        >>> out = model(tokens)
+        >>> out.embeddings.shape, out["representations"]["90K"].shape
+        (torch.Size([2, 8, 128]), torch.Size([2, 8, 48]))
+        >>> out.residue_mask.sum(1)
+        tensor([6, 3])
     """
 
     embeddings: Tensor

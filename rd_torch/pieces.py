@@ -45,7 +45,7 @@ class Pieces(NamedTuple):
         """
         if "cls" in pools_of(pool):
             raise ValueError(
-                "expected windows with poolings of residues, got 'cls': every piece has a <cls> of its own"
+                "expected a pool over residues with windows, got 'cls': every piece has a <cls> of its own"
             )
         length, overlap = given if isinstance(given, tuple) else (given, given // 4)
         if length < 1 or not 0 <= overlap < length:

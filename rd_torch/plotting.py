@@ -47,6 +47,11 @@ def plot_store(path: str | Path, output: str | Path, *, width: int | None = None
         FileNotFoundError: where there is no store, or no folder for the picture.
         ValueError: for fewer than two records, a width that the store does not have, or another suffix.
         ImportError: where matplotlib is not installed.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> _ = rd_torch.embed_to_store(model, [("one", "MQIFVK"), ("two", "MKV")], "proteins.h5")
+        >>> rd_torch.plot_store("proteins.h5", "proteins.png", width=48)
     """
     output = Path(output)
     if output.suffix not in SUFFIXES:

@@ -42,7 +42,9 @@ def pool_name(pools: Pools) -> str:
     known = set(chosen).issubset(POOLS)
     if not chosen or not known or len(set(chosen)) < len(chosen):
         listed = ", ".join(map(repr, POOLS))
-        raise ValueError(f"expected pool of {listed}, several of them once each, or 'none', got {pools!r}")
+        raise ValueError(
+            f"expected pool to be one or several of {listed}, each once, or 'none', got {pools!r}"
+        )
     return "+".join(chosen)
 
 

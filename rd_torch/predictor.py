@@ -26,6 +26,15 @@ class Predictor(nn.Module):
 
     Raises:
         ValueError: for a head that reads more features than the model has.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> head = rd_torch.SequenceHead(48, 1, task="regression")  # 48 features: 28K and 90K run
+        >>> predictor = rd_torch.Predictor(model, head)
+        >>> _, _, tokens = model.alphabet.get_batch_converter()([("one", "MQIFVK"), ("two", "MKV")])
+        >>> predictor(tokens, torch.tensor([0.5, 1.5]))["loss"].backward()
+        >>> predictor(tokens)["predictions"].shape
+        torch.Size([2, 1])
     """
 
     model: RDModel
@@ -67,13 +76,13 @@ class Predictor(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """Enable it in the model, since training loops ask the module that they are given."""
+        """Enable gradient checkpointing in the model; training loops ask the module that they are given."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **others: Any
     ) -> None:
-        """Enable it likewise, under the name that newer versions of transformers have.
+        """Enable gradient checkpointing, under the name that newer versions of transformers have.
 
         Args:
             activation_checkpointing_kwargs: options as for `gradient_checkpointing_enable`.

@@ -1,4 +1,11 @@
-"""Load a model and its alphabet by functions that are called as fair-esm's are."""
+"""Load a model and its alphabet by functions that are called as fair-esm's are.
+
+Examples:
+    >>> model, alphabet = rd_torch.pretrained.esm2_rd_650M()  # downloads ESM-2 and the authors' maps
+    >>> model, alphabet = rd_torch.pretrained.load_model_and_alphabet("esm2-rd-mini")
+    >>> model.embed_dim
+    128
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,8 @@ import torch
 from torch import nn
 
 from rd_torch.alphabet import Alphabet
-from rd_torch.config import ESM2_LEVELS, PCA, Method, PublishedRegressor, SequenceCount, check_choice
+from rd_torch.choices import PCA, Method, PublishedRegressor, SequenceCount, check_choice
+from rd_torch.config import ESM2_LEVELS
 from rd_torch.model import RDModel
 from rd_torch.weights import PUBLISHED_MAPS, Source
 

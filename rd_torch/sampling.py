@@ -9,8 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from rd_torch.store import Store
-from rd_torch.store.windows import Length
+from rd_torch.store import Length, Store
 
 MOST_RECORDS: Final = 5_000
 """Most records that a picture shows; more points would hide each other and take longer to draw."""

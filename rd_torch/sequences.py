@@ -149,7 +149,7 @@ def normalize_proteins(
 
 
 def normalize_sequences(sequences: Iterable[str]) -> Iterator[str]:
-    """Read sequences without identifiers likewise; errors name a sequence by its number, from 1."""
+    """Read sequences without identifiers, as `normalize` does; errors name them by their number, from 1."""
     proteins = ((f"number {number:,}", sequence) for number, sequence in enumerate(sequences, start=1))
     return (protein.sequence for protein in normalize_proteins(proteins))
 

@@ -9,7 +9,6 @@ arXiv 2603.07710). Everything is float64.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral
@@ -18,8 +17,10 @@ from typing import Final, Literal, TypeAlias, TypedDict, Unpack, get_args
 import torch
 from torch import Tensor
 
-from rd_torch.config import Explained, PredictFrom, Regressor, check_choice
+from rd_torch.choices import PredictFrom, Regressor, check_choice
+from rd_torch.config import Explained
 from rd_torch.moments import RunningMoments
+from rd_torch.significance import significant_components
 from rd_torch.stage import ConcatPCA, Stage
 
 RELATIVE_CUTOFF = 1e-12
@@ -86,6 +87,11 @@ def solve_stages(
     Raises:
         ValueError: for moments of fewer than two rows or another width, levels that are not there or
             not in order, or a number of directions that cannot be.
+
+    Examples:
+        >>> moments = rd_torch.RunningMoments(5)  # of residues by the raw features of two backbones
+        >>> moments.update(torch.randn(1_000, 5))
+        >>> (stage,) = rd_torch.solve_stages(moments, {"small": 2, "large": 3}, regressor="ols")
     """
     columns, sizes = _chain(moments, widths, levels)
     counts = check_options(sizes, added=added, regressor=regressor, alpha=alpha, predict_from=predict_from)
@@ -129,6 +135,11 @@ def concat_pca(
     Raises:
         ValueError: for moments of fewer than two rows or another width, or levels that are not there or
             not in order.
+
+    Examples:
+        >>> moments = rd_torch.RunningMoments(5)
+        >>> moments.update(torch.randn(1_000, 5))
+        >>> (stage,) = rd_torch.concat_pca(moments, {"small": 2, "large": 3})
     """
     columns, sizes = _chain(moments, widths, levels)
     covariance, raw, means = _joint(moments, columns, sizes)
@@ -245,34 +256,6 @@ def _inverse(regressor: Regressor, alpha: float, count: int, constant: float) ->
         return inverse
 
     return weigh
-
-
-def significant_components(eigenvalues: Tensor, count: int) -> Tensor:
-    """Which principal components stand out of noise.
-
-    A component counts when its variance exceeds `sigma^2 (1 + sqrt(p / n))^2`, the edge of the
-    spectrum of pure noise (Johnstone 2001, doi:10.1214/aos/1009210544). `sigma^2` is the median of
-    the eigenvalues which, divided by the mean one, lie below that edge (if none does: of the
-    smallest quarter). If none counts, those that explain 95 % of the variance do.
-
-    Args:
-        eigenvalues: `(p,)` of a covariance, rising.
-        count: rows n that it came from.
-
-    Returns:
-        `(p,)` bool.
-    """
-    p = len(eigenvalues)
-    edge = (1 + math.sqrt(p / count)) ** 2
-    bulk = eigenvalues[eigenvalues < edge * eigenvalues.mean()]
-    if not len(bulk):
-        bulk = eigenvalues[: max(1, p // 4)]
-    kept = eigenvalues > bulk.quantile(0.5) * edge
-    if bool(kept.any()):
-        return kept
-    falling = eigenvalues.flip(0).clamp(min=0)
-    before = falling.cumsum(0) - falling
-    return (before < 0.95 * falling.sum()).flip(0)
 
 
 def _directions(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch.backbone import apply_outside_half, at_least_float32
-from rd_torch.config import Explained, Method, PredictFrom, RDConfig
+from rd_torch.choices import Method, PredictFrom
+from rd_torch.config import Explained, RDConfig
 from rd_torch.modules import Modules
 
 
@@ -87,6 +88,13 @@ class Stage(Maps):
 
     Raises:
         ValueError: when the shapes do not fit together, or dtypes differ.
+
+    Examples:
+        >>> p, q, added = 2, 3, 1
+        >>> W, b, m = torch.zeros(p, q), torch.zeros(q), torch.zeros(q)
+        >>> stage = rd_torch.Stage(W, b, m, V=torch.eye(q, added))  # adds the first feature of the larger
+        >>> stage(torch.tensor([[1.0, 2.0]]), torch.tensor([[7.0, 8.0, 9.0]]))
+        tensor([[1., 2., 7.]])
     """
 
     method = "rd"
@@ -163,6 +171,11 @@ class ConcatPCA(Maps):
 
     Raises:
         ValueError: when the shapes do not fit together, or dtypes differ.
+
+    Examples:
+        >>> stage = rd_torch.ConcatPCA(mean=torch.zeros(3), components=torch.eye(3)[:, 1:])
+        >>> stage(torch.tensor([[1.0]]), torch.tensor([[7.0, 8.0]]))
+        tensor([[7., 8.]])
     """
 
     method = "naive"

@@ -28,7 +28,7 @@ def tokens():
 
 @pytest.fixture(scope="session")
 def data():
-    """The folder of the protein data; README.md says where they come from."""
+    """The folder of the protein data; docs/guides/weights.md says where they come from."""
     folder = os.environ.get("RD_TORCH_DATA")
     if not folder:
         pytest.skip("RD_TORCH_DATA names no folder")
@@ -36,9 +36,9 @@ def data():
 
 
 LONGEST_FIRST = (
-    "cluster", "benchmarks", "resume", "esm2", "training", "scaling", "huggingface", "inputs", "family",
+    "cluster", "benchmarks", "docs", "resume", "tutorials", "esm2", "training", "scaling", "huggingface", "inputs", "family",
     "dataset", "structure", "finetuning", "model", "frameworks", "backbone_files", "processes", "shards",
-    "engine", "soft_sequences", "store", "docs",
+    "engine", "soft_sequences", "store", "reference",
 )  # fmt: skip
 """Files of tests that take long: no process is to work through one when the others have ended."""
 

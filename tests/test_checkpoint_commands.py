@@ -60,9 +60,9 @@ def test_download_lists_what_is_there(hub):
     output = ran("download", "35M")
     assert "no checksum of" in output
     assert f"models--facebook--esm2_t6_8M_UR50D/snapshots/{'a' * 40}/model.safetensors" in output
-    assert "Everything for 35M is there" in output
+    assert "All files for 35M are there." in output
     assert "no checksum of" not in ran("download", "35M")
-    assert "level to be one of '8M', '35M'" in run("download", "9M").output
+    assert "the level of the authors' maps to be one of '8M', '35M'" in run("download", "9M").output
     assert "rd-torch download" in run("download", "150M").output
 
 
@@ -75,14 +75,16 @@ def test_info_tells_of_everything_that_loads(hub, tmp_path):
     assert "0.900" in output
     save_fair_esm(perturbed_esm2(2, 64, 4), tmp_path / "tiny.pt")
     assert "tiny" in ran("info", tmp_path / "tiny.pt")
-    assert "expected level to be one of" in run("info", "singhlab/plm_reverse_distillation").output
+    output = run("info", "singhlab/plm_reverse_distillation").output
+    assert "expected the level of the authors' maps to be one of '8M', '35M'" in output
+    assert "got None" in output
 
 
 @pytest.mark.parametrize("backbones", ["included", "referenced"])
 def test_convert_writes_published_maps_as_a_checkpoint_of_ours(hub, tmp_path, backbones):
     source = "singhlab/plm_reverse_distillation"
     output = ran("convert", source, tmp_path / "ours", "--level", "35M", "--backbones", backbones)
-    assert "Written to" in output
+    assert "Wrote the checkpoint to" in output
     folder = tmp_path / "ours" / "backbones"
     assert sorted(path.name for path in folder.iterdir()) == (
         ["35M.safetensors", "8M.safetensors"] if backbones == "included" else []

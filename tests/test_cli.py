@@ -1,9 +1,12 @@
 import gzip
+import os
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
+import click
 import h5py
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ import rd_torch
 from rd_torch import fitting, sums
 from rd_torch.cli import main
 from rd_torch.reading import Fasta
+from rd_torch.store import FORMATS
+from rd_torch.weights.published import Choice
 
 DEMO = Path(__file__).parents[1] / "benchmarks" / "demo.fasta"
 
@@ -112,11 +117,11 @@ def test_corrections_are_counted_in_one_warning_and_refused_when_strict(tmp_path
             ("--model", "nowhere"),
             "expected a checkpoint's folder, the name of a shipped checkpoint (esm2-rd-mini)",
         ),
-        (("--device", "warp"), "expected a device that is there, got 'warp'"),
-        (("--device", "cuda:99"), "expected a device that is there, got 'cuda:99'"),
+        (("--device", "warp"), "expected a device that this machine has, got 'warp'"),
+        (("--device", "cuda:99"), "expected a device that this machine has, got 'cuda:99'"),
         (
             ("--pool", "median"),
-            "several of them once each, or 'none', got 'median'",
+            "one or several of 'mean', 'max', 'std', 'cls', each once, or 'none', got 'median'",
         ),
         (("--save-dtype", "bfloat16"), "save_dtype to be one of 'float32', 'float16' in .h5, got 'bfloat16'"),
         (
@@ -137,7 +142,9 @@ def test_wrong_files_get_one_clear_line(tmp_path, fasta):
     assert "expected a folder" in refused("embed", fasta, "-o", tmp_path / "no" / "out.h5")
     assert "output that ends in .h5, .parquet, .pt" in refused("embed", fasta, "-o", tmp_path / "out.csv")
     (tmp_path / "folder.h5").mkdir()
-    assert "got something else: take another output" in refused("embed", fasta, "-o", tmp_path / "folder.h5")
+    assert "got something else: choose another output" in refused(
+        "embed", fasta, "-o", tmp_path / "folder.h5"
+    )
     assert "is a file" in refused("fit", fasta, "-o", fasta)
     assert "first line starts with '>'" in refused("embed", __file__, "-o", tmp_path / "out.h5")
 
@@ -198,6 +205,76 @@ def test_info_shows_the_shipped_family():
     output = run("info").stdout
     assert output.splitlines()[0] == "esm2-rd-mini"
     assert [line.split()[0] for line in output.splitlines()[3:7]] == ["28K", "90K", "207K", "1M"]
+
+
+OPTIONS = [
+    (name, option)
+    for name, command in main.commands.items()
+    for option in command.params
+    if isinstance(option, click.Option)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=[f"{name} {each.name}" for name, each in OPTIONS])
+def test_every_option_says_in_sentences_what_it_is_and_what_happens_without_it(name, option):
+    assert option.help[0].isupper()
+    assert option.help.endswith(".")
+    says_default = isinstance(option.show_default, str) or option.default not in (None, ())
+    assert says_default or option.required or option.is_flag
+
+
+def test_help_lists_the_commands_in_order_each_in_a_line_of_its_own():
+    lines = CliRunner().invoke(main, ["--help"], terminal_width=80).output.splitlines()
+    listed = lines[lines.index("Commands:") + 1 :][: len(main.commands)]
+    assert [line.split()[0] for line in listed] == list(main.commands)
+    assert list(main.commands)[:3] == ["embed", "combine", "plot"]
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+
+
+def test_help_shows_options_by_groups():
+    lines = run("embed", "--help").stdout.splitlines()
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles == [
+        *("Output:", "Model:", "Input:", "Speed:", "Several processes:", "Cluster:"),
+        *("The authors' maps (singhlab/plm_reverse_distillation):", "Other:"),
+    ]
+    assert lines[lines.index("Output:") + 1].startswith("  -o, --output PATH")
+    assert "Options:" in run("env", "--help").stdout.splitlines()
+
+
+def test_help_shows_the_formats_and_defaults_of_the_package():
+    assert f"--format [{'|'.join(FORMATS)}]" in run("embed", "--help").stdout
+    text = " ".join(run("info", "--help").stdout.split())
+    for field in fields(Choice):
+        assert (
+            f"[default: {field.default}]"
+            in text.split(f"--{field.name.replace('_', '-')} ")[1].split("--")[0]
+        )
+
+
+def test_a_file_is_not_taken_for_the_address_of_a_cluster(tmp_path, fasta):
+    error = refused("embed", "--cluster", fasta, "-o", tmp_path / "out.parquet")
+    assert f"got '{fasta}': write files before --cluster" in error
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly():
+    """As `rd-torch info | head -1` does when `head` has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "rd_torch.cli", "info"]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert result.returncode == 1
+    assert result.stderr == b""
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_help_of_a_command_comes_without_torch(command):
+    code = "import sys, rd_torch.cli as c\ntry: c.main()\nfinally: print('torch' in sys.modules)"
+    process = subprocess.run(
+        [sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.rstrip().endswith("False")
 
 
 @pytest.mark.alone

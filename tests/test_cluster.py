@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import random_sequence
+from pages import run_example
 
 import rd_torch
 from rd_torch import cluster, sums
@@ -24,7 +25,7 @@ from rd_torch.embedding import embed_to_store
 from rd_torch.letters import Corrections
 from rd_torch.reading import Fasta
 from rd_torch.sequences import Entry, normalize_entries, normalize_proteins
-from rd_torch.store import FORMATS, Names, cut_windows, open_store
+from rd_torch.store import Names, cut_windows, load_format, open_store
 from rd_torch.store.folder import Folder
 
 pytestmark = [
@@ -130,7 +131,7 @@ def test_a_store_of_the_cluster_is_the_local_one_to_the_byte(fasta, local, tmp_p
     assert "stored as IDENTIFIER#2 and so on: 1" in result.stderr
     names = list(open_store(tmp_path / "out.parquet"))
     assert names.index("twice#2") == 140
-    assert "Embeddings in" in embed(fasta, tmp_path / "out.parquet", *ON_ONE).stderr, "done is done"
+    assert "Wrote the embeddings to" in embed(fasta, tmp_path / "out.parquet", *ON_ONE).stderr, "done is done"
 
 
 def test_long_proteins_in_windows_are_the_local_ones_to_the_byte(fasta, tmp_path):
@@ -255,12 +256,12 @@ def test_other_sequences_and_other_models_are_refused(mini, fasta, tmp_path):
     error = refused(embed(other, out, *ON_ONE))
     assert f"Error: expected the sequences with which {out} was begun, got others in the " in error
 
-    folder = Folder.begun(out, FORMATS["parquet"])
+    folder = Folder.open(out, load_format("parquet"))
     limits = steps.Limits(is_budget_free=True, most_deaths=0)
     with pytest.raises(ValueError, match="expected the model esm2-rd-mini on all machines, got another one"):
         steps.begin_embedding(partial(steps.load_model, "esm2-rd-mini"), "cpu", folder, limits)
     with pytest.raises(FileNotFoundError, match="on a file system that all machines see, got nothing there"):
-        Folder.begun(tmp_path / "elsewhere.parquet", FORMATS["parquet"])
+        Folder.open(tmp_path / "elsewhere.parquet", load_format("parquet"))
 
 
 def refused(result):
@@ -275,7 +276,7 @@ def refused(result):
     [
         ("out.h5", ON_ONE, "expected .parquet or .pt, and pooling, on a cluster, got .h5 and --pool mean"),
         ("out.pt", (*ON_ONE, "--pool", "none"), "pooling, on a cluster, got .pt and --pool none"),
-        ("out.pt", ("--workers", 2), "expected --workers, --worker-cpus and --worker-gpus with --cluster"),
+        ("out.pt", ("--workers", 2), "expected --cluster with --workers, --worker-cpus and --worker-gpus"),
         ("out.pt", ("--cluster", "--device", "cpu"), "--device or --cluster, got both: --worker-gpus 0"),
         ("out.pt", ("--cluster", "--worker-cpus", 99), "a machine with 99 CPUs and 0 GPUs for a worker"),
     ],
@@ -342,7 +343,7 @@ def test_what_cannot_be_embedded_is_listed_and_the_status_says_so(mini, tmp_path
     monkeypatch.setattr(cluster, "embed_to_store", lambda *_, **__: failures)
     result = embed(fasta, tmp_path / "other.parquet", *ON_ONE)
     assert result.exit_code == 3
-    assert "4 proteins could not be embedded" in result.stderr
+    assert "Left out 4 of the proteins." in result.stderr
 
 
 def test_a_dataset_gets_a_column_for_what_each_level_adds(ray):
@@ -469,3 +470,7 @@ def test_workers_fill_the_machines_there_are(monkeypatch, ray):
     assert placed([{"CPU": 16.0, "GPU": 4.0}], num_gpus=0.5) == (8, 1, 0.5, "cuda")
     assert placed([{"CPU": 16.0, "GPU": 4.0}], num_gpus=0, num_cpus=2) == (8, 2, 0, "cpu")
     assert placed([{"CPU": 1.0}], count=3, num_gpus=1) == (3, 1, 1, "cuda"), "machines may be yet to come"
+
+
+def test_the_example_of_the_reference_runs():
+    run_example("cluster")

@@ -1,101 +1,72 @@
-"""What the README says, typed as it says."""
+"""What the pages say, typed as they say; what they show, link to and count."""
 
 import json
 import re
-import shlex
-import shutil
 import warnings
-from pathlib import Path
 
-import esm
-import h5py
-import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from helpers import random_esm2
+from pages import DOCS, PAGES, PICTURES, ROOT, TUTORIALS, blocks_of, execute, name_of, pictures_of
 
-from rd_torch import RDModel, hardware
-from rd_torch.cli import main
+from rd_torch import hardware
 from rd_torch.exporting import OLDEST_EXPORTER
-from rd_torch.weights import PublishedOptions
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+REPOSITORY = [ROOT / name for name in ("rd_torch/README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+EMULATED = "cpu computes bfloat16 in emulation: results are right, but float32 is faster"
 
 
-def pretend_to_download(monkeypatch):
-    """The shipped family in place of whatever the README would download."""
-    load = RDModel.from_pretrained
-
-    def load_here(name, level=None, **options):
-        if str(name) != "singhlab/plm_reverse_distillation":
-            return load(name, level, **options)
-        assert options.pop("backbones", {}).keys() <= {level}
-        assert all(
-            option in PublishedOptions.__annotations__ for option in options.keys() - {"dtype", "device"}
-        )
-        return load("esm2-rd-mini")
-
-    monkeypatch.setattr(RDModel, "from_pretrained", load_here)
+def with_marks(page):
+    """The page as a parameter, marked where what it says depends on what the CPU has."""
+    marks = [pytest.mark.capability] if "torch.bfloat16" in page.read_text() else []
+    return pytest.param(page, id=name_of(page), marks=marks)
 
 
-@pytest.mark.capability
-def test_python_examples_run_one_after_the_other(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(esm.pretrained, "esm2_t6_8M_UR50D", lambda: (random_esm2(1, 32, 2), None))
-    monkeypatch.setattr(esm.pretrained, "esm2_t12_35M_UR50D", lambda: (random_esm2(1, 48, 2), None))
-    pretend_to_download(monkeypatch)
-    names = {}
+@pytest.mark.parametrize("page", [with_marks(page) for page in PAGES if page not in TUTORIALS])
+def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", module="(lightning|transformers|accelerate|torch)")
-        for block in blocks("python"):
-            exec(compile(block, "README.md", "exec"), names)
+        old = hardware.is_older(torch.__version__, OLDEST_EXPORTER)
+        execute(page, tmp_path, leave_out=("rd-torch export",) if old else ())
+    ours = {str(each.message) for each in said if each.category is UserWarning}
     emulated = hardware.is_emulated(torch.device("cpu"), torch.bfloat16)
-    ours = [str(each.message) for each in said if each.category is UserWarning]
-    assert ours == emulated * ["cpu computes bfloat16 in emulation: results are right, but float32 is faster"]
-    assert names["out"].embeddings.shape == (2, 22, 128)
-    assert names["vectors"].shape == (2, 128)
-    assert names["nested"].shape == (10, 128)
-    assert list(names["chain"].backbones) == ["8M"]
+    assert ours <= ({EMULATED} if emulated else set())
 
 
-def test_shell_examples_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "benchmarks" / "demo.fasta", "proteins.fasta")
-    for level, width in (("28K", 32), ("90K", 48)):  # what people already have
-        with h5py.File(f"{level}.h5", "w") as file:
-            file["P1"] = np.ones(width)
-    Path("others").mkdir()
-    shutil.copy("proteins.fasta", "others")
-    Path("table.csv").write_text("clone,heavy,light\nc1,MKTAYIAKQRQ,GSHMLEDPVDA\n")
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("rd-torch")]
-    assert len(lines) == 12
-    if hardware.is_older(torch.__version__, OLDEST_EXPORTER):
-        lines = [line for line in lines if not line.startswith("rd-torch export")]
-    for line in lines:
-        result = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
-        assert result.exit_code == 0, (line, result.output)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_is_executed_or_for_the_reader_alone(page):
+    assert page.read_text().count("```") == 2 * len(blocks_of(page))
+    assert {block.language for block in blocks_of(page)} <= {"python", "sh", "text"}
 
 
 def test_make_targets_exist():
     targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M)
-    named = re.findall(r"make ([a-z]+)", " ".join(blocks("sh")))
-    assert set(named) == {"demo", "test"} <= set(targets)
+    texts = "\n".join(page.read_text() for page in [*PAGES, *REPOSITORY])
+    typed = "\n".join(block.text for page in PAGES for block in blocks_of(page) if block.language == "sh")
+    named = re.findall(r"`make ([a-z-]+)`", texts) + re.findall(r"^make ([a-z-]+)", typed, re.M)
+    assert {"demo", "test", "docs"} <= set(named) <= set(targets)
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
-    assert links
-    assert all((ROOT / link).is_file() for link in links)
+@pytest.mark.parametrize("page", [*PAGES, *REPOSITORY], ids=name_of)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).is_file()]
+    assert not missing
+
+
+def test_the_site_has_every_page():
+    listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert {page.relative_to(DOCS).as_posix() for page in PAGES if DOCS in page.parents} <= set(listed)
+
+
+def test_pictures_are_small_and_all_are_shown():
+    shown = {path for page in PAGES for path in pictures_of(page)}
+    assert shown == set(PICTURES.iterdir())
+    assert all(path.stat().st_size < 100_000 for path in shown)
 
 
 def test_the_table_of_levels_is_the_checkpoints():
+    page = (DOCS / "guides" / "weights.md").read_text()
     config = json.loads((ROOT / "checkpoints/esm2-rd-mini/config.json").read_text())
     losses = json.loads((ROOT / "checkpoints/esm2-rd-mini/losses.json").read_text())
     explained = [None, *config["explained"]]
@@ -107,11 +78,10 @@ def test_the_table_of_levels_is_the_checkpoints():
             f"{losses[level['name']]['validation_loss']:.3f}",
         ]
         cells += [f"{shares[key]:.3f}" for key in ("r2", "kept")] if shares else ["", ""]
-        assert f"| {' | '.join(map(str, cells))} |" in README
+        assert f"| {' | '.join(map(str, cells))} |" in page
 
 
-@pytest.mark.parametrize("name", ["README.md", "rd_torch/README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
-def test_pages_name_only_files_that_exist(name):
-    text = (ROOT / name).read_text()
-    for path in re.findall(r"`((?:tests|checkpoints|benchmarks|rd_torch)/[\w./-]+)`", text):
+@pytest.mark.parametrize("page", [*PAGES, *REPOSITORY], ids=name_of)
+def test_pages_name_only_files_that_exist(page):
+    for path in re.findall(r"`((?:tests|checkpoints|benchmarks|rd_torch)/[\w./-]+)`", page.read_text()):
         assert (ROOT / path).exists() or path == "rd_torch/checkpoints/", path

@@ -57,7 +57,7 @@ def test_misuse_is_refused_with_the_cure(mini):
     for width in (48.0, True):
         with pytest.raises(ValueError, match=f"width from 1 to 128 .*, got {width}"):
             rd_torch.embed(mini, ["MKT"], width=width)
-    with pytest.raises(ValueError, match="expected pool of 'mean', .*, got 'median'"):
+    with pytest.raises(ValueError, match="expected pool to be one or several of 'mean', .*, got 'median'"):
         rd_torch.embed(mini, ["MKT"], pool="median")
     with pytest.raises(ValueError, match="expected a sequence, got none, in record number 2"):
         rd_torch.embed(mini, ["MKT", ""])

@@ -346,11 +346,11 @@ def parametrize(model):
 
 
 OBSTACLES = [
-    (put_in_lora, r"a.layers.0.self_attn.q_proj is a peft\.\S+\.Linear, which it does not know"),
-    (register_a_hook, "there are hooks on b.layers.1, which it would not run"),
-    (register_a_pre_hook, "there are hooks on a, which"),
-    (replace_a_forward, "there are hooks on c.layers.0.fc1, which"),
-    (parametrize, r"a.layers.0.fc2 is a \S+\.ParametrizedLinear, which it does not know"),
+    (put_in_lora, r"a.layers.0.self_attn.q_proj is a peft\.\S+\.Linear, not one of ESM-2's own modules"),
+    (register_a_hook, "b.layers.1 has hooks"),
+    (register_a_pre_hook, "because a has hooks"),
+    (replace_a_forward, "c.layers.0.fc1 has hooks"),
+    (parametrize, r"a.layers.0.fc2 is a \S+\.ParametrizedLinear, not one of ESM-2's own modules"),
 ]
 
 

@@ -183,8 +183,8 @@ def test_a_cluster_reads_the_same(case):
         letters for window in windows for k, letters in enumerate(window.contents) if k not in window.faults
     ]
     assert good == [letters for _, letters in sound(case)]
-    places = [window.places[k][1] for window in windows for k in sorted(window.faults)]
-    assert places == [line for _, line, _ in faults(case)]
+    lines = [window.origins[k][1] for window in windows for k in sorted(window.faults)]
+    assert lines == [line for _, line, _ in faults(case)]
     known = [known for _, known in Records(FOLDER / case["file"]).windows(10_000)]
     lost = [Entry(*entry) for each in known for entry in json.loads(each["left_out"])]
     if sound(case):

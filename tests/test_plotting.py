@@ -277,5 +277,5 @@ def test_the_command_says_where_the_picture_is(stores, tmp_path):
     path = tmp_path / "a.png"
     result = CliRunner().invoke(main, ["plot", str(stores["pt", "none"]), "-o", str(path), "--width", "64"])
     assert result.exit_code == 0, result.output
-    assert result.stderr == f"Picture in {path}\n"
+    assert result.stderr == f"Wrote the picture to {path}.\n"
     assert path.is_file()

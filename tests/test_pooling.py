@@ -62,7 +62,10 @@ WRONG = ["median", [], ["mean", "mean"], ["mean", "none"], "", ["mean", "median"
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_other_ways_are_refused(mini, wrong):
-    with pytest.raises(ValueError, match=r"expected pool of 'mean', 'max', 'std', 'cls', several of"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected pool to be one or several of 'mean', 'max', 'std', 'cls', each once, or 'none'",
+    ):
         rd_torch.embed(mini, ["MKT"], pool=wrong)
 
 

@@ -218,7 +218,9 @@ def test_truncated_maps_are_refused(tmp_path, cut):
 
 def test_unknown_options_levels_and_files_are_named(tmp_path):
     save_published(tmp_path)
-    with pytest.raises(ValueError, match="level to be one of '8M', '35M', .*'15B', got None"):
+    with pytest.raises(
+        ValueError, match="level of the authors' maps to be one of '8M', '35M', .*'15B', got None"
+    ):
         read_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="regressor to be one of 'pcr', 'linear', 'ridge', got 'ols'"):
         read_checkpoint(tmp_path, level="35M", regressor="ols")

@@ -22,7 +22,7 @@ from rd_torch import disk, embedder, hardware
 from rd_torch.embedding import embed_to_store
 from rd_torch.reading import Fasta
 from rd_torch.sequences import Entry, Protein, cut_batches
-from rd_torch.store import FORMATS, Names, cut_windows, open_store
+from rd_torch.store import Names, cut_windows, load_format, open_store
 from rd_torch.store.folder import Folder
 from rd_torch.store.work import Work
 
@@ -294,7 +294,7 @@ def test_records_that_were_added_are_refused_by_a_finished_store_and_embedded_by
 ):
     more = [*PROTEINS, Protein("more", "MK")]
     embed(mini, tmp_path / "finished.h5")
-    with pytest.raises(ValueError, match="expected the sequences of which .* is, got others"):
+    with pytest.raises(ValueError, match="expected the sequences with which .* was made, got others"):
         embed(mini, tmp_path / "finished.h5", proteins=more)
     interrupt(mini, tmp_path / "out.h5", 2)
     embed(mini, tmp_path / "out.h5", proteins=more)
@@ -350,7 +350,7 @@ def test_a_write_that_fails_is_an_error_and_the_next_run_goes_on(
 
     with monkeypatch.context() as patched:
         for module in ("work", "folder", "hdf5", "parquet", "fairesm"):
-            patched.setattr(sys.modules[f"rd_torch.store.{module}"], "write_whole", failing)
+            patched.setattr(f"rd_torch.store.{module}.write_whole", failing)
         with pytest.raises(OSError, match="No space left on device"):
             embed(mini, tmp_path / f"out.{suffix}")
     assert not (tmp_path / f"out.{suffix}").exists()
@@ -387,7 +387,7 @@ def test_two_processes_do_not_write_one_store(mini, tmp_path):
     with open_store(tmp_path / "facts.h5") as store:
         facts = store.facts
     with (
-        Work(tmp_path / "out.h5", FORMATS["h5"], facts),
+        Work(tmp_path / "out.h5", load_format("h5"), facts),
         pytest.raises(BlockingIOError, match="to write .*out.h5 alone, got another process"),
     ):
         embed(mini, tmp_path / "out.h5")
@@ -430,4 +430,4 @@ def test_the_command_says_by_its_status_that_proteins_are_missing(tmp_path, monk
     arguments = ["embed", str(fasta), "-o", str(tmp_path / "out.h5"), "--level", "28K"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 3, result.output
-    assert f"1 proteins could not be embedded: {tmp_path / 'out.h5'}.failed.tsv says why" in result.stderr
+    assert f"Left out 1 of the proteins. {tmp_path / 'out.h5'}.failed.tsv lists them" in result.stderr

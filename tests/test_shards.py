@@ -71,12 +71,12 @@ def test_the_last_shard_to_end_puts_the_store_together(folder, tmp_path, suffix)
         for shard in order[:-1]:
             result = run(folder, output, "--shard", f"{shard}/3")
             assert result.exit_code in (0, 3), result.output
-            assert f"Shard {shard}/3 is done; the last one to end puts" in result.stderr
+            assert f"Shard {shard}/3 is done. The last shard to end will put" in result.stderr
             assert not output.exists()
         result = run(folder, output, "--shard", f"{order[-1]}/3")
         assert result.exit_code == 3, result.output
-        assert "Embeddings in" in result.stderr
-        assert "1 proteins could not be embedded" in result.stderr
+        assert "Wrote the embeddings to" in result.stderr
+        assert "Left out 1 of the proteins." in result.stderr
         assert_whole(output, folder)
     assert run(folder, output, "--shard", "2/3").exit_code == 3, "done is done"
 
@@ -203,8 +203,8 @@ def test_who_ends_while_another_one_is_at_work_leaves_the_store_to_it(folder, tm
     with FileLock(Path(f"{output}.part") / "5-of-9.shard"):
         result = run(folder, output, "--shard", "1/1")
         assert result.exit_code == 3
-        assert "Shard 1/1 is done; the last one to end puts" in result.stderr
-        assert "1 of its proteins could not be embedded" in result.stderr
+        assert "Shard 1/1 is done. The last shard to end will put" in result.stderr
+        assert "Left out 1 of its proteins." in result.stderr
         assert not output.exists()
     assert run(folder, output, "--shard", "5/9").exit_code == 3
     assert_whole(output, folder)
@@ -224,14 +224,14 @@ def test_a_process_a_device(folder, tmp_path, monkeypatch):
     status, said = ended(output, "cpu,cpu")
     assert status == 3, said
     assert said.splitlines()[-2:] == [
-        f"Embeddings in {output}",
-        f"1 proteins could not be embedded: {output}.failed.tsv says why",
+        f"Wrote the embeddings to {output}.",
+        f"Left out 1 of the proteins. {output}.failed.tsv lists them with the reasons.",
     ]
     assert_whole(output, folder)
     status, said = ended(tmp_path / "other.h5", "cpu,warp")
     assert status == 1
-    assert "expected a device that is there, got 'warp'" in said
-    assert "expected the process of every device to end well, got warp with status 1" in said
+    assert "expected a device that this machine has, got 'warp'" in said
+    assert "expected the process on every device to succeed, got exit status 1 on 'warp'" in said
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_process_a_device(folder, tmp_path, monkeypatch):
         ),
         (
             ("--shard", "1/2", "--finish"),
-            "one of --devices, --shard, --finish, --cluster, got --shard and --finish",
+            "at most one of --devices, --shard, --finish, --cluster, got --shard and --finish",
         ),
         (("--devices", "cpu,cpu", "--device", "cpu"), "expected --device or --devices, got both"),
         (("--shard", "1/2", "--cluster"), "got --shard and --cluster"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rd_torch import RDModel, RunningMoments, concat_pca, solve_stages
-from rd_torch.solve import significant_components
+from rd_torch.significance import significant_components
 
 WIDTHS = {"a": 4, "b": 7, "c": 9}
 REGRESSORS = ("pcr", "ols", "ridge")

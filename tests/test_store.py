@@ -16,11 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rd_torch
+from rd_torch import store as face
+from rd_torch.cluster import require_parts
 from rd_torch.embedding import embed_to_store
 from rd_torch.sequences import Protein
-from rd_torch.store import Names, format_of, open_store
-from rd_torch.store.hdf5 import columns
+from rd_torch.store import FORMATS, Names, format_of, load_format, open_store
+from rd_torch.store.hdf5 import chunk_columns
 from rd_torch.store.naming import dataset_name, file_name, identifier_of
+from rd_torch.store.parquet import Parquet, ParquetStore
 
 SEQUENCES = ["MKTAYIAKQR", "M", "GGGSXBUZO" * 30, "MLLAVLYCLLWSFQTSA", "MKV"]
 PROTEINS = [Protein(f"sp|P{i}/x", sequence) for i, sequence in enumerate(SEQUENCES)]
@@ -118,10 +121,10 @@ def test_hdf5_is_laid_out_as_uniprot_does_it_and_says_what_it_is(mini, tmp_path)
 
 
 def test_chunks_divide_the_levels_where_they_can():
-    assert columns((320, 480, 640, 1280, 2560, 5120)) == 160
-    assert columns((32, 48, 64, 128)) == 16
-    assert columns((32, 50)) == 16
-    assert columns((5,)) == 5
+    assert chunk_columns((320, 480, 640, 1280, 2560, 5120)) == 160
+    assert chunk_columns((32, 48, 64, 128)) == 16
+    assert chunk_columns((32, 50)) == 16
+    assert chunk_columns((5,)) == 5
 
 
 def test_parquet_has_a_column_for_what_each_level_adds_in_other_engines_too(mini, tmp_path):
@@ -216,7 +219,7 @@ def test_what_is_no_store_is_refused(mini, tmp_path):
             "'std', 'cls' in .parquet, got 'none'",
         ),
         ("pt", {"save_dtype": "float64"}, "'float32', 'float16', 'bfloat16' in .pt, got 'float64'"),
-        ("h5", {"pool": "median"}, "expected pool of 'mean', 'max', 'std', 'cls'.*got 'median'"),
+        ("h5", {"pool": "median"}, "one or several of 'mean', 'max', 'std', 'cls'.*got 'median'"),
         ("h5", {"width": 129}, "width from 1 to 128"),
         ("h5", {"width": 0}, "width from 1 to 128"),
         ("h5", {"tokens_per_batch": 0}, "tokens_per_batch of at least 1, got 0"),
@@ -278,7 +281,7 @@ def test_long_names_are_cut_and_stay_different():
 @given(st.lists(st.sampled_from(["a", "b", "a#2", "a#2#2", "A"]), max_size=30))
 def test_every_record_gets_a_name_of_its_own_and_the_first_keeps_its_own(identifiers):
     names = Names(str)
-    given_ = [names.unique(each) for each in identifiers]
+    given_ = [names.take(each) for each in identifiers]
     assert len(set(given_)) == len(given_)
     for place, (identifier, name) in enumerate(zip(identifiers, given_, strict=True)):
         assert re.fullmatch(re.escape(identifier) + r"(#\d+)?", name)
@@ -337,3 +340,59 @@ def test_a_quarter_of_the_width_reads_at_most_two_fifths_of_the_bytes(tmp_path, 
     residues = sum(len(protein.sequence) for protein in proteins) if pool == "none" else len(proteins)
     assert whole >= residues * 128 * 4
     assert narrow <= 0.4 * whole
+
+
+def test_every_name_of_the_face_loads_and_unknown_ones_do_not():
+    assert set(face.__all__) == set(face._HOMES)
+    assert all(getattr(face, name) is not None for name in face.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        face.nothing  # noqa: B018  # the access is the test
+
+
+def test_formats_are_listed_without_torch_and_loaded_one_by_one():
+    code = """
+import sys
+from rd_torch.store import FORMATS, Failure, format_of
+print(*FORMATS, *sorted({"torch", "pyarrow", "h5py"} & set(sys.modules)))
+format_of("out.pt")
+print(*sorted({"torch", "pyarrow", "h5py"} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "h5 parquet pt\ntorch\n"
+    assert [load_format(name).name for name in FORMATS] == list(FORMATS)
+
+
+class Fourth(Parquet):
+    """A format that somebody adds."""
+
+    name = "fourth"
+
+    @staticmethod
+    def claims(path):
+        return path.suffix == ".fourth"
+
+
+@pytest.fixture
+def fourth(monkeypatch):
+    """Its line in the list, before those of formats that claim any file or folder."""
+    monkeypatch.setitem(sys.modules, "rd_torch.store.fourth", sys.modules[__name__])
+    before = dict(FORMATS)
+    FORMATS.clear()
+    FORMATS.update({"fourth": ("fourth", "Fourth"), **before})
+    yield
+    FORMATS.clear()
+    FORMATS.update(before)
+
+
+@pytest.mark.usefixtures("fourth")
+def test_a_format_is_a_file_of_its_own_and_a_line_in_the_list(mini, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(Fourth, "open", lambda _, path: opened.append(path) or ParquetStore(path))
+    with stored(mini, tmp_path, "fourth") as store:
+        assert list(store) == IDENTIFIERS
+    assert opened == [tmp_path / "out.fourth"]
+    with pytest.raises(ValueError, match="ends in .fourth, .h5, .parquet, .pt, or a format of fourth, h5, "):
+        format_of("out.csv")
+    assert require_parts(tmp_path / "out.fourth", None, "mean").name == "fourth"
+    with pytest.raises(ValueError, match="expected .fourth or .parquet or .pt, and pooling, on a cluster"):
+        require_parts(tmp_path / "out.h5", None, "mean")

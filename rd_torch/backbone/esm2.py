@@ -110,6 +110,12 @@ class ESM2(nn.Module):
         reference: where the weights lie on the Hub, if they came from there.
         checkpointing: whether layers are computed again in the backward pass, in place of keeping what
             they made on the way.
+
+    Examples:
+        >>> backbone = rd_torch.ESM2(num_layers=2, embed_dim=32, attention_heads=4)  # random weights
+        >>> chain = rd_torch.RDModel({"tiny": backbone}, [])
+        >>> rd_torch.embed(chain, ["MQIFVK"]).shape
+        (1, 32)
     """
 
     def __init__(self, num_layers: int = 33, embed_dim: int = 1280, attention_heads: int = 20) -> None:

@@ -83,9 +83,9 @@ def obstacle(family: Mapping[str, ESM2]) -> str | None:
             place = f"{level}.{name}".rstrip(".")
             kind = type(module)
             if kind not in PLAIN:
-                return f"{place} is a {kind.__module__}.{kind.__name__}, which it does not know"
+                return f"{place} is a {kind.__module__}.{kind.__name__}, not one of ESM-2's own modules"
             if _is_hooked(module):
-                return f"there are hooks on {place}, which it would not run"
+                return f"{place} has hooks"
     return None
 
 

@@ -1,4 +1,4 @@
-"""`python -m rd_torch.cli`."""
+"""Run `rd-torch` as `python -m rd_torch.cli`."""
 
 from rd_torch.cli import main
 

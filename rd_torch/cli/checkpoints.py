@@ -1,46 +1,50 @@
-"""`rd-torch info`, `download`, `convert`, `export` and `verify`."""
+"""The commands `rd-torch info`, `download`, `convert`, `export` and `verify`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from rd_torch.choices import FloatType, Storage
+from rd_torch.cli.command import Command, option
 from rd_torch.cli.shared import (
     backbone_option,
-    by_level,
     cache_option,
     device_option,
-    given,
-    option,
-    place,
-    plainly,
+    find_device,
+    level_option,
     print_levels,
     published_options,
+    split_by_level,
+    take_published,
 )
 
-level_option = option("--level", metavar="NAME", help="Stop at this level; the authors' maps need one.")
 
-
-@click.command()
+@click.command(cls=Command)
 @click.argument("model", required=False)
 @level_option
 @published_options
-@plainly
 def info(model: str | None, level: str | None, **options: Any) -> None:
-    """Show levels, widths, explained variance and provenance of whatever can be loaded.
+    """Show the levels, widths and origin of a model.
 
     \b
       rd-torch info
       rd-torch info my-chain
       rd-torch info singhlab/plm_reverse_distillation --level 650M
       rd-torch info esm2_t6_8M_UR50D.pt
+
+    MODEL is a folder, a file or an id on the Hugging Face Hub. Without it, the command shows the small family
+    that ships with rd-torch.
+
+    The table has a row for each level. R^2 is the share of its backbone's variance that the smaller levels
+    predict, and kept is the share of the rest that the added features hold.
     """
     from rd_torch.weights import DEFAULT_MODEL, read_checkpoint
 
-    config = read_checkpoint(model or DEFAULT_MODEL, level, **given(options)).config
+    config = read_checkpoint(model or DEFAULT_MODEL, level, **take_published(options)).config
     click.echo(f"{model or DEFAULT_MODEL}\n")
     print_levels(config)
     click.echo(f"\nmethod        {config.method}")
@@ -53,84 +57,97 @@ def info(model: str | None, level: str | None, **options: Any) -> None:
     click.echo(f"provenance    {json.dumps(config.provenance, indent=2)}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("level")
 @cache_option
 @published_options
-@plainly
 def download(level: str, cache_dir: str | None, **options: Any) -> None:
-    """Download what LEVEL needs, so that it loads where there is no network.
-
-    Takes ESM-2 up to LEVEL and the authors' maps between, checks their checksums, and goes on where an
-    earlier download broke off.
+    """Download the files of a level, for use without network.
 
     \b
       rd-torch download 650M
       HF_HOME=/shared/huggingface rd-torch download 3B --regressor ridge
+
+    LEVEL is 8M, 35M, 150M, 650M, 3B or 15B. The command downloads the ESM-2 models up to LEVEL and the
+    authors' maps between them, and compares their checksums. If it is interrupted, run it again: it continues
+    where it stopped.
     """
     from rd_torch.weights import PUBLISHED_MAPS, Hub, read_checkpoint
 
     hub = Hub(cache_dir)
-    checkpoint = read_checkpoint(PUBLISHED_MAPS, level, hub, **given(options))
+    checkpoint = read_checkpoint(PUBLISHED_MAPS, level, hub, **take_published(options))
     for each in checkpoint.config.levels:
         for path in checkpoint.find_backbone(each, None, hub).paths:
             click.echo(f"{each.name:>5}  {path.stat().st_size / 2**20:8,.0f} MiB  {path}")
-    click.echo(f"Everything for {level} is there; load it with HF_HUB_OFFLINE=1 where there is no network.")
+    click.echo(
+        f"All files for {level} are there. Where there is no network, set HF_HUB_OFFLINE=1 to load them."
+    )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@level_option
 @option(
     "--backbones",
-    type=click.Choice(["included", "referenced"]),
+    group="Output",
+    type=click.Choice(get_args(Storage)),
     default="included",
-    help="Their tensors, or Hub id, commit and checksums.",
+    help="Write the backbones into FOLDER (included), or only their Hub ids, commits and checksums "
+    "(referenced).",
 )
 @option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Backbones'.  [default: as it is]"
+    "--dtype",
+    group="Output",
+    type=click.Choice(get_args(FloatType)),
+    show_default="as in SOURCE",
+    help="Type of number in which the backbones are written.",
 )
+@level_option
 @published_options
-@plainly
 def convert(
     source: str, folder: Path, level: str | None, backbones: Any, dtype: str | None, **options: Any
 ) -> None:
-    """Write SOURCE, the authors' maps or an ESM-2 of fair-esm's or the Hub's, as a checkpoint of ours.
+    """Write a model from elsewhere as a checkpoint of rd-torch.
 
     \b
       rd-torch convert singhlab/plm_reverse_distillation rd-650M --level 650M
       rd-torch convert esm2_t33_650M_UR50D.pt esm2-650M --dtype float16
+
+    SOURCE is the authors' maps, or one ESM-2: a file of fair-esm, or a file, folder or Hub id of
+    transformers. FOLDER is the folder to write.
     """
     import torch
 
     from rd_torch.model import RDModel
 
-    model = RDModel.from_pretrained(source, level, getattr(torch, dtype or "", None), **given(options))
+    model = RDModel.from_pretrained(
+        source, level, getattr(torch, dtype or "", None), **take_published(options)
+    )
     model.save_pretrained(folder, backbones=backbones)
     print_levels(model.config)
-    click.echo(f"Written to {folder}", err=True)
+    click.echo(f"Wrote the checkpoint to {folder}.", err=True)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("level")
 @option(
     "-o",
     "--output",
+    group="Output",
     required=True,
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The file to write: .onnx for ONNX, .pt2 for a compiled package of PyTorch's.",
+    help="File to write. A name in .onnx gives ONNX, a name in .pt2 a compiled package of PyTorch.",
 )
 @option(
     "--model",
+    group="Model",
     metavar="MODEL",
-    help="The chain: a folder, file or Hub id.  [default: the authors' maps for 8M to 15B, else the shipped "
-    "family]",
+    show_default="the authors' maps for 8M to 15B, else the small family that ships with rd-torch",
+    help="Model to export: a folder, a file, or an id on the Hugging Face Hub.",
 )
 @backbone_option
 @cache_option
 @published_options
-@plainly
 def export(
     level: str,
     output: Path,
@@ -139,45 +156,58 @@ def export(
     cache_dir: str | None,
     **options: Any,
 ) -> None:
-    """Write the chain that ends at LEVEL as a file that runs without this package.
-
-    The file takes token ids and gives embeddings and the mask of residues, for any number of proteins of any
-    length. It is run once before it is kept, and has to give the model's numbers. Its metadata hold the
-    tokens and the widths of the levels.
+    """Write a model as one file that runs without rd-torch.
 
     \b
       rd-torch export 90K -o model.onnx
       rd-torch export 35M -o model.pt2
+
+    The file holds the model up to LEVEL. It takes token ids, and gives embeddings and the mask of residues,
+    for any number of proteins of any length. Its metadata name the tokens and the widths of the levels.
+
+    The command runs the file before it keeps it, and compares its embeddings with the model's.
     """
     from rd_torch.config import ESM2_LEVELS
+    from rd_torch.exporting import MismatchError, exporter_for
     from rd_torch.exporting import export as write
-    from rd_torch.exporting import exporter_for
     from rd_torch.model import RDModel
     from rd_torch.weights import DEFAULT_MODEL, PUBLISHED_MAPS
 
     exporter_for(output)
     name = model or (PUBLISHED_MAPS if level in ESM2_LEVELS else DEFAULT_MODEL)
+    backbones = split_by_level(sources) or None
     chain = RDModel.from_pretrained(
-        name, level, backbones=by_level(sources) or None, cache_dir=cache_dir, **given(options)
+        name, level, backbones=backbones, cache_dir=cache_dir, **take_published(options)
     )
     print_levels(chain.config)
-    write(chain, output)
-    click.echo(f"Written to {output}", err=True)
+    try:
+        write(chain, output)
+    except MismatchError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"Wrote the model to {output}.", err=True)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("level")
-@option("--model", metavar="MODEL", help="Another chain than the authors' maps: folder or Hub id.")
+@option(
+    "--model",
+    group="Model",
+    metavar="MODEL",
+    show_default="the authors' maps",
+    help="Model to verify: a folder, a file, or an id on the Hugging Face Hub.",
+)
 @backbone_option
 @option(
     "--fair-esm",
+    group="Model",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder of fair-esm's .pt.",
+    metavar="FOLDER",
+    show_default="without them",
+    help="Folder of fair-esm's own .pt files, to compare the tensors in them too.",
 )
 @cache_option
 @device_option
 @published_options
-@plainly
 def verify(
     level: str,
     model: str | None,
@@ -187,11 +217,14 @@ def verify(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Load the real files of LEVEL, compare them with fair-esm, and print a report to paste.
+    """Compare the downloaded files of a level with fair-esm.
 
     \b
       rd-torch verify 650M
       rd-torch verify 35M --fair-esm ~/.cache/torch/hub/checkpoints
+
+    The command loads the model up to LEVEL, compares what its backbones compute with fair-esm, and prints a
+    report that you can paste into an issue. The exit status is 1 if a check fails.
     """
     from rd_torch.verifying import environment, verify_chain
     from rd_torch.weights import PUBLISHED_MAPS
@@ -202,10 +235,10 @@ def verify(
         model or PUBLISHED_MAPS,
         level,
         fair_esm=fair_esm,
-        backbones=by_level(sources),
+        backbones=split_by_level(sources),
         cache_dir=cache_dir,
-        device=place(device),
-        **given(options),
+        device=find_device(device),
+        **take_published(options),
     ):
         passed &= check.passed
         click.echo(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.detail}")

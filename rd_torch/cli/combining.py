@@ -1,4 +1,4 @@
-"""`rd-torch combine`."""
+"""The command `rd-torch combine`."""
 
 from __future__ import annotations
 
@@ -7,32 +7,37 @@ from typing import Any
 
 import click
 
+from rd_torch.cli.command import Command, option
 from rd_torch.cli.shared import (
-    by_level,
     format_option,
-    given,
     model_option,
-    named,
-    option,
+    model_title,
     output_option,
-    plainly,
     published_options,
     require_one,
     save_dtype_option,
-    stop_option,
+    split_by_level,
+    take_published,
+    until_option,
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("files", nargs=-1, required=True, metavar="LEVEL=FILE...")
 @output_option
 @format_option
-@model_option
-@option("--width", type=int, metavar="K", help="Keep K features; files that they don't need may be left out.")
-@stop_option
 @save_dtype_option
+@model_option
+@option(
+    "--width",
+    group="Model",
+    type=int,
+    metavar="K",
+    show_default="all features of the files' levels",
+    help="Keep the first K features. Files of levels beyond them are not needed.",
+)
+@until_option
 @published_options
-@plainly
 def combine(
     files: tuple[str, ...],
     output: Path,
@@ -41,18 +46,22 @@ def combine(
     level: str | None,
     **options: Any,
 ) -> None:
-    """Nest ESM-2 embeddings that you already have; no backbone runs, or is even loaded.
-
-    Each FILE holds the raw final embeddings of one backbone, all averaged over residues or all residue by
-    residue: one of ours, HDF5 with a dataset a protein, or a folder of fair-esm's .pt. The levels are the
-    model's first ones. Records are matched by identifier and keep the first file's order.
-
-    Run the same command again after a kill, a full disk or a crash: it goes on where it was.
+    """Nest ESM-2 embeddings that you already have.
 
     \b
       rd-torch combine --model my-chain 8M=8M.h5 35M=35M.h5 -o nested.h5
       rd-torch combine --model singhlab/plm_reverse_distillation --level 35M \\
           8M=8M.h5 35M=35M.h5 -o nested.parquet
+
+    Each LEVEL=FILE gives the final embeddings of one backbone as ESM-2 computes them. FILE is an output of
+    rd-torch, an HDF5 file with a dataset for each protein, or a folder of fair-esm's .pt files. All files
+    hold one vector for each protein, the mean over its residues, or all hold one vector for each residue.
+    The levels are the first ones of the model, without a gap.
+
+    Proteins are matched by their identifiers, and stay in the order of the first file. Only the maps of the
+    model are loaded, not its backbones.
+
+    If the command is interrupted, run it again: it continues where it stopped.
     """
     from rd_torch.cli.progress import Bar
     from rd_torch.combining import combine_stores
@@ -64,13 +73,13 @@ def combine(
     require_one(width, level)
     require_folder(output)
     format_of(output, options["form"])
-    inputs = by_level(files, "files as LEVEL=FILE")
-    nesting = Nesting.from_pretrained(model or DEFAULT_MODEL, level, **given(options))
+    inputs = split_by_level(files, "files as LEVEL=FILE")
+    nesting = Nesting.from_pretrained(model or DEFAULT_MODEL, level, **take_published(options))
     width = width if level is None else nesting.config.widths[level]
     levels = nesting.config.first_levels(inputs, width)
-    click.echo(f"Model {named(model)}, levels {', '.join(levels)}", err=True)
+    click.echo(f"Model {model_title(model)}, levels {', '.join(levels)}", err=True)
     with open_store(next(file for name, file in inputs.items() if name in levels)) as first:
         records = len(first)
     with Bar("record", records) as bar:
         combine_stores(nesting, inputs, output, width=width, progress=bar, **options)
-    click.echo(f"Embeddings in {output}", err=True)
+    click.echo(f"Wrote the embeddings to {output}.", err=True)

@@ -1,13 +1,15 @@
-"""`rd-torch embed`."""
+"""The command `rd-torch embed`."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
+from rd_torch.choices import FloatType
+from rd_torch.cli.command import Command, option
 from rd_torch.cli.reading import (
     proteins_argument,
     reading_options,
@@ -16,68 +18,95 @@ from rd_torch.cli.reading import (
     take_proteins,
 )
 from rd_torch.cli.shared import (
+    absolute_name,
     budget_option,
-    cluster_options,
     device_option,
     format_option,
-    given,
-    joined,
-    load,
+    load_model,
     model_option,
-    named,
-    on_all_machines,
-    option,
+    model_title,
     output_option,
-    plainly,
     published_options,
     require_one,
     save_dtype_option,
-    stop_option,
+    take_published,
+    until_option,
 )
-from rd_torch.cli.sharing import on_devices, say_done, sharing_options, take_share
+from rd_torch.cli.sharing import (
+    cluster_options,
+    join_cluster,
+    report_done,
+    run_on_devices,
+    sharing_options,
+    take_share,
+)
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel
     from rd_torch.reading import Proteins
 
+PIPED = "The proteins come from a pipe. If this is interrupted, pipe the same ones in again."
 
-@click.command()
+
+@click.command(cls=Command)
 @proteins_argument
 @output_option
-@format_option
-@model_option
-@option("--width", type=int, metavar="K", help="Keep K features; backbones that they don't need don't run.")
-@stop_option
 @option(
     "--pool",
+    group="Output",
     multiple=True,
     default=["mean"],
-    callback=lambda _, __, ways: named_way(ways),
-    metavar="WAY",
-    help="Pool residues by mean, max or std, or take cls; several, as mean,max, stand one behind the other. "
-    "none keeps a vector a residue. Only means can be nested later, by combine.",
+    callback=lambda _, __, ways: parse_pool(ways),
+    metavar="WAY,...",
+    help="How the vectors of a protein's residues become one: mean, max, std (standard deviation), or cls, "
+    "which takes the vector of <cls>. Several ways are put one after the other. none keeps a vector for each "
+    "residue. rd-torch combine takes only mean and none.",
 )
-@budget_option
-@option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", help="Backbones'."
-)
+@format_option
 @save_dtype_option
-@option("--max-length", type=click.IntRange(min=1), metavar="N", help="Cut longer sequences to N residues.")
+@model_option
+@option(
+    "--width",
+    group="Model",
+    type=int,
+    metavar="K",
+    show_default="all features",
+    help="Keep the first K features. Backbones beyond them do not run.",
+)
+@until_option
 @option(
     "--windows",
+    group="Model",
     metavar="LENGTH[,OVERLAP]",
-    help="Embed a longer sequence in windows of LENGTH residues and blend them where they overlap, instead "
-    "of as a whole; OVERLAP is a quarter of LENGTH unless it is given.  [default: sequences stay whole]",
+    show_default="sequences stay whole",
+    help="Embed a sequence of more than LENGTH residues in overlapping windows of that length, and blend "
+    "these. Windows overlap by OVERLAP residues, by default a quarter of LENGTH.",
 )
-@reading_options
+@option(
+    "--max-length",
+    group="Input",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="nothing is cut",
+    help="Cut longer sequences to their first N residues.",
+)
 @strict_option
+@reading_options
 @device_option
+@option(
+    "--dtype",
+    group="Speed",
+    type=click.Choice(get_args(FloatType)),
+    default="float32",
+    help="Type of number in which the backbones compute. float16 and bfloat16 are less exact, and faster "
+    "where the device supports them.",
+)
+@budget_option
 @sharing_options
 @cluster_options
 @published_options
-@plainly
 def embed(
-    proteins: tuple[str, ...],
+    paths: tuple[str, ...],
     output: Path,
     model: str | None,
     width: int | None,
@@ -89,40 +118,42 @@ def embed(
     windows: str | None,
     **options: Any,
 ) -> None:
-    """Embed the proteins of FASTA files and tables, however many they are.
-
-    PROTEINS are files, folders, or - for standard input. Each file may be FASTA, comma- or tab-separated text
-    or Parquet, and packed by gzip, xz, bzip2 or zstd: its content tells, not its name.
-
-    The output's name tells the format: .h5, one dataset a protein, named by its identifier ('/' as %2F);
-    .parquet, a folder of tables with a column for what each level adds; .pt, a folder as fair-esm's
-    extract.py writes it, named by whole headers. Nothing is cut unless --max-length says so.
-
-    A record that cannot be read without doubt, and a sequence that takes more memory than there is, is left
-    out and listed with its line and the reason in OUTPUT.failed.tsv; the rest is embedded, and the exit
-    status is 3.
-
-    Run the same command again after a kill, a full disk or a crash: it goes on where it was. It reads the
-    proteins again to compare them, so pipe the same ones in again where they came from a pipe.
-
-    ESM-2 was trained on 1,022 residues and runs beyond. --windows 1022 is worth trying for proteins several
-    times as long, which also take much memory; it changes their embeddings.
-
-    Several machines, or processes, share a job by --shard 1/16, --shard 2/16, ... and otherwise the same
-    options, in any order and at any time; a shard that dies is run again. They must see the same files and
-    output. In a Slurm array and under torchrun all of them are called with --shard auto.
-
-    With --cluster the same job runs on all machines of a Ray cluster, for .parquet and .pt; they must see
-    files, model and output under the same paths.
+    """Embed the proteins of FASTA files and tables.
 
     \b
       rd-torch embed proteins.fasta -o mean.h5
-      zcat part*.fasta.gz | rd-torch embed - -o mean.h5
       rd-torch embed proteins.fasta.gz -o residues.h5 --pool none --width 64
+      zcat part*.fasta.gz | rd-torch embed - -o mean.h5
       rd-torch embed proteome.fasta -o proteome.parquet --save-dtype float16
       rd-torch embed proteome.fasta -o proteome.parquet --cluster 10.0.0.1:6379
+
+    PROTEINS are files, folders, or - for standard input, as many as you like. Each file may be FASTA, comma-
+    or tab-separated text, or Parquet, and may be packed by gzip, xz, bzip2 or zstd. The content of a file
+    tells what it is, not its name.
+
+    The output's name chooses the format. A name in .h5 gives an HDF5 file with a dataset for each protein,
+    called by its identifier ('/' becomes %2F). A name in .parquet gives a folder of tables with a column for
+    what each level adds. A name in .pt gives a folder of files as fair-esm's extract.py writes them, called
+    by whole headers.
+
+    A record that cannot be read without doubt is left out, and so is a sequence that needs more memory than
+    there is. The others are embedded. OUTPUT.failed.tsv then lists what was left out, with lines and reasons,
+    and the exit status is 3.
+
+    If the command is interrupted, run it again: it continues where it stopped. It reads the proteins again to
+    compare them with those of the first run. If they came from a pipe, pipe the same ones in again.
+
+    ESM-2 was trained on at most 1,022 residues, and runs on more. Proteins several times as long take much
+    memory. For these --windows 1022 is worth trying, but it changes their embeddings.
+
+    Several processes or machines can share a job. Give them the same command, but --shard 1/16 to the first,
+    --shard 2/16 to the second, and so on, in any order and at any time. All must see the same files and
+    output. If a shard dies, run it again. In a Slurm array and under torchrun, give --shard auto to all.
+
+    With --cluster the job runs on all machines of a Ray cluster, if the output is .parquet or .pt. All must
+    see the files, the model and the output under the same paths.
     """
-    from rd_torch.cli.progress import Progress
+    from rd_torch.cli.progress import ResidueBar
     from rd_torch.disk import require_folder
     from rd_torch.store import format_of
     from rd_torch.weights import DEFAULT_MODEL, read_checkpoint
@@ -130,47 +161,49 @@ def embed(
     require_one(width, level)
     require_folder(output)
     format_of(output, options["form"])
-    several = options["devices"] is not None
+    on_several = options["devices"] is not None
     options["shard"], device = take_share(options, device)
-    file = take_proteins(proteins, options)
-    if several:
-        file.require_files()
-        on_devices(_embed, click.get_current_context().params)
+    proteins = take_proteins(paths, options)
+    if on_several:
+        proteins.require_files()
+        run_on_devices(_call_embed, click.get_current_context().params)
         return
-    options["windows"] = _pieces(windows)
-    name, published = model or DEFAULT_MODEL, given(options)
+    options["windows"] = parse_windows(windows)
+    name, published = model or DEFAULT_MODEL, take_published(options)
     if width is not None:
         level = read_checkpoint(name, **published).config.levels_for(width)[-1]
     if options["cluster"]:
         from rd_torch.cluster import require_parts
 
         require_parts(output, options["form"], options["pool"])
-    workers = joined(options, device)
-    chain = load(name, level, dtype, "cpu" if workers else device, **published)
+    workers = join_cluster(options, device)
+    chain = load_model(name, level, dtype, "cpu" if workers else device, **published)
     width, level = width or chain.embed_dim, list(chain.backbones)[-1]
-    click.echo(f"Model {named(model)}, level {level}, width {width}", err=True)
-    with Progress(file) as progress:
-        options |= {"name": name, "width": width, "progress": progress}
+    click.echo(f"Model {model_title(model)}, level {level}, width {width}", err=True)
+    with ResidueBar(proteins) as bar:
+        options |= {"name": name, "width": width, "progress": bar}
         reading = {"strict": strict, "max_length": max_length}
-        if file.is_read_once:
-            click.echo(
-                "Read once, from a pipe: to go on after a kill, pipe the same proteins in again", err=True
-            )
+        if proteins.is_read_once:
+            click.echo(PIPED, err=True)
         if workers:
-            again = partial(load, on_all_machines(name), level, dtype, **published)
-            failures = _on_cluster(chain, again, file, output, reading, workers=workers, **options)
+            load = partial(load_model, absolute_name(name), level, dtype, **published)
+            failures = _embed_on_cluster(chain, load, proteins, output, reading, workers=workers, **options)
         else:
-            failures = _here(chain, file, output, reading, **options)
-    say_done(output, len(failures), options["shard"])
+            failures = _embed_here(chain, proteins, output, reading, **options)
+    report_done(output, len(failures), options["shard"])
 
 
-def _embed(**parameters: Any) -> None:
-    """The command in another process."""
+def _call_embed(**parameters: Any) -> None:
+    """Run the command in another process, which can find this function by its name."""
     cast(Any, embed.callback)(**parameters)
 
 
-def named_way(ways: tuple[str, ...]) -> str:
-    """What `--pool` says, given once or several times."""
+def parse_pool(ways: tuple[str, ...]) -> str:
+    """Return the pooling as stores name it, from `--pool` given once or several times.
+
+    Raises:
+        click.BadParameter: for a way that does not exist, or one that comes twice.
+    """
     from rd_torch.pooling import pool_name
 
     try:
@@ -179,8 +212,12 @@ def named_way(ways: tuple[str, ...]) -> str:
         raise click.BadParameter(str(error)) from error
 
 
-def _pieces(text: str | None) -> tuple[int, int] | None:
-    """The numbers of `--windows`."""
+def parse_windows(text: str | None) -> tuple[int, int] | None:
+    """Return the length and the overlap that `--windows` gives, in residues.
+
+    Raises:
+        ValueError: for anything but one or two whole numbers, and for windows that cannot be.
+    """
     from rd_torch.pieces import Pieces
 
     if text is None:
@@ -194,20 +231,22 @@ def _pieces(text: str | None) -> tuple[int, int] | None:
     return Pieces.of(numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1]))
 
 
-def _here(chain: RDModel, file: Proteins, output: Path, reading: dict[str, Any], **options: Any) -> Any:
-    """Embeds in this process."""
+def _embed_here(
+    chain: RDModel, proteins: Proteins, output: Path, reading: dict[str, Any], **options: Any
+) -> Any:
+    """Embed in this process; return the records that were left out."""
     from rd_torch.embedding import embed_to_store
     from rd_torch.store import format_of
 
     rule = format_of(output, options["form"]).identifier
-    entries = options["progress"].counted(file.entries(rule))
+    entries = options["progress"].count_read(proteins.entries(rule))
     return embed_to_store(chain, entries, output, **reading, **options)
 
 
-def _on_cluster(
-    chain: RDModel, again: Any, file: Proteins, output: Path, reading: dict[str, Any], **options: Any
+def _embed_on_cluster(
+    chain: RDModel, load: Any, proteins: Proteins, output: Path, reading: dict[str, Any], **options: Any
 ) -> Any:
-    """Embeds on a cluster; `again` loads the chain in every worker."""
+    """Embed on a cluster, where every worker calls `load`; return the records that were left out."""
     from rd_torch.cluster import embed_to_store
 
-    return embed_to_store(chain, again, records_of(file, **reading), output, **options)
+    return embed_to_store(chain, load, records_of(proteins, **reading), output, **options)

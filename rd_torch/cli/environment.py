@@ -1,4 +1,4 @@
-"""`rd-torch env`."""
+"""The command `rd-torch env`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from rd_torch.cli.shared import plainly
+from rd_torch.cli.command import Command, option
 
 _ATTENTION = {
     "varlen": "varlen_attn over the packed tokens",
@@ -15,13 +15,10 @@ _ATTENTION = {
 }
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for programs.")
-@plainly
+@click.command(cls=Command)
+@option("--json", "as_json", is_flag=True, help="Print one JSON object, for programs to read.")
 def env(as_json: bool) -> None:
-    """Show versions, devices and which kernels run here.
-
-    A report of a bug should bring this.
+    """Show versions, devices and kernels, for bug reports.
 
     \b
       rd-torch env
@@ -49,12 +46,12 @@ def env(as_json: bool) -> None:
 
 
 def _wrapped(title: str, text: str) -> str:
-    """A line of the report, broken where it is too long for a screen."""
+    """Return a line of the report, wrapped if it is too long for a screen."""
     return click.wrap_text(f"{title:<15}{text}", width=100, subsequent_indent=" " * 15)
 
 
 def _print_device(device: dict[str, Any]) -> None:
-    """A device and a line for each dtype."""
+    """Print a device, and a line for each type of number."""
     memory = f"{device['memory']} GiB, {device['free']} free" if device["memory"] else "memory unknown"
     click.echo(f"\n{device['device']}: {device['name']}, {memory}")
     click.echo(f"  {'dtype':<10}{'matrix products':<17}attention")

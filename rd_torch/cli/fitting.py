@@ -1,34 +1,33 @@
-"""`rd-torch fit`."""
+"""The command `rd-torch fit`."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from rd_torch.choices import PredictFrom, Regressor
+from rd_torch.cli.command import Command, option
 from rd_torch.cli.reading import (
-    list_failures,
     proteins_argument,
     reading_options,
     records_of,
+    report_failures,
     strict_option,
     take_proteins,
 )
 from rd_torch.cli.shared import (
+    absolute_name,
     backbone_option,
     budget_option,
-    by_level,
-    cluster_options,
     device_option,
-    joined,
-    load,
-    on_all_machines,
-    option,
-    plainly,
+    load_model,
     print_levels,
+    split_by_level,
 )
+from rd_torch.cli.sharing import cluster_options, join_cluster
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel
@@ -36,26 +35,69 @@ if TYPE_CHECKING:
     from rd_torch.sequences import Entry
 
 
-@click.command()
+@click.command(cls=Command)
 @proteins_argument
-@option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
-@option("--backbones", metavar="MODEL", help="Checkpoint that has them.  [default: the shipped family]")
-@backbone_option
-@option("--levels", metavar="A,B,...", help="Use only these levels, smallest first.")
-@option("--regressor", type=click.Choice(["pcr", "ols", "ridge"]), default="pcr", help="Kind of prediction.")
-@option("--alpha", type=float, default=1.0, help="Penalty of ridge.")
 @option(
-    "--added", metavar="N,...|all", help="Directions each stage adds.  [default: to the backbone's width]"
+    "-o",
+    "--output",
+    group="Output",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to write the chain to, as a checkpoint.",
 )
-@option("--predict-from", type=click.Choice(["nested", "previous"]), default="nested", help="W's input.")
-@budget_option
-@reading_options
+@option(
+    "--backbones",
+    group="Model",
+    metavar="MODEL",
+    show_default="the small family that ships with rd-torch",
+    help="Take the backbones of this checkpoint: a folder or a Hub id.",
+)
+@backbone_option
+@option(
+    "--levels",
+    group="Model",
+    metavar="A,B,...",
+    show_default="all levels",
+    help="Use only the backbones of these levels, smallest first.",
+)
+@option(
+    "--regressor",
+    group="Maps",
+    type=click.Choice(get_args(Regressor)),
+    default="pcr",
+    help="Regression that predicts a backbone's embedding from the smaller ones: principal-component "
+    "regression (pcr), ordinary least squares (ols), or ridge.",
+)
+@option(
+    "--alpha",
+    group="Maps",
+    type=float,
+    default=1.0,
+    metavar="NUMBER",
+    help="Penalty of the ridge regression, at least 0.",
+)
+@option(
+    "--added",
+    group="Maps",
+    metavar="N,...|all",
+    show_default="up to the backbone's width",
+    help="Number of features that each stage adds: one number for each level after the first, or all for as "
+    "many as the backbone has.",
+)
+@option(
+    "--predict-from",
+    group="Maps",
+    type=click.Choice(get_args(PredictFrom)),
+    default="nested",
+    help="Predict from the nested embedding so far, or from the previous backbone's own embedding.",
+)
 @strict_option
+@reading_options
 @device_option
+@budget_option
 @cluster_options
-@plainly
 def fit(
-    proteins: tuple[str, ...],
+    paths: tuple[str, ...],
     output: Path,
     backbones: str | None,
     sources: tuple[str, ...],
@@ -65,113 +107,131 @@ def fit(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Fit a reverse-distilled chain on the proteins of FASTA files and tables, in one pass.
-
-    PROTEINS are what rd-torch embed takes. A record that cannot be read without doubt is left out and listed
-    with its line and the reason in OUTPUT.failed.tsv, and the exit status is 3.
-
-    Run again after a kill, it goes on from the moments in OUTPUT.part.
+    """Fit a new reverse-distilled chain on your proteins.
 
     \b
       rd-torch fit proteins.fasta -o my-chain
       rd-torch fit proteins.fasta -o ridge --regressor ridge --alpha 10
       rd-torch fit proteins.fasta -o small --backbone 8M=facebook/esm2_t6_8M_UR50D \\
           --backbone 35M=facebook/esm2_t12_35M_UR50D
+
+    PROTEINS are given as for rd-torch embed, and are read once. About 1,000 natural proteins are a good
+    start. The command prints the levels of the chain as rd-torch info does.
+
+    A record that cannot be read without doubt is left out. OUTPUT.failed.tsv then lists such records, with
+    lines and reasons, and the exit status is 3.
+
+    If the command is interrupted, run it again: it continues from what it saved in OUTPUT.part.
     """
-    from rd_torch.cli.progress import Progress
-    from rd_torch.config import check_choice
+    from rd_torch.choices import check_choice
+    from rd_torch.cli.progress import ResidueBar
+    from rd_torch.disk import part_folder
     from rd_torch.sums import clear_folder
 
-    counts = _added(added)
-    file = take_proteins(proteins, options)
+    counts = parse_added(added)
+    proteins = take_proteins(paths, options)
     left_out: list[Entry] = []
-    work_folder = output.resolve().with_name(f"{output.resolve().name}.part")
+    work_folder = part_folder(output.resolve())
     work_folder.parent.mkdir(parents=True, exist_ok=True)
-    workers = joined(options, device)
-    family, origin = _family(backbones, sources, "cpu" if workers else device)
+    workers = join_cluster(options, device)
+    family, origin = _load_family(backbones, sources, "cpu" if workers else device)
     wanted = levels.split(",") if levels else list(family)
     for level in wanted:
         check_choice("level", level, tuple(family))
-    with Progress(file) as progress:
+    with ResidueBar(proteins) as bar:
         options |= {
-            "progress": progress,
+            "progress": bar,
             "provenance": {
                 "backbones": origin,
-                "fasta": ", ".join(Path(source).name for source in file.sources),
+                "fasta": ", ".join(Path(source).name for source in proteins.sources),
             },
             "work_folder": work_folder,
             "added": counts,
         }
         if workers:
-            named = (f"{level}={on_all_machines(source)}" for level, source in by_level(sources).items())
-            again = partial(_chosen, backbones and on_all_machines(backbones), tuple(named), wanted)
-            chain = _on_cluster(again, file, strict, workers=workers, left_out=left_out, **options)
+            pairs = split_by_level(sources).items()
+            absolute = tuple(f"{level}={absolute_name(source)}" for level, source in pairs)
+            load = partial(_load_wanted, backbones and absolute_name(backbones), absolute, wanted)
+            chain = _fit_on_cluster(load, proteins, strict, workers=workers, left_out=left_out, **options)
         else:
-            chain = _here({level: family[level] for level in wanted}, file, strict, left_out, **options)
+            chain = _fit_here(
+                {level: family[level] for level in wanted}, proteins, strict, left_out, **options
+            )
     chain.save_pretrained(output)
     clear_folder(work_folder)
     print_levels(chain.config)
-    click.echo(f"Written to {output}", err=True)
-    _list(left_out, output.with_name(f"{output.name}.failed.tsv"))
+    click.echo(f"Wrote the chain to {output}.", err=True)
+    _list_failures(left_out, output)
 
 
-def _list(left_out: list[Entry], path: Path) -> None:
-    """Lists what could not be read, and ends the command with the status for that."""
-    from rd_torch.store.failures import write_failures
-    from rd_torch.store.folder import failure_of
+def _list_failures(left_out: list[Entry], output: Path) -> None:
+    """Write the list of records that could not be read, and end the command with the status for that."""
+    from rd_torch.store import Failure, failure_list, write_failures
 
-    write_failures(path, [(entry.identifier, failure_of(entry)) for entry in left_out])
-    list_failures(path, len(left_out))
+    path = failure_list(output)
+    write_failures(path, [(entry.identifier, Failure.of(entry)) for entry in left_out])
+    report_failures(path, len(left_out))
 
 
-def _here(
-    family: dict[str, Any], file: Proteins, strict: bool, left_out: list[Entry], **options: Any
+def _fit_here(
+    family: dict[str, Any], proteins: Proteins, strict: bool, left_out: list[Entry], **options: Any
 ) -> RDModel:
-    """Fits in this process."""
+    """Fit in this process; add the records that could not be read to `left_out`."""
     from rd_torch.fitting import fit_entries
     from rd_torch.letters import Corrections
     from rd_torch.sequences import keep_sound, normalize_entries
 
     corrections = Corrections()
-    entries = keep_sound(normalize_entries(file.entries(), corrections, strict=strict), left_out)
-    chain = fit_entries(family, options["progress"].counted(entries), **options)
+    entries = keep_sound(normalize_entries(proteins.entries(), corrections, strict=strict), left_out)
+    chain = fit_entries(family, options["progress"].count_read(entries), **options)
     corrections.warn()
     return chain
 
 
-def _on_cluster(again: Any, file: Proteins, strict: bool, **options: Any) -> RDModel:
-    """Fits on a cluster; `again` loads the family in every worker."""
+def _fit_on_cluster(load: Any, proteins: Proteins, strict: bool, **options: Any) -> RDModel:
+    """Fit on a cluster, where every worker calls `load`."""
     from rd_torch.cluster import fit as fit_chain
 
-    return fit_chain(again, records_of(file, strict=strict), **options)
+    return fit_chain(load, records_of(proteins, strict=strict), **options)
 
 
-def _chosen(
+def _load_wanted(
     checkpoint: str | None, sources: tuple[str, ...], wanted: list[str], device: str
 ) -> dict[str, Any]:
-    """The wanted backbones, on any machine."""
-    family, _ = _family(checkpoint, sources, device)
+    """Load the wanted backbones, on any machine of a cluster."""
+    family, _ = _load_family(checkpoint, sources, device)
     return {level: family[level] for level in wanted}
 
 
-def _family(
+def _load_family(
     checkpoint: str | None, sources: tuple[str, ...], device: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Backbones by level, from a checkpoint or from one source each, and what is known of their origin."""
+    """Load the backbones, from one checkpoint or from a source for each level.
+
+    Returns:
+        The backbones by level, and what is known of their origin.
+
+    Raises:
+        ValueError: if both a checkpoint and sources were given.
+    """
     from rd_torch.weights import DEFAULT_MODEL
 
     if not sources:
-        model = load(checkpoint or DEFAULT_MODEL, None, "float32", device)
+        model = load_model(checkpoint or DEFAULT_MODEL, None, "float32", device)
         return dict(model.backbones.items()), dict(model.config.provenance)
     if checkpoint:
         raise ValueError("expected --backbones or --backbone, got both")
-    named = by_level(sources)
-    models = {level: load(source, None, "float32", device) for level, source in named.items()}
+    named = split_by_level(sources)
+    models = {level: load_model(source, None, "float32", device) for level, source in named.items()}
     return {level: next(iter(model.backbones.values())) for level, model in models.items()}, named
 
 
-def _added(text: str | None) -> Any:
-    """The numbers of `--added`."""
+def parse_added(text: str | None) -> Any:
+    """Return what `--added` gives: numbers, `"all"`, or None.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if text is None or text == "all":
         return text
     try:

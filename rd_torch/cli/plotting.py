@@ -1,4 +1,4 @@
-"""`rd-torch plot`."""
+"""The command `rd-torch plot`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,37 @@ from pathlib import Path
 
 import click
 
-from rd_torch.cli.shared import option, plainly
+from rd_torch.cli.command import Command, option
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("store", type=click.Path(path_type=Path))
-@option("-o", "--output", required=True, type=click.Path(path_type=Path), help=".png, .pdf or .svg.")
-@option("--width", type=int, metavar="K", help="Features of the narrow map.  [default: the first level's]")
-@plainly
+@option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Picture to write. Its name ends in .png, .pdf or .svg.",
+)
+@option(
+    "--width",
+    type=int,
+    metavar="K",
+    show_default="width of the first level",
+    help="Number of features in the narrow map, which stands beside the map of all features.",
+)
 def plot(store: Path, output: Path, width: int | None) -> None:
-    """Draw an embedding file or folder: a map of its proteins, norms and explained variance.
-
-    Of more than 5,000 records an evenly spread sample is drawn; residues are averaged by protein.
+    """Draw the embeddings in a file: maps, norms and variance.
 
     \b
       rd-torch plot mean.h5 -o mean.png
       rd-torch plot residues.h5 -o residues.pdf --width 64
+
+    STORE is a file or folder of embeddings, for example one that rd-torch embed wrote. If it holds more than
+    5,000 records, the picture shows an evenly spread sample of them. If it holds a vector for each residue,
+    each protein is shown by the mean of its residues.
     """
     from rd_torch.plotting import plot_store
 
     plot_store(store, output, width=width)
-    click.echo(f"Picture in {output}", err=True)
+    click.echo(f"Wrote the picture to {output}.", err=True)

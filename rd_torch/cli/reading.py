@@ -1,86 +1,87 @@
-"""Options of commands that read proteins, and what is said of those that could not be embedded."""
+"""Options of the commands that read proteins, and the report of records that were left out."""
 
 from __future__ import annotations
 
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rd_torch.cli.shared import Command, option
+from rd_torch.cli.command import add_options, option
 
 if TYPE_CHECKING:
     from rd_torch.cluster import Records
     from rd_torch.reading import Proteins
 
-proteins_argument = click.argument("proteins", nargs=-1, required=True, metavar="PROTEINS...")
-_READING = (
+INCOMPLETE = 3
+"""Exit status of a command that left proteins out."""
+
+proteins_argument = click.argument("paths", nargs=-1, required=True, metavar="PROTEINS...")
+reading_options = add_options(
     option(
         "--identifier",
+        group="Input",
         metavar="RULE",
-        help="What is taken of a header as the identifier: word (the first word), header (the whole line), "
-        "uniprot (the accession of sp|ACCESSION|NAME), or a regular expression, of which the first group is "
-        "taken.  "
-        "[default: word; header for .pt]",
+        show_default="word; header for .pt",
+        help="Part of a header that becomes the protein's identifier: its first word (word), the whole "
+        "line (header), the accession in sp|ACCESSION|NAME (uniprot), or the first group of a regular "
+        "expression.",
     ),
     option(
         "--sequence-column",
+        group="Input",
         metavar="NAME",
-        help="Column of a table that has the sequences.  [default: guessed]",
+        show_default="guessed where only one fits",
+        help="Column of a table that holds the sequences.",
     ),
     option(
         "--identifier-column",
+        group="Input",
         metavar="NAME",
-        help="Column of a table that has the identifiers.  [default: guessed]",
+        show_default="guessed where only one fits",
+        help="Column of a table that holds the identifiers.",
     ),
 )
 strict_option = option(
     "--strict",
+    group="Input",
     is_flag=True,
-    help="Stop at the first record that cannot be read, and refuse letters that are no residue instead of "
-    "reading them as X.",
+    help="Stop at the first record that cannot be read, and at letters that stand for no residue. Otherwise "
+    "such records are left out, and such letters are read as X.",
 )
 
-INCOMPLETE = 3
-"""Exit status when some proteins could not be embedded."""
 
-
-def reading_options(command: Command) -> Command:
-    """Adds the options that say how files of proteins are read."""
-    return reduce(lambda inner, add: add(inner), reversed(_READING), command)
-
-
-def take_proteins(sources: tuple[str, ...], options: dict[str, Any]) -> Proteins:
-    """The proteins of a command, whose options on reading are taken out of its others.
+def take_proteins(paths: tuple[str, ...], options: dict[str, Any]) -> Proteins:
+    """Open the proteins of a command, and take the options on reading out of the command's options.
 
     Raises:
-        ValueError, FileNotFoundError: as `Proteins`; with a cluster, for standard input and pipes.
+        ValueError: as `Proteins` does; also for standard input and pipes together with a cluster.
+        FileNotFoundError: if there is nothing at a path.
     """
     from rd_torch.reading import Proteins
 
-    how = {name: options.pop(name) for name in ("identifier", "sequence_column", "identifier_column")}
-    proteins = Proteins(*sources, **how)
+    rules = {name: options.pop(name) for name in ("identifier", "sequence_column", "identifier_column")}
+    proteins = Proteins(*paths, **rules)
     if options["cluster"]:
         proteins.require_files()
     return proteins
 
 
 def records_of(proteins: Proteins, **reading: Any) -> Records:
-    """The same proteins as every machine of a cluster reads them."""
+    """Return the same proteins in the form in which every machine of a cluster reads them."""
     from rd_torch.cluster import Records
 
     paths = [Path(source).resolve() for source in proteins.sources]
     return Records(paths, identifier=proteins.identifier, columns=proteins.table_columns, **reading)
 
 
-def list_failures(path: Path, failures: int) -> None:
-    """Says that proteins were left out, and ends the command with the status for that.
+def report_failures(path: Path, failures: int) -> None:
+    """Print how many proteins were left out, and end the command with `INCOMPLETE` if there are any.
 
     Args:
-        path: where they are listed.
-        failures: how many there are.
+        path: the file that lists them.
+        failures: their number.
     """
     if failures:
-        click.echo(f"{failures:,} proteins could not be embedded: {path} says why", err=True)
+        click.echo(f"Left out {failures:,} of the proteins. {path} lists them with the reasons.", err=True)
         raise SystemExit(INCOMPLETE)

@@ -1,239 +1,220 @@
-"""Options that several commands have, and what they do with them."""
+"""Options that several commands have, and what the commands do with them."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from functools import partial, reduce, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+
+from rd_torch.choices import (
+    PCA,
+    FloatType,
+    Method,
+    PredictFrom,
+    PublishedRegressor,
+    SequenceCount,
+    SpecialRows,
+)
+from rd_torch.cli.command import add_options, option
+from rd_torch.store import FORMATS
 
 if TYPE_CHECKING:
     import torch
 
-    from rd_torch.cluster import Workers
     from rd_torch.config import RDConfig
     from rd_torch.model import RDModel
 
-Command = Callable[..., None]
-
-
-def plainly(command: Command) -> Command:
-    """Turns errors of bad input into one line, and warnings likewise."""
-
-    @wraps(command)
-    def run(**arguments: Any) -> None:
-        """The command, quietly."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = _show
-            try:
-                command(**arguments)
-            except (ValueError, OSError, MemoryError, ImportError) as error:
-                raise click.ClickException(str(error)) from error
-
-    return run
-
-
-def _show(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Prints a warning in one line."""
-    click.echo(f"Warning: {message}", err=True)
-
-
-option = partial(click.option, show_default=True)
-device_option = option("--device", help="cpu, cuda, cuda:1, mps, ...  [default: cuda where there is one]")
-cache_option = option(
-    "--cache-dir", metavar="FOLDER", help="Cache of the Hub.  [default: where HF_HOME has it]"
-)
-
 output_option = option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help=".h5, .parquet or .pt."
+    "-o",
+    "--output",
+    group="Output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File or folder to write. The ending of its name chooses the format: "
+    f"{', '.join(f'.{name}' for name in FORMATS)}.",
 )
 format_option = option(
     "--format",
     "form",
-    type=click.Choice(["h5", "parquet", "pt"]),
-    help="Format.  [default: by the output's name]",
+    group="Output",
+    type=click.Choice(list(FORMATS)),
+    show_default="as the output's name ends",
+    help="Write this format, whatever the output's name ends in.",
 )
 save_dtype_option = option(
     "--save-dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
+    group="Output",
+    type=click.Choice(get_args(FloatType)),
     default="float32",
-    help="File's; bfloat16 in .pt alone.",
+    help="Type of the numbers in the output. Only .pt can hold bfloat16.",
 )
 model_option = option(
-    "--model", metavar="MODEL", help="Folder, file or Hub id.  [default: the shipped family]"
+    "--model",
+    group="Model",
+    metavar="MODEL",
+    show_default="the small family that ships with rd-torch",
+    help="Model to use: a folder, a file, or an id on the Hugging Face Hub.",
 )
-stop_option = option("--level", metavar="NAME", help="Stop at this level, instead of --width.")
+until_option = option(
+    "--level",
+    group="Model",
+    metavar="NAME",
+    show_default="all levels",
+    help="Keep the features up to this level, 650M for example, instead of giving --width. The authors' maps "
+    "need a level.",
+)
+level_option = option(
+    "--level",
+    group="Model",
+    metavar="NAME",
+    show_default="the model's largest",
+    help="Use the model up to this level, 650M for example. The authors' maps need a level.",
+)
+backbone_option = option(
+    "--backbone",
+    "sources",
+    group="Model",
+    metavar="LEVEL=SOURCE",
+    multiple=True,
+    show_default="the one that the model names",
+    help="Take the ESM-2 of this level from a file, a folder or a Hub id, as in 8M=esm2_t6_8M_UR50D.pt. "
+    "Repeat this for other levels, smallest first.",
+)
+cache_option = option(
+    "--cache-dir",
+    group="Model",
+    metavar="FOLDER",
+    show_default="the Hub's own, which HF_HOME can move",
+    help="Folder that keeps downloads from the Hugging Face Hub.",
+)
+device_option = option(
+    "--device",
+    group="Speed",
+    metavar="DEVICE",
+    show_default="cuda where there is a GPU, else cpu",
+    help="Device to compute on: cpu, cuda, cuda:1, mps and so on.",
+)
+budget_option = option(
+    "--tokens-per-batch",
+    group="Speed",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="what half of the free memory takes",
+    help="Largest number of tokens in a batch. A protein has a token for each residue and two more.",
+)
+
+_PUBLISHED = {
+    "method": (
+        Method,
+        "rd",
+        "Reverse distillation (rd), or the baseline: principal components of joined embeddings (naive).",
+    ),
+    "regressor": (PublishedRegressor, "pcr", "Kind of regression in the maps."),
+    "pca": (PCA, "incremental", "Kind of principal-component analysis in the maps."),
+    "sequences": (SequenceCount, "1k", "Number of sequences on which the maps were fitted."),
+    "predict_from": (
+        PredictFrom,
+        "nested",
+        "Apply each regression to the nested embedding so far, or to the previous backbone's own embedding.",
+    ),
+    "special_rows": (
+        SpecialRows,
+        "maps",
+        "Put at <cls>, <eos> and <mask> what the maps give, or the largest backbone's own vectors.",
+    ),
+}
+published_options = add_options(
+    *(
+        option(
+            f"--{name.replace('_', '-')}",
+            group="The authors' maps (singhlab/plm_reverse_distillation)",
+            type=click.Choice(get_args(choices)),
+            show_default=default,
+            help=text,
+        )
+        for name, (choices, default, text) in _PUBLISHED.items()
+    )
+)
+
+
+def take_published(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the choice among the authors' maps out of a command's options; return what the user chose."""
+    taken = {name: options.pop(name) for name in _PUBLISHED}
+    return {name: value for name, value in taken.items() if value is not None}
 
 
 def require_one(width: int | None, level: str | None) -> None:
-    """Raises a ValueError where both were chosen."""
+    """Raise a ValueError if both a width and a level were given."""
     if width is not None and level is not None:
         raise ValueError("expected --width or --level, got both")
 
 
-budget_option = option(
-    "--tokens-per-batch",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Tokens a batch holds at most.  [default: what half of the free memory takes]",
-)
-_PUBLISHED = {
-    "method": (["rd", "naive"], "Reverse distillation, or the baseline.  [default: rd]"),
-    "regressor": (["pcr", "linear", "ridge"], "Kind of regression.  [default: pcr]"),
-    "pca": (["incremental", "fbpca"], "Kind of principal-component analysis.  [default: incremental]"),
-    "sequences": (["0.5k", "1k", "5k", "10k"], "Sequences they were fitted on.  [default: 1k]"),
-    "predict_from": (["nested", "previous"], "What W acts on.  [default: nested]"),
-    "special_rows": (["maps", "larger"], "What stands at special tokens.  [default: maps]"),
-}
-
-
-def published_options(command: Command) -> Command:
-    """Adds the options that choose among the authors' maps."""
-    for name, (choices, text) in reversed(_PUBLISHED.items()):
-        flag = f"--{name.replace('_', '-')}"
-        command = click.option(flag, type=click.Choice(choices), help=f"Of the authors' maps: {text}")(
-            command
-        )
-    return command
-
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Takes the chosen options of the authors' maps out of a command's options."""
-    chosen = {name: options.pop(name) for name in _PUBLISHED if name in options}
-    return {name: value for name, value in chosen.items() if value is not None}
-
-
-_HERE = "this machine's"
-
-_CLUSTER = (
-    option(
-        "--cluster",
-        metavar="[ADDRESS]",
-        is_flag=False,
-        flag_value=_HERE,
-        help="Work on the Ray cluster at HOST:PORT; without, on this machine's, started if need be.",
-    ),
-    option(
-        "--workers",
-        "count",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Of the cluster.  [default: as many as fit]",
-    ),
-    option(
-        "--worker-cpus",
-        "num_cpus",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="N",
-        help="CPUs of each.  [default: 1 beside a GPU, else up to 8]",
-    ),
-    option(
-        "--worker-gpus",
-        "num_gpus",
-        type=click.FloatRange(min=0),
-        metavar="N",
-        help="GPUs of each, or a share.  [default: 1 where there are any]",
-    ),
-)
-
-
-def cluster_options(command: Command) -> Command:
-    """Adds the options that take a job to a cluster."""
-    return reduce(lambda inner, add: add(inner), reversed(_CLUSTER), command)
-
-
-def joined(options: dict[str, Any], device: str | None) -> Workers | None:
-    """Takes the options of a cluster out of a command's and joins it; None where none is wanted.
-
-    Raises:
-        ValueError: for workers without a cluster, or a device with one.
-    """
-    address = options.pop("cluster")
-    wanted = {name: options.pop(name) for name in ("count", "num_cpus", "num_gpus")}
-    if address is None:
-        if any(value is not None for value in wanted.values()):
-            raise ValueError(
-                "expected --workers, --worker-cpus and --worker-gpus with --cluster, got no --cluster"
-            )
-        return None
-    if device is not None:
-        raise ValueError("expected --device or --cluster, got both: --worker-gpus 0 keeps workers on CPUs")
-    from rd_torch.cluster import Workers, join
-
-    join(None if address == _HERE else address)
-    return Workers(**wanted)
-
-
-def on_all_machines(name: str) -> str:
-    """A model's name that holds in any folder: a path as it is from the root on."""
+def absolute_name(name: str) -> str:
+    """Return a model's name that holds in any folder: paths become absolute, other names stay."""
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-backbone_option = option(
-    "--backbone",
-    "sources",
-    metavar="LEVEL=SOURCE",
-    multiple=True,
-    help="One ESM-2 from elsewhere: file, folder or Hub id; repeat it, smallest first.",
-)
-
-
-def by_level(sources: tuple[str, ...], form: str = "--backbone as LEVEL=SOURCE") -> dict[str, str]:
-    """What was given by level, as `--backbone` is.
+def split_by_level(pairs: tuple[str, ...], form: str = "--backbone as LEVEL=SOURCE") -> dict[str, str]:
+    """Split texts such as `"8M=esm2.pt"` into levels and what stands for each.
 
     Args:
-        sources: as they were typed.
-        form: what they are called in messages.
+        pairs: the texts as the user typed them.
+        form: how error messages name them.
 
     Raises:
-        ValueError: for one without a level, or two of one level.
+        ValueError: for a text without a level or without a source, and for a level that comes twice.
     """
-    named = dict(source.partition("=")[::2] for source in sources)
-    if not all(named.values()) or len(named) < len(sources):
-        raise ValueError(f"expected {form}, each level once, got {', '.join(sources)}")
-    return named
+    sources = dict(pair.partition("=")[::2] for pair in pairs)
+    if not all(sources.values()) or len(sources) < len(pairs):
+        raise ValueError(f"expected {form}, each level once, got {', '.join(pairs)}")
+    return sources
 
 
-def named(model: str | None) -> str:
-    """A model as it is shown, the default one with a hint."""
+def model_title(model: str | None) -> str:
+    """Return a model's name for messages; the default one comes with a hint."""
     from rd_torch.weights import DEFAULT_MODEL
 
     return model or f"{DEFAULT_MODEL} (the shipped family; --model names another)"
 
 
-def place(device: str | None) -> torch.device:
-    """The device of that name, by default the best one.
+def find_device(name: str | None) -> torch.device:
+    """Find the device of that name, or the best one if no name is given.
 
     Raises:
-        ValueError: for one that is not there.
+        ValueError: if this machine has no such device.
     """
     import torch
 
     from rd_torch.hardware import best_device
 
-    if device is None:
+    if name is None:
         return best_device()
     try:
-        return torch.empty(0, device=device).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected a device that is there, got {device!r}: {error}") from error
+        raise ValueError(f"expected a device that this machine has, got {name!r}: {error}") from error
 
 
-def load(name: str, level: str | None, dtype: str, device: str | None, **published: Any) -> RDModel:
-    """A model on its device."""
+def load_model(name: str, level: str | None, dtype: str, device: str | None, **published: Any) -> RDModel:
+    """Load a model onto a device.
+
+    Args:
+        name: a folder, a file or a Hub id.
+        level: the last level to load; all levels by default.
+        dtype: the type of number in which the backbones compute.
+        device: the device's name; the best device by default.
+        **published: the choice among the authors' maps.
+    """
     import torch
 
     from rd_torch.model import RDModel
 
-    return RDModel.from_pretrained(name, level, getattr(torch, dtype), place(device), **published)
+    return RDModel.from_pretrained(name, level, getattr(torch, dtype), find_device(device), **published)
 
 
 def print_levels(config: RDConfig) -> None:
-    """The table of levels and what each stage explains."""
+    """Print a table of a model's levels, with what each stage explains."""
     click.echo(
         f"{'level':>8} {'layers':>6} {'heads':>5} {'backbone':>8} {'nested':>6} {'R^2':>6} {'kept':>6}"
     )

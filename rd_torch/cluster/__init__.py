@@ -6,6 +6,13 @@ is worked through again, because its worker died, is neither lost nor doubled. O
 store's lock and finishes the store.
 
 Ray is loaded when a job starts: `pip install rd_torch[cluster]`.
+
+Examples:
+    >>> import ray
+    >>> dataset = ray.data.from_items([{"sequence": "MQIFVK"}, {"sequence": "MKV"}])
+    >>> embedded = rd_torch.cluster.embed_dataset(dataset, "esm2-rd-mini", width=48)
+    >>> sorted(embedded.take(1)[0])
+    ['28K', '90K', 'sequence']
 """
 
 from __future__ import annotations

@@ -27,13 +27,18 @@ from rd_torch.model import RDModel
 from rd_torch.pooling import pool_name
 from rd_torch.sequences import Entry
 from rd_torch.solve import SolveOptions
-from rd_torch.store import Format, Names, SaveDtype, Work, format_of
-from rd_torch.store.folder import Failure, Folder
-from rd_torch.store.work import in_residues
+from rd_torch.store import (
+    FORMATS,
+    Failure,
+    Folder,
+    Format,
+    Names,
+    SaveDtype,
+    Work,
+    format_of,
+    load_format,
+)
 from rd_torch.sums import Sums
-
-FORMATS_IN_PARTS: Final = ("parquet", "pt")
-"""Formats whose store is a folder of the windows' files. HDF5 puts all windows into one file at the end."""
 
 MOST_DEATHS: Final = 5
 """Number of workers that may die of the same window before the job is given up.
@@ -42,7 +47,7 @@ A worker may also die because its machine is switched off, so that one death say
 """
 
 
-class Progress(Protocol):
+class ProgressListener(Protocol):
     """An object that a job tells how far it is."""
 
     def __call__(self, residues: int, before: bool = False) -> None:
@@ -53,7 +58,7 @@ class Progress(Protocol):
 
 
 class _Quiet:
-    """A `Progress` that ignores what it is told."""
+    """A `ProgressListener` that ignores what it is told."""
 
     def __call__(self, residues: int, before: bool = False) -> None:
         """Do nothing."""
@@ -74,7 +79,7 @@ class StoreOptions(EmbedOptions, total=False):
 
 
 def require_parts(path: Path, form: str | None, pool: str) -> Format:
-    """Return the format of a store, if workers can write it.
+    """Return the format of a store, if workers can write it, which leaves nothing to put together.
 
     Args:
         path: the store; its suffix names the format.
@@ -88,10 +93,11 @@ def require_parts(path: Path, form: str | None, pool: str) -> Format:
         ValueError: for HDF5, and for a store of one vector for each residue.
     """
     found = format_of(path, form)
-    if found.name not in FORMATS_IN_PARTS or pool == "none":
+    if not found.in_parts or pool == "none":
+        in_parts = [f".{form.name}" for form in map(load_format, FORMATS) if form.in_parts]
         raise ValueError(
-            f"expected .parquet or .pt, and pooling, on a cluster, got .{found.name} and --pool {pool}: "
-            "take one of those, or leave --cluster out"
+            f"expected {' or '.join(in_parts)}, and pooling, on a cluster, got .{found.name} and "
+            f"--pool {pool}: take one of those, or leave --cluster out"
         )
     return found
 
@@ -103,7 +109,7 @@ def embed_to_store(
     path: Path,
     *,
     workers: Workers = AS_MANY_AS_FIT,
-    progress: Progress = QUIET,
+    progress: ProgressListener = QUIET,
     **options: Unpack[StoreOptions],
 ) -> dict[str, Failure]:
     """Embed files of proteins as `rd_torch.embed_to_store` does, on the cluster that this process has joined.
@@ -137,7 +143,7 @@ def embed_to_store(
         folder = Folder(work.path, form, work.facts)
         if work.is_finished:
             windows = records.windows(work.facts.tokens_per_batch, Names(form.key), form.identifier)
-            return work.fill((window for window, _ in windows), lambda *_: (), in_residues(progress))
+            return work.fill((window for window, _ in windows), lambda *_: (), progress)
         forget_deaths(folder)
         limits = Limits(asked is None, MOST_DEATHS)
         begin = partial(begin_embedding, load, workers.device, folder, limits)
@@ -152,7 +158,7 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
     *,
     tokens_per_batch: int | None = None,
     workers: Workers = AS_MANY_AS_FIT,
-    progress: Progress = QUIET,
+    progress: ProgressListener = QUIET,
     provenance: Mapping[str, Any] | None = None,
     work_folder: str | Path | None = None,
     left_out: list[Entry] | None = None,
@@ -188,14 +194,14 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
         read = partial(read_for_fit, records, sums.tokens_per_batch, sums.done)
         begin = partial(begin_summing, load, workers.device, "contents", tokens_per_batch)
         lost: list[Entry] = []
-        last = _follow(run(stream(read), begin, workers), progress, partial(_add, sums, lost))
+        last = _follow(run(stream(read), begin, workers), progress, partial(_add_window, sums, lost))
         if left_out is not None:
             left_out += sorted(lost, key=lambda entry: (entry.source, entry.line))
         sums.finish(last["number"] + 1)
         return sums.solve(provenance, **options)
 
 
-def _add(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
+def _add_window(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
     """Add a window's moments, unless they were there before, and the records that were left out of it."""
     lost += [Entry(*entry) for entry in json.loads(str(row["left_out"]))]
     if not row["before"]:
@@ -204,13 +210,11 @@ def _add(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
 
 
 def _follow(
-    rows: Iterable[Mapping[str, Any]], progress: Progress, add: Callable[[Mapping[str, Any]], object]
+    rows: Iterable[Mapping[str, Any]], progress: ProgressListener, add: Callable[[Mapping[str, Any]], object]
 ) -> Mapping[str, Any]:
-    """Take the rows of windows as they come, report progress, and warn; return the last window's row.
-
-    Rows come in any order. A window counts names and corrections from the first record to its own last one,
-    so that the last window has the totals.
-    """
+    """Take the rows of windows as they come, report progress, and warn; return the last window's row."""
+    # Rows come in any order. Each window counts names and corrections from the first record of all to its own
+    # last one, so that the last window has the totals.
     last: Mapping[str, Any] = {"number": -1}
     for row in rows:
         add(row)

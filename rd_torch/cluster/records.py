@@ -13,8 +13,7 @@ import pyarrow as pa
 from rd_torch.letters import Corrections
 from rd_torch.reading import Proteins
 from rd_torch.sequences import Entry, keep_sound, normalize_entries
-from rd_torch.store import Names, Window, cut_windows
-from rd_torch.store.folder import Folder
+from rd_torch.store import Folder, Names, Window, cut_windows
 from rd_torch.sums import SummedWindows
 
 BULK: Final = ("names", "contents", "lengths", "marks")
@@ -111,7 +110,7 @@ def read_for_store(records: Records, folder: Folder) -> Iterator[pa.Table]:
     """
     names = Names(folder.format.key)
     for window, known in records.windows(folder.facts.tokens_per_batch, names, folder.format.identifier):
-        yield _table_of(window, known | {"renamed": names.renamed}, folder.done(window) is not None)
+        yield _table_of(window, known | {"renamed": names.renamed}, folder.find_done(window) is not None)
 
 
 def read_for_fit(records: Records, tokens_per_batch: int, done: SummedWindows) -> Iterator[pa.Table]:
@@ -140,7 +139,7 @@ def _table_of(window: Window[str], known: Mapping[str, Any], before: bool) -> pa
         "residues": window.residues,
         "before": before,
         **{name: [] if before else getattr(window, name) for name in BULK[:-1]},
-        "marks": json.dumps([] if before else [window.places, list(window.faults.items())]),
+        "marks": json.dumps([] if before else [window.origins, list(window.faults.items())]),
         **known,
     }
     return pa.table({name: [value] for name, value in row.items()})

@@ -25,9 +25,7 @@ from rd_torch.fitting import add_moments, shared_family
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.sequences import normalize_sequences
-from rd_torch.store import Window
-from rd_torch.store.folder import Folder
-from rd_torch.store.parquet import level_columns
+from rd_torch.store import Folder, Window, level_columns
 from rd_torch.sums import Sums
 
 ModelOrName: TypeAlias = str | Path | RDModel
@@ -68,7 +66,7 @@ def begin_embedding(load: Load, device: str, folder: Folder, limits: Limits) -> 
         FileNotFoundError: where the worker's machine does not see the folder.
         ValueError: where the chain is not the one that the store was begun with.
     """
-    folder = Folder.begun(folder.path, folder.format)  # raises where this machine does not see the folder
+    folder = Folder.open(folder.path, folder.format)  # raises where this machine does not see the folder
     model, facts = load(device), folder.facts
     if model.fingerprint() != facts.fingerprint:
         raise ValueError(
@@ -83,12 +81,12 @@ def begin_embedding(load: Load, device: str, folder: Folder, limits: Limits) -> 
     def step(table: pa.Table) -> pa.Table:
         """Embed the window in a table; return its row, without the records, when its files are written."""
         row = table.to_pylist()[0]
-        places, faults = json.loads(row["marks"]) or ([], [])
+        origins, faults = json.loads(row["marks"]) or ([], [])
         window = Window(
             row["number"], row["names"], row["contents"], row["lengths"], row["checksum"],
-            places=list(map(tuple, places)), faults=dict(faults),
+            origins=list(map(tuple, origins)), faults=dict(faults),
         )  # fmt: skip
-        if not row["before"] and folder.done(window) is None:
+        if not row["before"] and folder.find_done(window) is None:
             _count_attempt(folder, window, limits.most_deaths)
             failures = dict(window.faults)
             rows = (each for batch in compute(window, failures) for each in batch)

@@ -119,7 +119,7 @@ class ChainModel(NamedTwice, PreTrainedModel):  # type: ignore[misc]  # transfor
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **_: Any
     ) -> None:
-        """Enable it likewise, under the name that newer versions of transformers have."""
+        """Enable gradient checkpointing, under the name that newer versions of transformers have."""
         self.chain.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:

@@ -37,6 +37,13 @@ class TransformersEncoder(ChainModel):
         config: the `RDTransformersConfig`, with `hidden_size`, `vocab_size`, `num_hidden_layers`,
             `num_attention_heads`, `pad_token_id` and whatever else a config of transformers has.
         model: the `RDModel`.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> encoder = rd_torch.TransformersEncoder(model)
+        >>> tokens = torch.tensor([[0, 20, 15, 7, 2]])  # <cls> M K V <eos>
+        >>> encoder(input_ids=tokens).last_hidden_state.shape
+        torch.Size([1, 5, 128])
     """
 
     def __init__(self, model: RDModel | RDTransformersConfig, **options: Any) -> None:

@@ -57,8 +57,8 @@ def load_chain(
     for key, value in options.items():
         if key in IGNORED_OPTIONS:
             if value not in IGNORED_OPTIONS[key]:
-                listed = ", ".join(map(repr, IGNORED_OPTIONS[key][:-1]))
-                raise ValueError(f"expected {key} of {listed}, got {value!r}")
+                listed = " or ".join(map(repr, IGNORED_OPTIONS[key][:-1]))
+                raise ValueError(f"expected {key} to be {listed}, got {value!r}")
         elif key in ("dtype", "torch_dtype"):
             chosen["dtype"] = None if value in ("auto", None) else _dtype(value)
         elif key in ours - {"published", "name_or_folder", "level"}:

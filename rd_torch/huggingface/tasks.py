@@ -136,6 +136,14 @@ class TransformersForSequenceClassification(TaskModel):
     Args:
         model: the chain, whose parameters are shared; or a config, for a chain that has no weights yet.
         **options: options of `RDTransformersConfig`, such as `num_labels`.
+
+    Examples:
+        >>> classes = rd_torch.TransformersForSequenceClassification
+        >>> classifier = classes.from_pretrained("esm2-rd-mini", num_labels=2)
+        >>> tokens = torch.tensor([[0, 20, 15, 7, 2]])  # <cls> M K V <eos>
+        >>> out = classifier(input_ids=tokens, labels=torch.tensor([1]))
+        >>> out.logits.shape, out.loss.shape
+        (torch.Size([1, 2]), torch.Size([]))
     """
 
     answer = SequenceClassifierOutput
@@ -168,6 +176,14 @@ class TransformersForTokenClassification(TaskModel):
     Args:
         model: the chain, whose parameters are shared; or a config, for a chain that has no weights yet.
         **options: options of `RDTransformersConfig`, such as `num_labels`.
+
+    Examples:
+        >>> classes = rd_torch.TransformersForTokenClassification
+        >>> tagger = classes.from_pretrained("esm2-rd-mini", num_labels=3)
+        >>> tokens = torch.tensor([[0, 20, 15, 7, 2]])  # <cls> M K V <eos>
+        >>> labels = torch.tensor([[-100, 0, 2, 1, -100]])
+        >>> tagger(input_ids=tokens, labels=labels).logits.shape
+        torch.Size([1, 5, 3])
     """
 
     answer = TokenClassifierOutput
@@ -194,6 +210,12 @@ class TransformersForMaskedLM(TaskModel):
 
     Raises:
         ValueError: for a backbone whose checkpoint has no language-model head.
+
+    Examples:
+        >>> model = rd_torch.TransformersForMaskedLM.from_pretrained("esm2-rd-mini")
+        >>> tokens = torch.tensor([[0, 20, 32, 7, 2]])  # <cls> M <mask> V <eos>
+        >>> model(input_ids=tokens).logits.shape
+        torch.Size([1, 5, 33])
     """
 
     answer = MaskedLMOutput

@@ -45,6 +45,13 @@ class Proteins:
         ValueError: for no sources, a folder without such files, or a rule that is no regular expression;
             while iterating, for a file that is neither FASTA nor a table, is broken, or has no record, and
             for the first record that cannot be read, with its file and line.
+
+    Examples:
+        >>> with open("table.csv", "w") as file:
+        ...     print("clone,heavy,light", "c1,MKTAYI,GSHMLE", sep=chr(10), file=file)
+        >>> columns = {"sequence_column": "heavy", "identifier_column": "clone"}
+        >>> [(each.identifier, each.sequence) for each in rd_torch.Proteins("table.csv", **columns)]
+        [('c1', 'MKTAYI')]
     """
 
     def __init__(
@@ -168,6 +175,12 @@ class Fasta(Proteins):
         FileNotFoundError: where there is no such file.
         ValueError: while iterating, for a file that is not FASTA or has no record, and for a record without
             identifier or sequence, or with a line that is no sequence, with its line and the character.
+
+    Examples:
+        >>> with open("one.fasta", "w") as file:
+        ...     print(">sp|P0CG48|UBC_HUMAN ubiquitin", "MQIFVK", "TLTGK", sep=chr(10), file=file)
+        >>> [(each.identifier, each.sequence) for each in rd_torch.Fasta("one.fasta", identifier="uniprot")]
+        [('P0CG48', 'MQIFVKTLTGK')]
     """
 
     def __init__(self, path: str | Path, *, identifier: str | None = None) -> None:

@@ -1,27 +1,65 @@
-"""Embedding files: what is in them, written so that a kill costs little, read by any prefix."""
+"""Embedding files: what is in them, written so that a kill costs little, read by any prefix.
+
+Names load on first use, as those of `rd_torch` do, so that the command line lists formats without torch.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Final
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from rd_torch.disk import part_folder
-from rd_torch.store.facts import Facts, SaveDtype
-from rd_torch.store.fairesm import FairESM
-from rd_torch.store.format import Format, Row
-from rd_torch.store.hdf5 import HDF5
-from rd_torch.store.naming import Names
-from rd_torch.store.parquet import Parquet
-from rd_torch.store.shards import Shard
-from rd_torch.store.store import Store
-from rd_torch.store.windows import Record, Window, cut_windows, gather
-from rd_torch.store.work import Work
+if TYPE_CHECKING:
+    from rd_torch.store.facts import Facts, SaveDtype
+    from rd_torch.store.failures import Failure, failure_list, read_failures, write_failures
+    from rd_torch.store.folder import Folder
+    from rd_torch.store.format import Format, Row
+    from rd_torch.store.formats import FORMATS, format_of, load_format
+    from rd_torch.store.naming import Names
+    from rd_torch.store.opening import open_store
+    from rd_torch.store.parquet import level_columns
+    from rd_torch.store.shards import Shard
+    from rd_torch.store.store import Store
+    from rd_torch.store.windows import Length, Record, Window, cut_windows, gather
+    from rd_torch.store.work import Compute, ProgressCallback, Work
+
+_HOMES = {
+    "Compute": "work",
+    "FORMATS": "formats",
+    "Facts": "facts",
+    "Failure": "failures",
+    "Folder": "folder",
+    "Format": "format",
+    "Length": "windows",
+    "Names": "naming",
+    "ProgressCallback": "work",
+    "Record": "windows",
+    "Row": "format",
+    "SaveDtype": "facts",
+    "Shard": "shards",
+    "Store": "store",
+    "Window": "windows",
+    "Work": "work",
+    "cut_windows": "windows",
+    "failure_list": "failures",
+    "format_of": "formats",
+    "gather": "windows",
+    "level_columns": "parquet",
+    "load_format": "formats",
+    "open_store": "opening",
+    "read_failures": "failures",
+    "write_failures": "failures",
+}
 
 __all__ = [
     "FORMATS",
+    "Compute",
     "Facts",
+    "Failure",
+    "Folder",
     "Format",
+    "Length",
     "Names",
+    "ProgressCallback",
     "Record",
     "Row",
     "SaveDtype",
@@ -30,50 +68,18 @@ __all__ = [
     "Window",
     "Work",
     "cut_windows",
+    "failure_list",
     "format_of",
     "gather",
+    "level_columns",
+    "load_format",
     "open_store",
+    "read_failures",
+    "write_failures",
 ]
 
-FORMATS: Final[dict[str, Format]] = {form.name: form for form in (HDF5(), Parquet(), FairESM())}
 
-
-def format_of(path: str | Path, name: str | None = None) -> Format:
-    """The format of that name, or of the path's suffix.
-
-    Raises:
-        ValueError: for a format that does not exist.
-    """
-    wanted = name or Path(path).suffix.removeprefix(".").replace("hdf5", "h5")
-    if wanted not in FORMATS:
-        raise ValueError(
-            f"expected an output that ends in {', '.join(f'.{each}' for each in FORMATS)}, or a format of "
-            f"{', '.join(FORMATS)}, got {str(path)!r}"
-        )
-    return FORMATS[wanted]
-
-
-def open_store(path: str | Path) -> Store:
-    """Opens an embedding file or folder of any format, ours or other programs'.
-
-    An HDF5 file with a dataset a protein, a folder of our parquet files, or a folder of `.pt` files as
-    fair-esm's `extract.py` writes them.
-
-    Args:
-        path: the file or folder.
-
-    Returns:
-        A `Store`: by identifier, place or slice, at any width, as numpy or torch, without reading the rest.
-
-    Raises:
-        FileNotFoundError: where nothing is.
-        ValueError: for anything else.
-    """
-    path = Path(path)
-    if not path.exists():
-        unfinished = part_folder(path).is_dir()
-        cure = ": it is unfinished, run the same command again" if unfinished else ""
-        raise FileNotFoundError(f"expected an embedding file or folder at {path}, got nothing there{cure}")
-    if path.is_file():
-        return FORMATS["h5"].open(path)
-    return FORMATS["parquet" if any(path.glob("*.parquet")) else "pt"].open(path)
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

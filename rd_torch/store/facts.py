@@ -1,17 +1,21 @@
-"""What a store is of: the facts that stand in it, and that a run which goes on must share."""
+"""`Facts`: what was embedded with what. A store keeps them, and a later run must share them to go on."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Final, TypeAlias
 
+from rd_torch.choices import FloatType
 from rd_torch.pooling import pools_of
 
-SaveDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+SaveDtype: TypeAlias = FloatType
+"""Type of number that a store holds."""
 
-_FREE = ("model", "tokens_per_batch", "rd_torch_version")
+_FREE: Final = ("model", "tokens_per_batch", "rd_torch_version")
+"""Facts in which a run that goes on may differ."""
 
 
 @dataclass(frozen=True)
@@ -19,19 +23,22 @@ class Facts:
     """What was embedded with what.
 
     Attributes:
-        model: what the user called it.
-        fingerprint: of its config and tensors; of the maps alone where no backbone ran.
-        levels: those that the store's width reaches, smallest first.
-        widths: features up to the end of each level; the last one is the store's width.
-        num_layers: of the largest backbone that ran.
-        pool: how residues became a vector a protein, `"mean"` or `"mean+max"` say, or `"none"`, a vector a
-            residue.
-        backbone_dtype: what the backbones ran in; of raw embeddings that others made, what these are in.
-        save_dtype: what the store holds.
-        tokens_per_batch: the budget that batches and windows were cut by; in vectors where no backbone ran.
-        rd_torch_version: of the program that wrote the store.
-        windows: residues of the pieces in which longer sequences were embedded, and of their overlap; None
-            where all stayed whole.
+        model: the model's name, as the user gave it.
+        fingerprint: fingerprint of the model's config and tensors; where no backbone ran, of its maps alone.
+        levels: names of the levels that the store's width reaches, smallest first.
+        widths: number of features up to the end of each level; the last one is the store's width.
+        num_layers: number of layers of the largest backbone that ran.
+        pool: how the residues of a protein became one vector, as `"mean"` or `"mean+max"`; or `"none"` for a
+            vector for each residue.
+        backbone_dtype: type of number in which the backbones ran; where another program made the raw
+            embeddings, the type in which its file holds them.
+        save_dtype: type of number that the store holds.
+        tokens_per_batch: number of tokens that a batch holds at most, by which batches and windows were cut;
+            where no backbone ran, a number of vectors.
+        rd_torch_version: version of the program that wrote the store.
+        windows: length of the pieces in which longer sequences were embedded, and of their overlap, in
+            residues; None where all sequences stayed whole. These have nothing to do with the windows of
+            records in which a store is written.
     """
 
     model: str
@@ -48,47 +55,60 @@ class Facts:
 
     @property
     def width(self) -> int:
-        """Features of an embedding."""
+        """Number of features of an embedding, for each way to pool."""
         return self.widths[-1]
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """Where the embedding of each way to pool begins in a vector, and the vector's end."""
+        """Column at which the embedding of each way to pool begins in a vector, and the end of the vector."""
         return tuple(self.width * number for number in range(max(1, len(pools_of(self.pool))) + 1))
 
     @property
     def added(self) -> dict[str, int]:
-        """Features that each level adds, by level."""
+        """Number of features that each level adds, by level."""
         starts = (0, *self.widths)
         return {name: end - start for name, start, end in zip(self.levels, starts, self.widths, strict=False)}
 
     def is_windowed(self, length: int | None) -> bool:
-        """Whether a record of so many residues was embedded in windows; not where nobody counted them."""
+        """Whether a record was embedded in pieces.
+
+        Args:
+            length: number of its residues; None where nobody counted them.
+
+        Returns:
+            True where the length is known, and longer than a piece.
+        """
         return self.windows is not None and length is not None and length > self.windows[0]
 
     def to_json(self) -> str:
-        """The facts as text."""
+        """The facts as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Facts:
-        """The facts from their text; what a later version has written beside them is left out."""
+        """Read the facts from JSON; what a later version of the program has added is left out."""
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {name: value for name, value in json.loads(text).items() if name in known}
         values |= {name: tuple(values[name]) for name in ("levels", "widths", "windows") if values.get(name)}
         return cls(**values)
 
-    def require_same(self, other: Facts, place: str) -> None:
-        """Raises a ValueError that names the first fact in which `other`, the store's, differs.
+    def require_same(self, other: Facts, path: Path) -> None:
+        """Refuse to go on with a store of other facts.
 
         The model's name, the budget and the program's version may differ.
+
+        Args:
+            other: the facts of the store.
+            path: the store, which the error names.
+
+        Raises:
+            ValueError: where they differ; it names the first fact that does.
         """
-        for field in sorted(
-            fields(self), key=lambda field: field.name == "fingerprint"
-        ):  # says least, so last
+        # The fingerprint comes last, because it says least of what is different.
+        for field in sorted(fields(self), key=lambda field: field.name == "fingerprint"):
             wanted, found = getattr(self, field.name), getattr(other, field.name)
             if field.name not in _FREE and wanted != found:
                 raise ValueError(
-                    f"expected {field.name} {found} (model {other.model}), with which {place} was begun, got "
-                    f"{wanted} (model {self.model}): take what it was begun with, or another output"
+                    f"expected {field.name} {found} (model {other.model}), with which {path} was begun, got "
+                    f"{wanted} (model {self.model}): use what it was begun with, or choose another output"
                 )

@@ -18,11 +18,11 @@ from rd_torch.pooling import POOLS, pools_of
 from rd_torch.store.facts import Facts
 from rd_torch.store.format import Format, Row
 from rd_torch.store.naming import file_name
-from rd_torch.store.store import Array, Store, missing
+from rd_torch.store.store import Array, Store, missing_message
 from rd_torch.store.windows import Length, Window
 
 FACTS: Final = "rd_torch.json"
-"""What says the facts and the identifiers in FASTA order, beside the records."""
+"""Name of the file beside the records that has the facts, and the identifiers in FASTA order."""
 
 _KEYS: Final = {
     "mean": "mean_representations",
@@ -31,31 +31,32 @@ _KEYS: Final = {
     "std": "std_representations",
     "none": "representations",
 }
-"""By pooling; fair-esm has the first two and the last."""
+"""The key of an embedding in its file, by way to pool; fair-esm has the first two and the last."""
 
 
 class FairESM(Format):
-    """A folder of one `.pt` file a record, with the keys of fair-esm's `extract.py`.
+    """A folder with one `.pt` file for each record, with the keys of fair-esm's `extract.py`.
 
-    `{"label": identifier, "mean_representations": {layers: (width,)}}`, or `"representations"` of
-    `(residues, width)` without pooling; of other ways to pool `"bos_representations"`, for `<cls>`, and
-    `"max_representations"` and `"std_representations"`, each under its own key. `layers` is the number of
-    layers of the largest backbone that ran, and stands for the nested embedding. Files are named by
-    identifiers, as datasets are in HDF5.
+    A file holds `{"label": identifier, "mean_representations": {layers: (width,)}}`. Without pooling the key
+    is `"representations"`, and the embedding `(residues, width)`. Other ways to pool have the keys
+    `"bos_representations"`, for `<cls>`, `"max_representations"` and `"std_representations"`. `layers` is the
+    number of layers of the largest backbone that ran, and stands for the nested embedding. Files are named
+    by identifiers, as datasets are in HDF5.
     """
 
     name = "pt"
     dtypes = ("float32", "float16", "bfloat16")
     pools = (*POOLS, "none")
     identifier = "header"
+    in_parts = True
 
     @staticmethod
     def key(name: str) -> str:
-        """File names, in any case: some file systems do not tell them apart."""
+        """The name of the record's file without case: to some file systems `a.pt` and `A.pt` are one file."""
         return file_name(name).casefold()
 
     def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
-        """One file a record."""
+        """Write one file for each record."""
         paths = []
         for place, row in rows:
             name = window.names[place]
@@ -65,42 +66,46 @@ class FairESM(Format):
                 kept[_KEYS[pool]] = {facts.num_layers: row[..., start : start + facts.width].clone()}
             if window.lengths[place] is not None:
                 kept["length"] = window.lengths[place]
-            buffer = io.BytesIO()  # torch would hide what the disk says
+            buffer = io.BytesIO()  # torch.save to a path would hide an error of the disk
             torch.save(kept, buffer)
             write_whole(path, partial(Path.write_bytes, data=buffer.getvalue()), durable=False)
             paths.append(path)
         return paths
 
-    def finish(
-        self, folder: Path, names: Iterable[tuple[str, Path]], facts: Facts, checksum: str, path: Path
-    ) -> None:
-        """The folder of the records, with their identifiers in order and the facts, renamed."""
-        said = {
+    def finish(self, folder: Path, records: Iterable[tuple[str, Path]], facts: Facts, checksum: str) -> Path:
+        """Add the file of facts and identifiers to the folder of the records, which is the store then."""
+        known = {
             "facts": facts.to_json(),
             "checksum": checksum,
-            "identifiers": [name for name, _ in names],
+            "identifiers": [name for name, _ in records],
         }
-        write_whole(folder / FACTS, lambda part: part.write_text(json.dumps(said)))
-        folder.replace(path)
+        write_whole(folder / FACTS, lambda part: part.write_text(json.dumps(known)))
+        return folder
+
+    @staticmethod
+    def claims(path: Path) -> bool:
+        """Whether it is no file: asked after every other format that is a folder."""
+        return not path.is_file()
 
     def open(self, path: Path) -> Store:
-        """Reads a folder of this layout, of fair-esm too."""
+        """Open a folder of this layout, written by fair-esm too."""
         return FairESMStore(path)
 
 
 class FairESMStore(Store):
-    """A folder of `.pt` files, opened one at a time."""
+    """A folder of `.pt` files, which are opened one at a time."""
 
     _layer_of_all: int | None = None
+    """The layer of the embeddings in a folder of another program, as the first file that is read has it."""
 
     def _open(self) -> None:
         path = self._home
         self.facts = self.checksum = self.model_name = self.layer = None
-        said = path / FACTS
-        if said.is_file():
-            kept = json.loads(said.read_text())
-            self.facts, self.checksum = Facts.from_json(kept["facts"]), kept["checksum"]
-            self._identifiers: list[str] = kept["identifiers"]
+        file = path / FACTS
+        if file.is_file():
+            known = json.loads(file.read_text())
+            self.facts, self.checksum = Facts.from_json(known["facts"]), known["checksum"]
+            self._identifiers: list[str] = known["identifiers"]
             self._paths = {name: path / f"{file_name(name)}.pt" for name in self._identifiers}
             self.pool, self.width = self.facts.pool, self.facts.width
             self.model_name, self.layer = self.facts.model, self.facts.num_layers
@@ -117,7 +122,7 @@ class FairESMStore(Store):
 
     @property
     def identifiers(self) -> list[str]:
-        """Names of the records, in FASTA order where it is known."""
+        """Names of the records, in FASTA order where that is known."""
         return self._identifiers
 
     def __contains__(self, identifier: object) -> bool:
@@ -130,21 +135,21 @@ class FairESMStore(Store):
         ]
 
     def _read(self, identifier: str) -> tuple[Path, dict[str, Any]]:
-        """The file of a record, and what is in it."""
+        """Read the file of a record; returns its path and what is in it."""
         path = self._paths.get(identifier)
         if path is None:
-            raise missing(identifier, self.path)
+            raise KeyError(missing_message(identifier, self.path))
         try:
             return path, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, UnpicklingError) as error:
             raise ValueError(f"expected a file of torch.save, got {path}: {error}") from error
 
     def _load(self, identifier: str) -> Tensor:
-        """The embedding of a record: of the highest layer where there are several."""
+        """Read the embedding of a record, that of the highest layer where the file has several."""
         path, kept = self._read(identifier)
         if self.facts is not None:
             parts = [kept[_KEYS[pool]] for pool in pools_of(self.pool) or ("none",)]
-            self._check(identifier, path, kept.get("label"), max(parts[0]))
+            self._require_match(identifier, path, kept.get("label"), max(parts[0]))
             return torch.cat([part[max(part)] for part in parts], -1)
         try:
             layers = kept.get("representations") or kept["mean_representations"]
@@ -152,24 +157,26 @@ class FairESMStore(Store):
             raise ValueError(
                 f"expected a file with representations or mean_representations, got {path}: {error}"
             ) from error
-        self._check(identifier, path, kept.get("label"), max(layers))
+        self._require_match(identifier, path, kept.get("label"), max(layers))
         return layers[max(layers)]
 
-    def _check(self, identifier: str, path: Path, label: str | None, layer: int) -> None:
-        """Raises a ValueError where a file states another record, or another layer, than the others do."""
+    def _require_match(self, identifier: str, path: Path, label: str | None, layer: int) -> None:
+        """Refuse a file that states another record than its name does, or another layer than the other files.
+
+        Raises:
+            ValueError: for such a file.
+        """
         if label not in (None, identifier):
             raise ValueError(
                 f"expected the record {identifier!r} in {path}, got that of {label!r}, as its label says: "
-                "name the "
-                "file as its record is called"
+                "name the file as its record is called"
             )
         if self.facts is None:
             self._layer_of_all = self._layer_of_all or layer
             if layer != self._layer_of_all:
                 raise ValueError(
                     f"expected the embedding of layer {self._layer_of_all} in {path}, as in the folder's "
-                    "other files, "
-                    f"got that of layer {layer}"
+                    f"other files, got that of layer {layer}"
                 )
 
     def _length_of(self, identifier: str) -> Length:

@@ -1,4 +1,4 @@
-"""The folder of an unfinished store: which windows are done, and how one is written."""
+"""`Folder`: the folder in which a store is written window by window, and what it knows of each window."""
 
 from __future__ import annotations
 
@@ -8,47 +8,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Final, Self
 
 from rd_torch.disk import move, part_folder, sync, write_whole
-from rd_torch.sequences import Entry
 from rd_torch.store.facts import Facts
+from rd_torch.store.failures import Failure
 from rd_torch.store.format import Format, Row
 from rd_torch.store.windows import Window
 
-
-class Failure(NamedTuple):
-    """A record that could not be embedded.
-
-    Attributes:
-        residues: how many it has; 0 where it could not be read.
-        reason: why.
-        source: the file it is from, if any.
-        line: the line where it stands there, or its number among what was given, from 1; 0 where that is not
-            known.
-    """
-
-    residues: int
-    reason: str
-    source: str = ""
-    line: int = 0
-
-
-def failure_of(entry: Entry) -> Failure:
-    """What is listed of a record that cannot be read."""
-    return Failure(0, entry.fault, entry.source, entry.line)
+FACTS_FILE: Final = "facts.json"
+"""Name of the file in the folder that has the facts of the store."""
 
 
 @dataclass(frozen=True)
-class Done:
-    """What is known of a window that is written.
+class DoneWindow:
+    """What is recorded of a window that is written.
 
     Attributes:
-        names: of its records, in FASTA order.
-        residues: of all of them.
-        checksum: the window's.
-        files: their sizes in bytes, by name.
-        failures: records that could not be embedded, by name.
+        names: names of its records, in FASTA order.
+        residues: number of residues of all of them.
+        checksum: the window's checksum.
+        files: size in bytes of each of its files, by name.
+        failures: the records that could not be embedded, by name.
     """
 
     names: list[str]
@@ -59,23 +40,23 @@ class Done:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What is known, from its text."""
-        known = json.loads(text)
-        known["failures"] = {name: Failure(*why) for name, why in known["failures"].items()}
-        return cls(**known)
+        """Read what is recorded from its JSON."""
+        values = json.loads(text)
+        values["failures"] = {name: Failure(*failure) for name, failure in values["failures"].items()}
+        return cls(**values)
 
 
 class Folder:
-    """The folder `<output>.part`, in which windows are written in any order, by any process.
+    """The folder `<output>.part`, in which any process writes windows of a store, in any order.
 
-    A window's files come under their names when they are whole, then `windows/<number>.json` says that the
-    window is done, with the sizes of its files. So a kill at any moment loses the window under work and no
-    other, and files that a crash of the machine left short are noticed and written again.
+    A window's files take their names when they are whole. Then the file `windows/<number>.json` records that
+    the window is done, with the sizes of its files. So a kill at any moment loses no more than the window
+    that is being written, and files that a crash of the machine cut short are noticed and written again.
 
     Args:
         path: the store.
         form: its format.
-        facts: what it is of.
+        facts: what is embedded with what.
     """
 
     def __init__(self, path: Path, form: Format, facts: Facts) -> None:
@@ -85,91 +66,118 @@ class Folder:
         self.folder = part_folder(path)
 
     @classmethod
-    def begun(cls, path: Path, form: Format) -> Self:
-        """The folder that another process has made, and whose lock it holds.
+    def open(cls, path: Path, form: Format) -> Self:
+        """Open the folder that another process has made, and whose lock that process holds.
+
+        Args:
+            path: the store.
+            form: its format.
+
+        Returns:
+            The folder, with the facts that stand in it.
 
         Raises:
-            FileNotFoundError: where there is none.
+            FileNotFoundError: where there is no such folder.
         """
-        said = part_folder(path) / "facts.json"
-        if not said.is_file():
+        file = part_folder(path) / FACTS_FILE
+        if not file.is_file():
             raise FileNotFoundError(
-                f"expected {said.parent} on a file system that all machines see, got nothing there"
+                f"expected {file.parent} on a file system that all machines see, got nothing there"
             )
-        return cls(path, form, Facts.from_json(said.read_text()))
+        return cls(path, form, Facts.from_json(file.read_text()))
 
-    def done(self, window: Window[Any]) -> Done | None:
-        """What is known of the window, if it is done.
+    def find_done(self, window: Window[Any]) -> DoneWindow | None:
+        """Look up a window.
+
+        Args:
+            window: the records that are embedded now.
+
+        Returns:
+            What is recorded of it; None where it is not done, or one of its files is not whole.
 
         Raises:
-            ValueError: when it was done with other records.
+            ValueError: where it was done with other records.
         """
-        said = self.said(window.number)
-        if not said.is_file():
+        file = self.done_file(window.number)
+        if not file.is_file():
             return None
-        done = Done.from_json(said.read_text())
+        done = DoneWindow.from_json(file.read_text())
         if done.checksum != window.checksum:
             raise ValueError(
                 f"expected the {window.kind} with which {self.path} was begun, got others in the "
-                f"{len(window.names):,} records from {window.names[0]} on: take those, or another output"
+                f"{len(window.names):,} records from {window.names[0]} on: use those, or choose another "
+                "output"
             )
-        files = [(self.folder / "data" / name, size) for name, size in done.files.items()]
-        whole = all(path.is_file() and path.stat().st_size == size for path, size in files)
+        sizes = [(self.folder / "data" / name, size) for name, size in done.files.items()]
+        whole = all(path.is_file() and path.stat().st_size == size for path, size in sizes)
         return done if whole else None
 
     def write(
         self, window: Window[Any], rows: Iterable[Row], failures: Mapping[int, str], *, apart: bool = False
     ) -> None:
-        """Writes a window.
+        """Write a window and record that it is done.
 
         Args:
             window: the records.
             rows: their embeddings, in any order.
-            failures: records that are left out, by place; looked at when all rows have come.
-            apart: in a folder of its own until all is whole, for another process may write the same window.
+            failures: why records are left out, by their place in the window; read after all rows have come.
+            apart: write in a folder of its own until everything is whole, because another process may be
+                writing the same window.
         """
-        with self._place(apart) as place:
-            paths = self.format.write(place, window, rows, self.facts)
-            done = Done(
+        with self._choose_folder(apart) as folder:
+            paths = self.format.write(folder, window, rows, self.facts)
+            done = DoneWindow(
                 names=window.names,
                 residues=window.residues,
                 checksum=window.checksum,
                 files={path.name: path.stat().st_size for path in paths},
-                failures={
-                    window.names[where]: Failure(
-                        window.lengths[where] or 0, reason, *(window.places[where] if window.places else ())
-                    )
-                    for where, reason in failures.items()
-                },
+                failures=_failures_by_name(window, failures),
             )
             if apart:
                 for path in paths:
                     move(path, self.folder / "data" / path.name, durable=False)
                 sync(self.folder / "data")
-            said, text = self.said(window.number), json.dumps(asdict(done))
-            write_whole(place / said.name if apart else said, lambda part: part.write_text(text))
+            file, text = self.done_file(window.number), json.dumps(asdict(done))
+            write_whole(folder / file.name if apart else file, lambda part: part.write_text(text))
             if apart:
-                move(place / said.name, said, durable=False)
+                move(folder / file.name, file, durable=False)
 
     @contextmanager
-    def _place(self, apart: bool) -> Iterator[Path]:
-        """Where files are written: among the others, or in a folder that is removed again."""
+    def _choose_folder(self, apart: bool) -> Iterator[Path]:
+        """The folder to write files in: that of all windows, or one that is removed afterwards."""
         if not apart:
             yield self.folder / "data"
             return
-        with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as place:
-            yield Path(place)
+        with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
 
-    def said(self, number: int) -> Path:
-        """The file that is there when a window is done."""
+    def done_file(self, number: int) -> Path:
+        """The file that records that a window is done."""
         return self.folder / "windows" / f"{number:06d}.json"
 
-    def all(self, windows: int) -> Iterator[Done]:
-        """What is known of the first windows, all of them done."""
-        return (Done.from_json(self.said(number).read_text()) for number in range(windows))
+    def read_done(self, numbers: Iterable[int]) -> Iterator[DoneWindow]:
+        """Read what is recorded of windows that are done, by their numbers."""
+        return (DoneWindow.from_json(self.done_file(number).read_text()) for number in numbers)
 
-    def names(self, windows: int) -> Iterator[tuple[str, Path]]:
-        """Each embedded record of them in FASTA order, with the first file of its window."""
-        for done in self.all(windows):
+    def locate_records(self, windows: int) -> Iterator[tuple[str, Path]]:
+        """Find the embedded records of the first windows, all of which are done.
+
+        Args:
+            windows: number of windows.
+
+        Yields:
+            The name of each record in FASTA order, and the first file of its window.
+        """
+        for done in self.read_done(range(windows)):
             first = self.folder / "data" / next(iter(done.files), "")
             yield from ((name, first) for name in done.names if name not in done.failures)
+
+
+def _failures_by_name(window: Window[Any], failures: Mapping[int, str]) -> dict[str, Failure]:
+    """The records of a window that are left out, by name."""
+    return {
+        window.names[place]: Failure(
+            window.lengths[place] or 0, reason, *(window.origins[place] if window.origins else ())
+        )
+        for place, reason in failures.items()
+    }

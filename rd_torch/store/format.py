@@ -1,4 +1,4 @@
-"""What every format of a store can do: write a window, be finished, be opened."""
+"""`Format`: how embeddings lie in a store. Each format is one subclass, in a file of its own."""
 
 from __future__ import annotations
 
@@ -15,57 +15,77 @@ from rd_torch.store.store import Store
 from rd_torch.store.windows import Window
 
 Row: TypeAlias = tuple[int, Tensor]
-"""The place of a record in its window, and its vector or `(residues, width)` embedding as it is saved."""
+"""The place of a record in its window, from 0, and its vector or `(residues, width)` embedding to save."""
 
 
 class Format(ABC):
-    """One way to lay a store out.
+    """One way to lay out embeddings in files.
 
     Attributes:
-        name: what `--format` calls it, and the suffix without its dot.
-        dtypes: what it can hold.
-        pools: how residues can be pooled in it.
-        identifier: what is taken of a FASTA header unless somebody chooses, as `rd_torch.Proteins` says.
+        name: name of the format, and suffix of its stores without the dot.
+        dtypes: types of number that it can hold.
+        pools: ways to pool residues that it can hold, `"none"` among them if it holds a vector for each.
+        identifier: the part of a FASTA header that becomes the identifier unless the user chooses another,
+            as for `rd_torch.Proteins`.
+        in_parts: whether the store is the folder of the windows' files, so that there is nothing to put
+            together when the last of them is written.
     """
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     pools: ClassVar[tuple[str, ...]]
     identifier: ClassVar[str] = "word"
+    in_parts: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
     def key(name: str) -> str:
-        """What must differ between the names of two records."""
+        """What must differ between two names, so that both have room in one store."""
 
     @abstractmethod
     def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
-        """Writes a window to files of its own in `folder`, each whole or not at all; returns them.
+        """Write a window to files of its own, each of which is whole or not there.
 
-        Records that do not come are left out; rows come in any order.
+        Args:
+            folder: where the files are written.
+            window: the records.
+            rows: their embeddings, in any order; a record without one is left out.
+            facts: what is embedded with what.
+
+        Returns:
+            The files.
         """
 
     @abstractmethod
-    def finish(
-        self, folder: Path, names: Iterable[tuple[str, Path]], facts: Facts, checksum: str, path: Path
-    ) -> None:
-        """Makes the finished store of the written windows under another name, then renames it.
+    def finish(self, folder: Path, records: Iterable[tuple[str, Path]], facts: Facts, checksum: str) -> Path:
+        """Make the whole store of the windows that were written, under a name of its own.
 
         Args:
-            folder: where the windows are.
-            names: each record in FASTA order, with its window's first file.
-            facts: written into the store.
-            checksum: of all records, written into the store.
-            path: the store; nothing is there yet.
+            folder: where the windows' files are.
+            records: the name of each embedded record in FASTA order, with the first file of its window.
+            facts: what was embedded with what, which is written into the store.
+            checksum: checksum of all records, which is written into the store.
+
+        Returns:
+            The file or folder that is the store, which the caller moves to its place.
         """
+
+    @staticmethod
+    @abstractmethod
+    def claims(path: Path) -> bool:
+        """Whether this format opens a file or folder, where no format before it in the list does."""
 
     @abstractmethod
     def open(self, path: Path) -> Store:
-        """Opens a finished store."""
+        """Open a finished store, of another program too where the layout is theirs."""
 
 
 def require_fitting(form: Format, facts: Facts) -> None:
-    """Raises a ValueError for a dtype or pooling that the format does not take."""
+    """Refuse a type of number or a way to pool that a format does not hold.
+
+    Raises:
+        ValueError: for such a one; it lists what the format holds.
+    """
     pools = [("pool", way, form.pools) for way in pools_of(facts.pool) or ("none",)]
     for what, got, taken in [("save_dtype", facts.save_dtype, form.dtypes), *pools]:
         if got not in taken:

@@ -1,4 +1,4 @@
-"""HDF5 as UniProt ships embeddings: one dataset a protein, named by its identifier."""
+"""HDF5 as UniProt ships embeddings: one dataset for each protein, named by its identifier."""
 
 from __future__ import annotations
 
@@ -25,24 +25,26 @@ from rd_torch.store.store import Store
 from rd_torch.store.windows import Window
 
 LEAST_COLUMNS: Final = 16
-"""Features a chunk holds at the least: thinner ones cost more in bookkeeping than they save."""
+"""Number of features that a chunk holds at least: thinner chunks cost more in bookkeeping than they save."""
 
 _CACHED_METADATA: Final = 2**19
-"""Bytes of HDF5's bookkeeping that a file which is being written keeps in memory.
+"""Bytes of its bookkeeping that HDF5 keeps in memory of a file that is being written.
 
-HDF5 counts them as on disk; in memory they take twenty times as much. More makes writing no faster.
+HDF5 counts them as they are on disk; in memory they take twenty times as much. A larger number makes
+writing no faster.
 """
 
 _CREATE: Final[Mapping[str, Any]] = {"libver": ("v110", "v110"), "track_order": True}
+"""How files are created: readable for HDF5 1.10 and later, and with the order of the records kept."""
 
 
 class HDF5(Format):
-    """A file with one dataset a protein: `(width,)`, or `(residues, width)` in chunks of a few columns.
+    """A file with one dataset for each protein: `(width,)`, or `(residues, width)` in chunks of some columns.
 
-    Columns of a chunk divide the level's widths, so that reading a level reads its part of the file alone.
-    Every window is a file of its own, closed and renamed before the next begins; the finished file is
-    copied together from them under another name, closed, and renamed. So nothing that is finished is ever
-    open for writing. While it is being finished the store takes its space twice.
+    The columns of a chunk divide the widths of the levels, so that to read a level is to read its part of the
+    file alone. Each window is a file of its own, which is closed and renamed before the next one begins. The
+    whole file is copied together from them under another name, closed and renamed. So nothing that is whole
+    is ever open for writing. While the file is copied together it takes its space twice.
     """
 
     name = "h5"
@@ -51,46 +53,52 @@ class HDF5(Format):
 
     @staticmethod
     def key(name: str) -> str:
-        """Names of datasets."""
+        """The name of the record's dataset."""
         return dataset_name(name)
 
     def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
-        """One file a window."""
+        """Write one file for the window."""
         path = folder / f"{window.number:06d}.h5"
 
         def fill(part: Path) -> None:
-            """Adds the rows as they come."""
-            with _created(part) as file:
+            """Add the rows as they come."""
+            with _create(part) as file:
                 for place, row in rows:
-                    dataset = _add(file, window.names[place], row, columns(facts.widths))
+                    dataset = _add(file, window.names[place], row, chunk_columns(facts.widths))
                     length = window.lengths[place]
                     if facts.pool != "none" and length is not None:
-                        _note(dataset, LENGTH, np.int64(length), h5py.h5t.NATIVE_INT64)
+                        _write_attribute(dataset, LENGTH, np.int64(length), h5py.h5t.NATIVE_INT64)
 
         write_whole(path, fill)
         return [path]
 
-    def finish(
-        self, folder: Path, names: Iterable[tuple[str, Path]], facts: Facts, checksum: str, path: Path
-    ) -> None:
-        """One file of all windows."""
-        said = {name: value for name, value in asdict(facts).items() if value is not None}
-        attributes = said | {"width": facts.width, "facts": facts.to_json(), "checksum": checksum}
+    def finish(self, folder: Path, records: Iterable[tuple[str, Path]], facts: Facts, checksum: str) -> Path:
+        """Copy all windows into one file."""
+        known = {name: value for name, value in asdict(facts).items() if value is not None}
+        attributes = known | {"width": facts.width, "facts": facts.to_json(), "checksum": checksum}
         attributes[MODEL_NAME] = facts.model
         attributes["boundaries"] = facts.boundaries
         whole = folder.with_name("finished.h5")
-        write_whole(whole, partial(_merge, names, attributes))
-        whole.replace(path)
+        write_whole(whole, partial(_merge, records, attributes))
+        return whole
+
+    @staticmethod
+    def claims(path: Path) -> bool:
+        """Whether it is a file: asked after every other format that is a file."""
+        return path.is_file()
 
     def open(self, path: Path) -> Store:
-        """Reads any file of this layout, of other programs too."""
+        """Open a file of this layout, of another program too."""
         return HDF5Store(path)
 
 
 class _Disk(io.FileIO):
     """A file that keeps the first error of writing to it, and from then on only pretends to write.
 
-    HDF5 cannot close a file when writing fails; it complains until the process ends.
+    HDF5 cannot close a file when writing fails, and complains until the process ends.
+
+    Attributes:
+        error: the first error, if any; whoever closes the file raises it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,7 +106,7 @@ class _Disk(io.FileIO):
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Writes all of it."""
+        """Write all of the data."""
         left = memoryview(data).cast("B")
         size = len(left)
         try:
@@ -109,7 +117,7 @@ class _Disk(io.FileIO):
         return size
 
     def truncate(self, size: int | None = None) -> int:
-        """Sets the size."""
+        """Set the size of the file."""
         try:
             return super().truncate(size)
         except OSError as error:
@@ -118,8 +126,8 @@ class _Disk(io.FileIO):
 
 
 @contextmanager
-def _created(path: Path) -> Iterator[h5py.File]:
-    """A new HDF5 file; what the disk says is raised when the file is closed."""
+def _create(path: Path) -> Iterator[h5py.File]:
+    """Create an HDF5 file; an error of the disk is raised when the file is closed."""
     with _Disk(path) as disk:
         with h5py.File(disk, "w", **_CREATE) as file:
             cache = file.id.get_mdc_config()
@@ -131,17 +139,18 @@ def _created(path: Path) -> Iterator[h5py.File]:
             raise disk.error
 
 
-def columns(widths: Sequence[int]) -> int:
-    """Columns of a chunk: the greatest number that divides all widths, 16 at the least."""
+def chunk_columns(widths: Sequence[int]) -> int:
+    """Number of columns of a chunk: the greatest common divisor of the widths, but 16 at least."""
     return min(max(gcd(*widths), LEAST_COLUMNS), widths[-1])
 
 
 def _add(file: h5py.File, name: str, row: Tensor, chunk: int) -> h5py.Dataset:
+    """Add the embedding of a record, in chunks of so many columns, with its name."""
     array = row.numpy()
     chunks = (len(array), chunk) if array.ndim == 2 else None
     dataset = file.create_dataset(dataset_name(name), data=array, chunks=chunks)
-    said = np.array(name.replace("\x00", "%00"), dtype=object)  # HDF5 would end at a zero byte
-    _note(dataset, ORIGINAL_ID, said, _TEXT)
+    text = np.array(name.replace("\x00", "%00"), dtype=object)  # HDF5 would end the text at a zero byte
+    _write_attribute(dataset, ORIGINAL_ID, text, _TEXT)
     return dataset
 
 
@@ -149,20 +158,21 @@ _TEXT: Final = h5py.h5t.py_create(h5py.string_dtype(), logical=True)
 _ONE: Final = h5py.h5s.create(h5py.h5s.SCALAR)
 
 
-def _note(dataset: h5py.Dataset, name: str, value: Any, kind: Any) -> None:
-    """Writes an attribute by HDF5's own calls: h5py's way takes twice as long, once for every record."""
+def _write_attribute(dataset: h5py.Dataset, name: str, value: Any, kind: Any) -> None:
+    """Write an attribute by HDF5's own calls, once for each record: h5py's way takes twice as long."""
     h5py.h5a.create(dataset.id, name.encode(), kind, _ONE).write(np.asarray(value))
 
 
-def _merge(names: Iterable[tuple[str, Path]], attributes: Mapping[str, Any], part: Path) -> None:
-    with _created(part) as whole:
+def _merge(records: Iterable[tuple[str, Path]], attributes: Mapping[str, Any], part: Path) -> None:
+    """Copy records from the files of their windows into one file with attributes."""
+    with _create(part) as whole:
         whole.attrs.update(attributes)
         source: h5py.File | None = None
-        for name, place in names:
-            if source is None or source.filename != str(place):
+        for name, path in records:
+            if source is None or source.filename != str(path):
                 if source is not None:
                     source.close()
-                source = h5py.File(place)
+                source = h5py.File(path)
             source.copy(dataset_name(name), whole)
         if source is not None:
             source.close()

@@ -1,4 +1,4 @@
-"""`HDF5Store`: HDF5 files of ours and of other programs, open for reading."""
+"""`HDF5Store`: reads HDF5 files of this package and of other programs."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import numpy as np
 
 from rd_torch.store.facts import Facts
 from rd_torch.store.naming import dataset_name, identifier_of
-from rd_torch.store.store import Array, Store, missing
+from rd_torch.store.store import Array, Store, missing_message
 from rd_torch.store.windows import Length
 
 ORIGINAL_ID: Final = "original_id"
-"""The attribute of a dataset that has the protein's name, for bio_embeddings, biotrainer and the ProtTrans
-releases."""
+"""The attribute of a dataset that holds the protein's name, as bio_embeddings, biotrainer and the releases of
+ProtTrans have it."""
 
 MODEL_NAME: Final = "model_name"
-"""The attribute of a file that has the model's name, for ProtSpace."""
+"""The attribute of a file that holds the model's name, as ProtSpace has it."""
 
 LENGTH: Final = "length"
-"""The attribute of a dataset that has the protein's residues, where somebody counted them."""
+"""The attribute of a dataset that holds the number of the protein's residues, where somebody counted them."""
 
 
 class HDF5Store(Store):
-    """An HDF5 file, open for reading: ours, or another program's with one dataset a protein.
+    """An HDF5 file with one dataset for each protein, written by this package or by another program.
 
-    In files of other programs a protein's name is the attribute `original_id` of its dataset, and where there
-    is none the dataset's own name, with the groups that it lies in.
+    In files of other programs a protein is called what the attribute `original_id` of its dataset says. Where
+    there is no such attribute it is called what the dataset is called, with the groups that it lies in.
     """
 
     def _open(self) -> None:
@@ -47,10 +47,10 @@ class HDF5Store(Store):
             self.pool, self.width, self.layer = self.facts.pool, self.facts.width, self.facts.num_layers
             self.model_name = self.facts.model
         else:
-            self.pool, self.width = self._look()
+            self.pool, self.width = self._infer_layout()
 
-    def _look(self) -> tuple[str, int]:
-        """Pooling and width of a file that does not say them: those of its first dataset."""
+    def _infer_layout(self) -> tuple[str, int]:
+        """Infer pooling and width from the first dataset of a file that does not state them."""
         first: Any = self._file
         while isinstance(first, h5py.Group):
             first = next(iter(first.values()), None)
@@ -64,36 +64,37 @@ class HDF5Store(Store):
     def identifiers(self) -> list[str]:
         """Names of the records, in FASTA order."""
         if not self.facts:
-            return list(self._others)
+            return list(self._datasets)
         self._require_open()
-        names: list[bytes] = []  # which h5py itself gives by name before 3.16
+        names: list[bytes] = []  # in the order of their making; h5py before 3.16 sorts them by name
         self._file.id.links.iterate(names.append, idx_type=h5py.h5.INDEX_CRT_ORDER)
-        return [self._named(name.decode()) for name in names]
+        return [self._identifier_in(name.decode()) for name in names]
 
-    def _named(self, name: str) -> str:
-        """The identifier of one of our datasets; stores of earlier versions say it by the name alone."""
-        if "~" not in name:  # nothing was left out of it
+    def _identifier_in(self, name: str) -> str:
+        """The identifier of a dataset of ours; in stores of earlier versions only its name tells it."""
+        if "~" not in name:  # the name was not shortened
             return identifier_of(name)
         return _text(self._file[name].attrs.get(ORIGINAL_ID)) or identifier_of(name)
 
     @cached_property
-    def _others(self) -> dict[str, str]:
-        """Datasets of another program by identifier.
+    def _datasets(self) -> dict[str, str]:
+        """Names of another program's datasets, by identifier.
 
         Raises:
-            ValueError: where some datasets say their protein's name and others do not, or two say the same.
+            ValueError: where some datasets state their protein's name and others do not, or two state the
+                same.
         """
         names: list[str] = []
-        said: list[str | None] = []
+        stated: list[str | None] = []
 
         def note(name: bytes, kind: Any) -> None:
-            """Keeps the names of a dataset; by HDF5's own calls, for there may be a million."""
+            """Note the names of a dataset by HDF5's own calls, because there may be a million."""
             if kind.type == h5py.h5o.TYPE_DATASET:
                 names.append(name.decode())
-                said.append(_original_id(self._file, name) if kind.num_attrs else None)
+                stated.append(_original_id(self._file, name) if kind.num_attrs else None)
 
         h5py.h5o.visit(self._file.id, note, info=True)
-        known = [name for name in said if name is not None]
+        known = [name for name in stated if name is not None]
         if len(set(known)) < len(known):
             twice = max(known, key=known.count)
             raise ValueError(
@@ -103,7 +104,7 @@ class HDF5Store(Store):
         if known and len(known) < len(names):
             raise ValueError(
                 f"expected the attribute {ORIGINAL_ID} at every dataset of {self.path} or at none, got "
-                f"none at {names[said.index(None)]!r}"
+                f"none at {names[stated.index(None)]!r}"
             )
         found = dict(zip(known or map(identifier_of, names), names, strict=True))
         return found if len(found) == len(names) else dict(zip(names, names, strict=True))
@@ -115,21 +116,34 @@ class HDF5Store(Store):
     def __contains__(self, identifier: object) -> bool:
         self._require_open()
         return isinstance(identifier, str) and (
-            dataset_name(identifier) in self._file if self.facts else identifier in self._others
+            dataset_name(identifier) in self._file if self.facts else identifier in self._datasets
         )
 
     def _name(self, identifier: str) -> str:
-        """The dataset of an identifier, whether it is there or not."""
-        return dataset_name(identifier) if self.facts else self._others.get(identifier, ".")
+        """The name of a record's dataset, or of none where there is no such record."""
+        return dataset_name(identifier) if self.facts else self._datasets.get(identifier, ".")
 
     def _rows(self, keys: Sequence[str | int], width: int) -> list[Array]:
         names = (key if isinstance(key, str) else self.identifiers[key] for key in keys)
         return [self._row(name, width) for name in names]
 
     def _row(self, identifier: str, width: int) -> np.ndarray:
+        """Read the first features of one record.
+
+        Args:
+            identifier: its identifier.
+            width: number of features for each way to pool.
+
+        Returns:
+            Its embedding, with the first features of each way to pool one behind the other.
+
+        Raises:
+            KeyError: for a record that is not in the file.
+            ValueError: for a dataset of another shape than the first one's.
+        """
         dataset = self._file.get(self._name(identifier))
         if not isinstance(dataset, h5py.Dataset):
-            raise missing(identifier, self.path)
+            raise KeyError(missing_message(identifier, self.path))
         fits = _is_embedding(dataset) and (dataset.ndim == 2) == (self.pool == "none")
         columns = self._columns(width)
         if not fits or dataset.shape[-1] != self.width * len(columns):
@@ -152,7 +166,7 @@ _LAYOUT: Final = (
 
 
 def _original_id(file: h5py.File, name: bytes) -> str | None:
-    """The protein's name that a dataset states, if it does."""
+    """The protein's name that a dataset states, if it states one."""
     if not h5py.h5a.exists(file.id, ORIGINAL_ID.encode(), obj_name=name):
         return None
     attribute = h5py.h5a.open(file.id, ORIGINAL_ID.encode(), obj_name=name)
@@ -162,12 +176,12 @@ def _original_id(file: h5py.File, name: bytes) -> str | None:
 
 
 def _is_embedding(dataset: Any) -> bool:
-    """Whether a dataset can be a vector, or a vector a residue."""
+    """Whether a dataset can be a vector, or a vector for each residue."""
     return isinstance(dataset, h5py.Dataset) and dataset.ndim in (1, 2) and dataset.dtype.kind == "f"
 
 
 def _text(value: Any) -> str | None:
-    """An attribute as text, which some write as bytes or in an array of one; None where there is none."""
+    """An attribute as text, which some programs write as bytes or in an array of one; None for None."""
     if isinstance(value, np.ndarray):
         value = value.reshape(-1)[0] if value.size == 1 else None
     if isinstance(value, bytes):

@@ -1,4 +1,4 @@
-"""Names of records: each its own, and none that leaves its file or folder."""
+"""Names of records: each has one of its own, and none leads out of its file or folder."""
 
 from __future__ import annotations
 
@@ -9,38 +9,55 @@ from collections.abc import Callable
 from typing import Final
 
 _LONGEST_DATASET: Final = 32_000
-"""Bytes; HDF5 ends at 64 KiB."""
+"""Bytes that the name of a dataset takes at most; HDF5 has no room for more than 64 KiB."""
 
 _LONGEST_FILE: Final = 200
-"""Bytes; most file systems end at 255, and a suffix follows."""
+"""Bytes that the name of a file takes at most; most file systems end at 255, and a suffix follows."""
 
 
 def dataset_name(identifier: str) -> str:
-    """The HDF5 name of an identifier: `/`, `%` and control characters as `%2F` and so on.
+    """Name a record's dataset in HDF5.
 
-    A lone `.` is `%2E`, an empty identifier `%`.
+    `/`, `%` and control characters become `%2F` and so on, a lone `.` becomes `%2E`, and an empty identifier
+    becomes `%`.
+
+    Args:
+        identifier: the record's identifier.
+
+    Returns:
+        The name; its start and a digest where it would be longer than HDF5 allows.
     """
     name = re.sub(r"[/%\x00-\x1f\x7f]", _escaped, identifier)
     return "%2E" if name == "." else _shortened(name or "%", _LONGEST_DATASET)
 
 
 def file_name(identifier: str) -> str:
-    """The file name of an identifier, without suffix: a leading `.` and backslashes are escaped too."""
+    """Name a record's file as `dataset_name` names its dataset.
+
+    A leading `.` and backslashes are escaped too.
+
+    Args:
+        identifier: the record's identifier.
+
+    Returns:
+        The name without suffix; its start and a digest where file systems have no room for more.
+    """
     name = re.sub(r"^\.|[/\\%\x00-\x1f\x7f]", _escaped, identifier)
     return _shortened(name or "%", _LONGEST_FILE)
 
 
 def identifier_of(name: str) -> str:
-    """The identifier that was named so, unless it was shortened."""
+    """The identifier of a record that has this name, unless the name was shortened."""
     return "" if name == "%" else re.sub(r"%([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), name)
 
 
 def _escaped(match: re.Match[str]) -> str:
+    """A character as `%` and its number."""
     return f"%{ord(match[0]):02X}"
 
 
 def _shortened(name: str, longest: int) -> str:
-    """A name that is too long as its start and a digest of the whole."""
+    """The name itself, or, where it is too long, its start and a digest of the whole."""
     data = name.encode()
     if len(data) <= longest:
         return name
@@ -49,32 +66,36 @@ def _shortened(name: str, longest: int) -> str:
 
 
 class Names:
-    """Gives every record a name of its own: the second `P1` is `P1#2`, the third `P1#3`.
+    """Gives every record a name of its own: the second `P1` is called `P1#2`, the third `P1#3`.
 
-    What is taken stands in a temporary file, so memory does not grow with the number of records.
+    The names that are taken stand in a temporary database on disk, so that memory does not grow with the
+    number of records.
 
     Args:
-        key: what must differ between names.
+        key: what must differ between two names; a format's `key`.
+
+    Attributes:
+        renamed: number of records whose name is not their identifier.
     """
 
     def __init__(self, key: Callable[[str], str]) -> None:
         self._key = key
         self._taken = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._taken.execute("CREATE TABLE taken (key BLOB PRIMARY KEY, times INTEGER) WITHOUT ROWID")
-        self._taken.execute("BEGIN")  # never committed: nobody else reads it
+        self._taken.execute("BEGIN")  # and never committed, which is faster: nobody else reads it
         self.renamed = 0
 
-    def unique(self, identifier: str) -> str:
-        """The identifier itself where nobody has it, else with the first number that is free."""
-        name, times = identifier, self._take(identifier)
+    def take(self, identifier: str) -> str:
+        """Take a name for the next record: its identifier, or, where that is taken, with the next number."""
+        name, times = identifier, self._count(identifier)
         while times > 1:
             name = f"{identifier}#{times}"
-            times = times + 1 if self._take(name) > 1 else 1
+            times = times + 1 if self._count(name) > 1 else 1
         self.renamed += name != identifier
         return name
 
-    def _take(self, name: str) -> int:
-        """How often the name has been asked for, this time included."""
+    def _count(self, name: str) -> int:
+        """Take a name; returns how often it has been asked for, this time included."""
         key = hashlib.blake2b(self._key(name).encode(), digest_size=16).digest()
         query = "INSERT INTO taken VALUES (?, 1) ON CONFLICT DO UPDATE SET times = times + 1 RETURNING times"
         (times,) = self._taken.execute(query, (key,)).fetchone()

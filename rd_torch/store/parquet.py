@@ -1,4 +1,4 @@
-"""Parquet: pooled embeddings in a folder of files, a column for what each level adds."""
+"""Parquet: pooled embeddings in a folder of tables, with a column for what each level adds."""
 
 from __future__ import annotations
 
@@ -18,59 +18,63 @@ from rd_torch.disk import write_whole
 from rd_torch.pooling import POOLS, pools_of
 from rd_torch.store.facts import Facts
 from rd_torch.store.format import Format, Row
-from rd_torch.store.store import Array, Store, missing
+from rd_torch.store.store import Array, Store, missing_message
 from rd_torch.store.windows import Length, Window
 
 ROWS_PER_GROUP: Final = 512
-"""Records that are read together when one of them is asked for."""
+"""Number of records that are read together when one of them is asked for."""
 
 
 class Parquet(Format):
-    """A folder of parquet files and nothing else, one file a window, in FASTA order.
+    """A folder of parquet files and nothing else: one file for each window, in FASTA order.
 
-    Columns: `identifier`, `length` in residues (null where nobody counted them), and by the name of each
-    level the features that it adds, a list of fixed size. So the first columns are the embedding of a
-    shorter chain in any engine. Of several ways to pool there are the columns of one after those of another,
-    called `mean:28K` and so on. Each file's metadata has the facts under `rd_torch` and the checksum up to
-    its end.
+    The columns are `identifier`, `length` in residues (null where nobody counted them), and for each level a
+    column of its name with the features that it adds, as lists of fixed size. So in any engine the columns of
+    the first levels are the embedding of a shorter chain. Where there are several ways to pool, the columns
+    of one follow those of another and are called `mean:28K` and so on. The metadata of each file have the
+    facts under `rd_torch`, and under `checksum` that of all records up to the end of the file.
     """
 
     name = "parquet"
     dtypes = ("float32", "float16")
     pools = POOLS
+    in_parts = True
 
     @staticmethod
     def key(name: str) -> str:
-        """Identifiers as they are."""
+        """The name itself."""
         return name
 
     def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
-        """One file a window."""
+        """Write one file for the window."""
         path = folder / f"part-{window.number:06d}.parquet"
-        write_whole(path, partial(pq.write_table, table(window, rows, facts), **_WRITING))
+        write_whole(path, partial(pq.write_table, table_of(window, rows, facts), **_WRITING))
         return [path]
 
-    def finish(
-        self, folder: Path, names: Iterable[tuple[str, Path]], facts: Facts, checksum: str, path: Path
-    ) -> None:
-        """The folder of the windows, renamed."""
-        folder.replace(path)
+    def finish(self, folder: Path, records: Iterable[tuple[str, Path]], facts: Facts, checksum: str) -> Path:
+        """The folder of the windows, as it is."""
+        return folder
+
+    @staticmethod
+    def claims(path: Path) -> bool:
+        """Whether it is a folder with parquet files in it."""
+        return any(path.glob("*.parquet"))
 
     def open(self, path: Path) -> Store:
-        """Reads a folder that this class wrote."""
+        """Open a folder that this class wrote."""
         return ParquetStore(path)
 
 
 _WRITING: Final = {
     "row_group_size": ROWS_PER_GROUP,
-    "compression": "none",  # floats do not get smaller
+    "compression": "none",  # which makes floating-point numbers no smaller
     "use_dictionary": False,
     "write_statistics": ["identifier", "length"],
 }
 
 
-def table(window: Window[Any], rows: Iterable[Row], facts: Facts) -> pa.Table:
-    """The table of a window, in FASTA order."""
+def table_of(window: Window[Any], rows: Iterable[Row], facts: Facts) -> pa.Table:
+    """The table of a window's embeddings, in FASTA order."""
     ordered = sorted(rows, key=lambda row: row[0])
     places = [place for place, _ in ordered]
     vectors = (
@@ -91,12 +95,21 @@ def table(window: Window[Any], rows: Iterable[Row], facts: Facts) -> pa.Table:
 
 
 def column_name(level: str, pool: str, pools: Sequence[str]) -> str:
-    """What a level's column is called: of one way to pool as the level is."""
+    """The name of a column: the level's, with the way to pool before it where there are several."""
     return level if len(pools) == 1 else f"{pool}:{level}"
 
 
 def level_columns(vectors: np.ndarray, levels: Sequence[str], widths: Sequence[int]) -> dict[str, pa.Array]:
-    """What each level adds to `(rows, width)` vectors, by its name: lists of fixed size."""
+    """Cut vectors into the features that each level adds.
+
+    Args:
+        vectors: `(rows, width)` embeddings.
+        levels: names of the levels, smallest first.
+        widths: number of features up to the end of each level.
+
+    Returns:
+        A column of lists of fixed size for each level, by its name.
+    """
     blocks = zip(levels, (0, *widths), widths, strict=False)
     return {
         level: pa.FixedSizeListArray.from_arrays(pa.array(vectors[:, start:end].ravel()), end - start)
@@ -105,7 +118,7 @@ def level_columns(vectors: np.ndarray, levels: Sequence[str], widths: Sequence[i
 
 
 class ParquetStore(Store):
-    """A folder of parquet files, opened one after the other."""
+    """A folder of parquet files that this package wrote."""
 
     facts: Facts
 
@@ -121,7 +134,7 @@ class ParquetStore(Store):
         self.checksum = metadata[b"checksum"].decode()
         self.width, self.model_name, self.layer = self.facts.width, self.facts.model, self.facts.num_layers
         self.pool = self.facts.pool
-        # The first record of each row group, with its file and its number there.
+        # Each row group with its file, and the place of its first record in the store.
         self._groups = [
             (file, group) for file in self._files for group in range(file.metadata.num_row_groups)
         ]
@@ -134,12 +147,13 @@ class ParquetStore(Store):
         return [name for file in self._files for name in file.read(["identifier"])[0].to_pylist()]
 
     def lengths(self, key: slice = slice(None)) -> list[Length]:
-        """Residues of the records of a slice, as the files say them."""
+        """Read how many residues records have, from the column of lengths."""
         self._require_open()
         return [length for file in self._files for length in file.read(["length"])[0].to_pylist()][key]
 
     @cached_property
     def _places(self) -> dict[str, int]:
+        """The place of each record, by identifier."""
         return {identifier: place for place, identifier in enumerate(self.identifiers)}
 
     def __len__(self) -> int:
@@ -151,18 +165,18 @@ class ParquetStore(Store):
     def _rows(self, keys: Sequence[str | int], width: int) -> list[Array]:
         for key in keys:
             if isinstance(key, str) and key not in self._places:
-                raise missing(key, self.path)
+                raise KeyError(missing_message(key, self.path))
         places = [self._places[key] if isinstance(key, str) else key for key in keys]
         groups = [bisect.bisect_right(self._starts, place) - 1 for place in places]
         rows: dict[int, Array] = {}
-        # One group after the other, and copies of its rows: no more than a group is held beside them.
+        # Groups are read one after the other, and rows are copied out: memory holds one group beside them.
         for group, chosen in groupby(sorted(range(len(places)), key=groups.__getitem__), groups.__getitem__):
             block = self._group(group, width)
             rows |= {number: block[places[number] - self._starts[group]].copy() for number in chosen}
         return [rows[number] for number in range(len(places))]
 
     def _group(self, number: int, width: int) -> np.ndarray:
-        """The first features of a row group's records; columns beyond them are not read."""
+        """Read the first features of the records of a row group, and no column beyond them."""
         width, pools = min(width, self.width), pools_of(self.pool)
         file, group = self._groups[number]
         starts = [0, *self.facts.widths]
@@ -180,5 +194,5 @@ class ParquetStore(Store):
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    """A column of lists as `(rows, features)`."""
+    """A column of lists as an array `(rows, features)`."""
     return table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1)

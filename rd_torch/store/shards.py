@@ -1,4 +1,4 @@
-"""Shards: processes that write windows of one store beside each other, wherever its folder is seen."""
+"""`Shard`: the windows that one of several processes embeds, which write one store at the same time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _SPELLED: Final = re.compile(r"(\d+)/(\d+)")
 
 
 class Shard(NamedTuple):
-    """One of several processes that share the windows of a store: it takes every `total`-th of them.
+    """One of several processes that share the windows of a store: it embeds every `total`-th window.
 
     Attributes:
-        number: which one, from 1.
-        total: how many there are.
+        number: number of the process, from 1.
+        total: number of processes.
     """
 
     number: int
@@ -23,17 +23,23 @@ class Shard(NamedTuple):
 
     @classmethod
     def of(cls, given: str | tuple[int, int], environment: Mapping[str, str] = os.environ) -> Self:
-        """From `"3/16"`, two numbers, or `"auto"`: what the batch system or launcher says.
+        """Read which shard a process is.
 
-        That is Slurm's array (`SLURM_ARRAY_TASK_ID`, `_MIN`, `_STEP`, `_COUNT`), or `RANK` and `WORLD_SIZE`,
-        as torchrun sets them.
+        Args:
+            given: `"3/16"`, two numbers, or `"auto"` for what the environment says: of Slurm's array by
+                `SLURM_ARRAY_TASK_ID`, `_MIN`, `_STEP` and `_COUNT`, or else by `RANK` and `WORLD_SIZE`, as
+                torchrun sets them.
+            environment: the environment's variables.
+
+        Returns:
+            The shard.
 
         Raises:
-            ValueError: for other text, a number that is not from 1 to the count, or `"auto"` where nothing
-                is said.
+            ValueError: for other text, a number that is not from 1 to the count, or `"auto"` where the
+                environment says nothing.
         """
         if given == "auto":
-            found = cls(*_said(environment))
+            found = cls(*_read_environment(environment))
         elif isinstance(given, str):
             match = _SPELLED.fullmatch(given)
             if match is None:
@@ -46,12 +52,12 @@ class Shard(NamedTuple):
         return found
 
     def takes(self, window: int) -> bool:
-        """Whether a window, by its number from 0, is this shard's."""
+        """Whether this shard embeds the window of that number, from 0."""
         return window % self.total == self.number - 1
 
 
-def _said(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Number and count that the environment says."""
+def _read_environment(environment: Mapping[str, str]) -> tuple[int, int]:
+    """The number and the count that the environment says."""
     if "SLURM_ARRAY_TASK_ID" in environment:
         task, first, step = (
             int(environment.get(f"SLURM_ARRAY_TASK_{name}", otherwise))

@@ -19,25 +19,26 @@ from rd_torch.store.facts import Facts
 from rd_torch.store.windows import Length
 
 Array: TypeAlias = np.ndarray | Tensor
+"""The embedding of a record as its format reads it."""
 
 
 class Store(ABC):
-    """Embeddings on disk, read as they are asked for.
+    """Embeddings on disk, which are read when they are asked for.
 
-    `store["P1"]`, `store[3]`, `store[10:20]` and `store[["P1", "P2"]]` read at full width; `read` at any.
-    Iterating gives the identifiers in FASTA order. A store is a data set for a `DataLoader` with any number
-    of workers, an array for numpy and scikit-learn where it is pooled, and is pickled by its path: every
-    process opens it anew.
+    `store["P1"]`, `store[3]`, `store[10:20]` and `store[["P1", "P2"]]` read embeddings at full width, and
+    `read` at any width. A loop over a store gives the identifiers in FASTA order. A store serves as a data
+    set for a `DataLoader` with any number of workers, and, where it is pooled, as an array for numpy and
+    scikit-learn. It is pickled by its path: every process opens it anew.
 
     Attributes:
-        path: where it lies.
+        path: the file or folder.
         facts: what was embedded with what; None in files of other programs.
-        checksum: of the identifiers and sequences of all records, likewise.
-        width: features of an embedding, which a vector has once for every way to pool.
-        pool: how residues became a vector a protein, `"mean"` or `"mean+max"` say, or `"none"`, a vector a
-            residue.
-        model_name: what the file calls the model that made it; None where it does not say.
-        layer: the layer of the model that the vectors are of, likewise.
+        checksum: checksum of the identifiers and sequences of all records; None in files of other programs.
+        width: number of features of an embedding; a vector has them once for each way to pool.
+        pool: how the residues of a protein became one vector, as `"mean"` or `"mean+max"`; or `"none"` for a
+            vector for each residue.
+        model_name: the name that the file gives the model which made it; None where it gives none.
+        layer: the layer of the model whose output the vectors are; None where the file does not say.
     """
 
     facts: Facts | None
@@ -56,14 +57,14 @@ class Store(ABC):
 
     @abstractmethod
     def _open(self) -> None:
-        """Opens the files at `_home`."""
+        """Open the files at `_home`."""
 
     @abstractmethod
     def _shut(self) -> None:
-        """Closes them."""
+        """Close them."""
 
     def _require_open(self) -> None:
-        """Opens the files anew in a process that was forked: two would move each other's places in them.
+        """Open the files anew in a process that was forked: two would move each other's position in them.
 
         Raises:
             ValueError: for a store that was closed.
@@ -75,7 +76,7 @@ class Store(ABC):
             self._open()
 
     def close(self) -> None:
-        """Closes what is open; the store cannot be read any more."""
+        """Close what is open; the store cannot be read any more."""
         self._is_closed = True
         self._shut()
 
@@ -89,33 +90,39 @@ class Store(ABC):
 
     @abstractmethod
     def _rows(self, keys: Sequence[str | int], width: int) -> list[Array]:
-        """The first `width` features of records by identifier, or by place in FASTA order, from 0.
+        """Read the first `width` features of records, by identifier or by place in FASTA order, from 0.
 
-        Of several ways to pool the first features of each, one behind the other.
+        Where there are several ways to pool, the first features of each stand one behind the other.
         """
 
     def _columns(self, width: int) -> list[slice]:
-        """Where the first features of each way to pool stand in a vector."""
+        """The columns of a vector that hold the first features of each way to pool."""
         width = min(width, self.width)
         starts = range(0, self.width * max(1, len(pools_of(self.pool))), self.width)
         return [slice(start, start + width) for start in starts]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Records and features, as of an array.
+        """Number of records and of features, as an array has them.
+
+        Returns:
+            Both numbers.
 
         Raises:
-            AttributeError: without pooling, where lengths differ.
+            AttributeError: for a store of a vector for each residue, where lengths differ.
         """
         if self.pool == "none":
             raise AttributeError("expected a pooled store, got one of a vector a residue, which has no shape")
         return len(self), self.width * len(pools_of(self.pool))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """All vectors of a pooled store, as `np.asarray` wants them.
+        """All vectors of a pooled store, as `np.asarray` asks for them.
+
+        Returns:
+            An array `(records, features)`.
 
         Raises:
-            TypeError: without pooling, where lengths differ.
+            TypeError: for a store of a vector for each residue, where lengths differ.
             ValueError: for a copy that must not be made.
         """
         if self.pool == "none":
@@ -127,12 +134,12 @@ class Store(ABC):
         return np.asarray(self.read(slice(None)), dtype)
 
     def __getitems__(self, places: Sequence[int]) -> list[Any]:
-        """Several records at once, which a `DataLoader` asks for."""
+        """The embeddings of several records at once, as a `DataLoader` asks for them."""
         return list(self.read(places))
 
     @property
     def windowed(self) -> list[str]:
-        """Identifiers of the records that were embedded in windows, in FASTA order."""
+        """Identifiers of the records that were embedded in overlapping pieces, in FASTA order."""
         facts = self.facts
         if facts is None or facts.windows is None:
             return []
@@ -158,27 +165,27 @@ class Store(ABC):
         width: int | None = None,
         as_torch: bool = False,
     ) -> Array | list[Array]:
-        """The embeddings of one record, or of several.
+        """Read the embedding of one record, or those of several.
 
         Args:
-            key: an identifier or a place in FASTA order for one; several of them, a slice, or a mask of as
-                many truth values as there are records for more.
-            width: features from the first on, of each way to pool; by default all.
-            as_torch: give tensors, on the CPU, in place of arrays; bfloat16 comes as float32 in arrays.
+            key: for one record its identifier or its place in FASTA order, from 0; for several a list of
+                identifiers or places, a slice, or a mask of as many truth values as there are records.
+            width: number of features to read, from the first on, for each way to pool; by default all.
+            as_torch: give tensors, on the CPU, instead of arrays; an array holds bfloat16 as float32.
 
         Returns:
-            Of one record `(ways * width,)`, or `(residues, width)` without pooling; of more
+            For one record `(ways * width,)`, or `(residues, width)` without pooling; for several
             `(records, ways * width)`, or a list without pooling.
 
         Raises:
-            KeyError: for an identifier that is not there.
-            IndexError: for a place that is not there, or a mask of another length.
-            TypeError: for what is neither an identifier nor a place.
+            KeyError: for an identifier that is not in the store.
+            IndexError: for a place that is not in the store, or a mask of another length.
+            TypeError: for a key that is neither an identifier nor a place.
             ValueError: for a width below 1 or above the store's, and for a store that was closed.
         """
         self._require_open()
         if isinstance(key, tuple) and len(key) == 2 and key[1] is Ellipsis:
-            key = key[0]  # which is how scikit-learn takes rows of an array
+            key = key[0]  # scikit-learn asks for rows as `array[rows, ...]`
         width = self.width if width is None else width
         if not 1 <= width <= self.width:
             raise ValueError(f"expected a width from 1 to {self.width}, got {width}")
@@ -186,9 +193,9 @@ class Store(ABC):
         if isinstance(key, slice):
             chosen: Sequence[str | int] = range(len(self))[key]
         elif isinstance(key, str) or not isinstance(key, Iterable) or getattr(key, "ndim", 1) == 0:
-            return convert(self._rows([self._found(key)], width)[0])
+            return convert(self._rows([self._one_key(key)], width)[0])
         else:
-            chosen = self._several(key)
+            chosen = self._several_keys(key)
         rows = [convert(row) for row in self._rows(chosen, width)]
         if self.pool == "none":
             return rows
@@ -197,8 +204,8 @@ class Store(ABC):
             return torch.stack(rows) if rows else torch.zeros(0, features)  # type: ignore[arg-type]  # tensors
         return np.stack(rows) if rows else np.zeros((0, features), np.float32)
 
-    def _found(self, key: Any) -> str | int:
-        """The identifier of one record, or its place counted from 0."""
+    def _one_key(self, key: Any) -> str | int:
+        """The identifier of a record, or its place counted from 0."""
         if isinstance(key, str):
             return key
         if isinstance(key, bool | np.bool_):
@@ -212,34 +219,47 @@ class Store(ABC):
         except IndexError as error:
             raise IndexError(f"expected a place below {len(self):,}, got {place}") from error
 
-    def _several(self, keys: Iterable[Any]) -> list[str | int]:
-        """The same of several records, by identifiers, places or a mask."""
+    def _several_keys(self, keys: Iterable[Any]) -> list[str | int]:
+        """The identifiers or places of several records, which may be given by a mask."""
         each = list(keys)
         if each and all(isinstance(key, bool | np.bool_) or _is_truth(key) for key in each):
             if len(each) != len(self):
                 raise IndexError(f"expected a mask of {len(self):,} truth values, got {len(each):,}")
             return [place for place, chosen in enumerate(each) if chosen]
-        return [self._found(key) for key in each]
+        return [self._one_key(key) for key in each]
 
     def tensors(self, identifiers: Sequence[str]) -> list[Tensor]:
-        """The embeddings of several records, whole and as they are stored, each a tensor of its own.
+        """Read whole embeddings, in the type of number in which they are stored.
+
+        Args:
+            identifiers: identifiers of the records.
+
+        Returns:
+            A tensor for each of them.
 
         Raises:
-            KeyError: for an identifier that is not there.
+            KeyError: for an identifier that is not in the store.
         """
         self._require_open()
         return [_tensor(row) for row in self._rows(identifiers, sys.maxsize)]
 
     def lengths(self, key: slice = slice(None)) -> list[Length]:
-        """Residues of the records of a slice; None of pooled ones, where the store does not say them."""
+        """Read how many residues records have.
+
+        Args:
+            key: which records, in FASTA order; by default all.
+
+        Returns:
+            The number for each of them; None for a pooled record whose number the store does not say.
+        """
         self._require_open()
         if self.pool != "none":
-            known = self.facts is not None  # files of other programs do not say them
+            known = self.facts is not None  # files of other programs do not say how many
             return [self._length_of(each) if known else None for each in self.identifiers[key]]
         return [len(row) for row in self._rows(range(len(self))[key], 1)]
 
     def _length_of(self, identifier: str) -> Length:
-        """Residues of a pooled record, where the store says them."""
+        """Number of residues of a pooled record, where the store says it."""
         return None
 
     def __enter__(self) -> Self:
@@ -250,20 +270,22 @@ class Store(ABC):
 
 
 def _is_truth(key: Any) -> bool:
-    """Whether something is a truth value of torch's."""
+    """Whether a key is a truth value of torch's."""
     return isinstance(key, Tensor) and key.dtype == torch.bool
 
 
-def missing(identifier: str, path: Path) -> KeyError:
-    """What is raised for an identifier that is not there."""
-    return KeyError(f"expected an identifier that is in {path}, got {identifier!r}")
+def missing_message(identifier: str, path: Path) -> str:
+    """What a KeyError says of an identifier that is not in a store."""
+    return f"expected an identifier that is in {path}, got {identifier!r}"
 
 
 def _tensor(row: Array) -> Tensor:
+    """The embedding of a record as a tensor."""
     return row if isinstance(row, Tensor) else torch.from_numpy(np.ascontiguousarray(row))
 
 
 def _array(row: Array) -> np.ndarray:
+    """The embedding of a record as an array, which has no bfloat16."""
     if isinstance(row, np.ndarray):
         return row
     return (row.float() if row.dtype == torch.bfloat16 else row).numpy()

@@ -1,4 +1,4 @@
-"""Windows: a stretch of records in order that is computed, written and found again as one."""
+"""Windows: records that stand one after the other, and are computed, written and found again together."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from rd_torch.store.naming import Names
 Content = TypeVar("Content")
 
 Length: TypeAlias = int | None
-"""Residues of a record; None where nobody counted them."""
+"""Number of residues of a record; None where nobody counted them."""
 
-Place: TypeAlias = tuple[str, int]
-"""The file and the line where a record stands; no file and its number where it came from elsewhere."""
+Origin: TypeAlias = tuple[str, int]
+"""The file and the line that a record comes from; no file and its number where it was given in Python."""
+
+
+def count_residues(lengths: Iterable[Length]) -> int:
+    """Number of residues of records that have these lengths, as far as they are counted."""
+    return sum(filter(None, lengths))
 
 
 class Record(NamedTuple, Generic[Content]):
     """A record on its way into a store.
 
     Attributes:
-        identifier: its name, which another may have too.
+        identifier: its identifier, which another record may have too.
         content: what its embedding is computed from.
-        length: its residues.
-        size: what it counts when windows are cut.
-        digested: what the checksum is taken of.
-        place: where it stands.
+        length: number of its residues.
+        size: how much it adds to its window, in the unit by which windows are cut.
+        digested: the parts of it that the checksum is computed from.
+        origin: the file and line that it comes from.
         fault: why it cannot be embedded; empty where it can.
     """
 
@@ -38,23 +43,23 @@ class Record(NamedTuple, Generic[Content]):
     length: Length
     size: int
     digested: Iterable[bytes | memoryview]
-    place: Place = ("", 0)
+    origin: Origin = ("", 0)
     fault: str = ""
 
 
 @dataclass(frozen=True)
 class Window(Generic[Content]):
-    """A stretch of records.
+    """Records that stand one after the other.
 
     Attributes:
-        number: from 0.
-        names: their names in the store, in order.
-        contents: what their embeddings are computed from: letters, residues only, or raw embeddings.
-        lengths: their residues.
-        checksum: of the identifiers and contents of all records up to the end of this window.
-        kind: what the contents are called.
-        places: where the records stand, as far as that is known.
-        faults: why records cannot be embedded that came in so, by their number in the window.
+        number: number of the window, from 0.
+        names: names of the records in the store, in order.
+        contents: what the embeddings are computed from: letters of residues, or raw embeddings.
+        lengths: number of residues of each record.
+        checksum: checksum of the identifiers and contents of all records up to the end of this window.
+        kind: what the contents are called in errors.
+        origins: the file and line that each record comes from; empty where nobody knows.
+        faults: why a record cannot be embedded, by its place in the window, of those that came with a fault.
     """
 
     number: int
@@ -63,28 +68,32 @@ class Window(Generic[Content]):
     lengths: list[Length]
     checksum: str
     kind: str = "sequences"
-    places: list[Place] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
     faults: dict[int, str] = field(default_factory=dict)
 
     @property
     def residues(self) -> int:
-        """Residues of all its records, as far as they are counted."""
-        return sum(length or 0 for length in self.lengths)
+        """Number of residues of all its records, as far as they are counted."""
+        return count_residues(self.lengths)
 
 
 def cut_windows(
     entries: Iterable[Entry], tokens_per_batch: int, names: Names | None = None
 ) -> Iterator[Window[str]]:
-    """The records in windows of about 16 batches, as they come; the same records give the same windows.
+    """Cut records of proteins into windows of about 16 batches; the same records give the same windows.
 
     Args:
-        entries: normalised records; those with a fault take a name and stay without an embedding.
-        tokens_per_batch: tokens a batch holds at most.
-        names: gives records that share an identifier names of their own; without, they have none, and the
-            checksums are of the sequences alone.
+        entries: normalised records, which are read as they are needed. One with a fault takes a name, and has
+            no embedding.
+        tokens_per_batch: number of tokens that a batch holds at most.
+        names: gives records that share an identifier names of their own. Without it records have no names,
+            and checksums are of the sequences alone.
+
+    Returns:
+        The windows, each of which is made when it is asked for.
 
     Raises:
-        ValueError: for a budget below 1.
+        ValueError: for fewer than one token in a batch.
     """
     if tokens_per_batch < 1:
         raise ValueError(f"expected tokens_per_batch of at least 1, got {tokens_per_batch}")
@@ -94,9 +103,10 @@ def cut_windows(
 
 
 def _record_of(entry: Entry) -> Record[str]:
-    """A record on its way; as many tokens as it has count."""
+    """A record whose size is the number of its tokens."""
     name, letters, fault = entry.identifier, entry.sequence, entry.fault
-    # Not the fault's words, which another version, or a line that was added above, may change.
+    # The words of a fault are left out: another version may say it otherwise, and a line that somebody adds
+    # at the top of the file changes the number in it.
     digested = f"{name}\n{letters}\n{'left out' if fault else ''}".encode(errors="surrogatepass")
     size = len(letters) + SPECIAL_TOKENS
     return Record(name, letters, len(letters), size, [digested], (entry.source, entry.line), fault)
@@ -105,49 +115,52 @@ def _record_of(entry: Entry) -> Record[str]:
 def gather(
     records: Iterable[Record[Content]], size: int, names: Names | None, kind: str = "sequences"
 ) -> Iterator[Window[Content]]:
-    """Records in windows that end with the first record that makes them `size` large or larger.
+    """Gather records in windows, each of which ends with the record that makes it `size` large or larger.
 
     Args:
-        records: as they come.
-        size: in the unit of the records' own.
-        names: gives records that share an identifier names of their own; without, they keep it.
-        kind: what the contents are called.
+        records: the records, which are read as they are needed.
+        size: how large a window is, in the unit of the records' own sizes.
+        names: gives records that share an identifier names of their own; without it they keep the identifier.
+        kind: what the contents are called in errors.
+
+    Yields:
+        The windows, one at a time.
     """
     checksum = hashlib.blake2b(digest_size=16)
-    number, full, taken = 0, 0, _Taken[Content].empty()
+    number, full, waiting = 0, 0, _Waiting[Content].empty()
     for record in records:
         for part in record.digested:
             checksum.update(part)
-        taken.names.append(names.unique(record.identifier) if names else record.identifier)
-        taken.contents.append(record.content)
-        taken.lengths.append(record.length)
-        taken.places.append(record.place)
+        waiting.names.append(names.take(record.identifier) if names else record.identifier)
+        waiting.contents.append(record.content)
+        waiting.lengths.append(record.length)
+        waiting.origins.append(record.origin)
         if record.fault:
-            taken.faults[len(taken.names) - 1] = record.fault
+            waiting.faults[len(waiting.names) - 1] = record.fault
         full += record.size
         if full >= size:
-            yield taken.window(number, checksum.hexdigest(), kind)
-            number, full, taken = number + 1, 0, _Taken.empty()
-    if taken.names:
-        yield taken.window(number, checksum.hexdigest(), kind)
+            yield waiting.window(number, checksum.hexdigest(), kind)
+            number, full, waiting = number + 1, 0, _Waiting.empty()
+    if waiting.names:
+        yield waiting.window(number, checksum.hexdigest(), kind)
 
 
-class _Taken(NamedTuple, Generic[Content]):
+class _Waiting(NamedTuple, Generic[Content]):
     """Records that wait for their window to be full."""
 
     names: list[str]
     contents: list[Content]
     lengths: list[Length]
-    places: list[Place]
+    origins: list[Origin]
     faults: dict[int, str]
 
     @classmethod
     def empty(cls) -> Self:
-        """None yet."""
+        """No records yet."""
         return cls([], [], [], [], {})
 
     def window(self, number: int, checksum: str, kind: str) -> Window[Content]:
-        """The window of them."""
+        """The window that they are."""
         return Window(
-            number, self.names, self.contents, self.lengths, checksum, kind, self.places, self.faults
+            number, self.names, self.contents, self.lengths, checksum, kind, self.origins, self.faults
         )

@@ -1,4 +1,4 @@
-"""A store that is being written: which windows are done, and the folder where they lie until all are."""
+"""`Work`: a store that is being written, from the first window until the store is whole."""
 
 from __future__ import annotations
 
@@ -8,49 +8,54 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-from rd_torch.disk import Lock, busy_error, is_held, require_folder, sync, take_lock, write_whole
+from rd_torch.disk import Lock, busy_message, is_held, move, require_folder, take_lock, write_whole
 from rd_torch.store.facts import Facts
-from rd_torch.store.failures import read_failures, write_failures
-from rd_torch.store.folder import Done, Failure, Folder
+from rd_torch.store.failures import Failure, failure_list, read_failures, write_failures
+from rd_torch.store.folder import FACTS_FILE, Folder
 from rd_torch.store.format import Format, Row, require_fitting
 from rd_torch.store.shards import Shard
 from rd_torch.store.store import Store
-from rd_torch.store.windows import Content, Length, Window
+from rd_torch.store.windows import Content, Length, Window, count_residues
 from rd_torch.threads import run_ahead
 
 Compute: TypeAlias = Callable[[Window[Content], dict[int, str]], Iterable[list[Row]]]
+"""Embeds a window batch by batch.
 
-Report: TypeAlias = Callable[[list[Length], bool], object]
-"""Called with the lengths of records that are done, and whether they were so before."""
+It enters the records that it cannot embed into the dictionary: the reason by the place in the window.
+"""
 
-Progress: TypeAlias = Callable[[int, bool], object]
-"""Called with how much is done, and whether it was so before."""
+ProgressCallback: TypeAlias = Callable[[int, bool], object]
+"""Is called with how much more is done, and whether it was done before this run."""
 
 PATIENCE: Final = 600.0
-"""Seconds that a shard waits for another one that begins a store or puts it together."""
+"""Seconds that a shard waits while another one begins the store or puts it together."""
 
 BATCHES_AHEAD: Final = 2
-"""Batches that are computed while one is written."""
+"""Number of batches that are computed while one is written."""
 
 
 class Work(Folder):
-    """The folder `<output>.part` under a lock, which becomes the store when its last window is done.
+    """The folder `<output>.part` under a lock; it becomes the store when the last window is done.
 
-    Shards each hold a lock of their own, and the folder's only while one begins or puts the store together,
-    which the last one that ends does.
+    A process that works alone holds the lock of the folder. Each shard holds a lock of its own, and that of
+    the folder only while it begins the store or puts it together. The last shard to end puts it together.
 
     Args:
         path: the store.
         form: its format.
-        facts: what it is of.
-        fixed_budget: whether `tokens_per_batch` must be the recorded one; else the recorded one counts.
-        shard: which windows are written here; None for all.
+        facts: what is embedded with what.
+        fixed_budget: if true, refuse a store that was begun with another `tokens_per_batch`; if false, use
+            the one it was begun with.
+        shard: the share of the windows that is written here; None for all of them.
+
+    Attributes:
+        facts: what is embedded with what; of a store that was begun before, the facts that stand in it.
 
     Raises:
-        FileNotFoundError: when the store's folder is not there.
-        BlockingIOError: when another process writes the store, or the same shard of it.
-        ValueError: for a dtype or pooling that the format does not take, when something else is there, or a
-            store of other facts.
+        FileNotFoundError: where the folder that the store will lie in does not exist.
+        BlockingIOError: where another process writes the store, or the same shard of it.
+        ValueError: for a type of number or a way to pool that the format does not hold, where a store of
+            other facts is there, or anything else.
     """
 
     def __init__(
@@ -67,52 +72,59 @@ class Work(Folder):
         super().__init__(path, form, facts)
         self._checksum: str | None = None
         self._shard, self._fixed_budget = shard, fixed_budget
-        self._go_on()
-        self._lock: Lock | None = None if self.is_finished else self._taken()
+        self._adopt_facts()
+        self._lock: Lock | None = None if self.is_finished else self._begin()
 
     @property
     def is_finished(self) -> bool:
-        """Whether the store is there already; nothing is written then."""
+        """Whether the store was there before; nothing is written then."""
         return self._checksum is not None
 
-    def _go_on(self) -> None:
-        """Takes the facts of what was begun, if they fit."""
-        begun = self._begun()
+    def _adopt_facts(self) -> None:
+        """Take over the facts of a store that was begun, if there is one and they fit."""
+        begun = self._read_facts()
         if begun is None:
             return
-        self.facts.require_same(begun, str(self.path))
+        self.facts.require_same(begun, self.path)
         if self._fixed_budget and self.facts.tokens_per_batch != begun.tokens_per_batch:
             raise ValueError(
                 f"expected tokens_per_batch {begun.tokens_per_batch}, with which {self.path} was begun, got "
-                f"{self.facts.tokens_per_batch}: leave it out, or take another output"
+                f"{self.facts.tokens_per_batch}: leave it out, or choose another output"
             )
         self.facts = begun
 
-    def _begun(self) -> Facts | None:
-        """The facts of the finished or unfinished store, if there is one."""
+    def _read_facts(self) -> Facts | None:
+        """Read the facts of the finished or unfinished store, if there is one."""
         if self.path.exists():
-            with _opened(self.format, self.path) as store:
+            with _open_finished(self.format, self.path) as store:
                 self._checksum = store.checksum
                 return store.facts
-        said = self.folder / "facts.json"
-        return Facts.from_json(said.read_text()) if said.is_file() else None
+        file = self.folder / FACTS_FILE
+        return Facts.from_json(file.read_text()) if file.is_file() else None
 
-    def _taken(self) -> Lock | None:
-        """Makes the folder and takes its lock, or the shard's; none where the store is there by then."""
+    def _begin(self) -> Lock | None:
+        """Make the folder and take its lock or the shard's.
+
+        Returns:
+            The lock; None where another shard has finished the store meanwhile.
+
+        Raises:
+            BlockingIOError: where another process writes the store, or the same shard of it.
+        """
         for name in ("data", "windows"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         if self._shard is None:
             lock = take_lock(self.folder, self.path)
-            if self._others():
+            if self._busy_shards():
                 lock.release()
-                raise busy_error(self.path)
+                raise BlockingIOError(busy_message(self.path))
         else:
             lock = take_lock(self.folder, self.path, wait=PATIENCE)
-            self._go_on()  # another one may have begun it, or finished it, meanwhile
+            self._adopt_facts()  # another shard may have begun or finished the store while this one waited
             if self.is_finished:
-                self._sweep(lock)
+                self._remove_leftovers(lock)
                 return None
-        write_whole(self.folder / "facts.json", lambda part: part.write_text(self.facts.to_json()))
+        write_whole(self.folder / FACTS_FILE, lambda part: part.write_text(self.facts.to_json()))
         if self._shard is None:
             return lock
         try:
@@ -120,42 +132,48 @@ class Work(Folder):
         finally:
             lock.release()
 
-    def _others(self) -> list[Path]:
-        """The locks of shards that are at work."""
+    def _busy_shards(self) -> list[Path]:
+        """The locks of shards that are at work now."""
         return [path for path in self.folder.glob("*.shard") if is_held(path)]
 
-    def _sweep(self, lock: Lock) -> None:
-        """Removes what waiting for the lock has left of the folder of a store that is finished."""
+    def _remove_leftovers(self, lock: Lock) -> None:
+        """Remove the folder that waiting for its lock has made again beside a finished store."""
         lock.release()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def fill(
-        self, windows: Iterable[Window[Content]], compute: Compute[Content] | None, report: Report
+        self,
+        windows: Iterable[Window[Content]],
+        compute: Compute[Content] | None,
+        progress: ProgressCallback,
+        count: Callable[[list[Length]], int] = count_residues,
     ) -> dict[str, Failure]:
-        """Computes and writes what is not done and, unless other shards have still to, finishes the store.
+        """Embed and write the windows that are not done, then finish the store unless other shards have to.
 
-        Batches are computed in a thread of its own while those before them are written, and a window only
-        when the one before it is done: so no more than one window is ever lost.
+        A thread computes batches while those before them are written. It begins a window only when the one
+        before it is done, so that a kill never loses more than one window.
 
         Args:
-            windows: all of them, in order.
-            compute: embeds a window, batch by batch; takes what cannot be embedded, by place with the
-                reason, into the dictionary. None where all windows are done and only to be put together.
-            report: called with the lengths of records that are done, and whether they were so before.
+            windows: all windows of the store, in order.
+            compute: embeds a window; None where all windows are done and have only to be put together.
+            progress: is called with how much more is done, and whether it was done before this run.
+            count: how much is done when records of these lengths are; by default the number of their
+                residues.
 
         Returns:
-            The records that could not be embedded, by name; where the store is not finished, this shard's.
+            The records that could not be embedded, by name; where other shards have still to finish the
+            store, those of this shard.
 
         Raises:
-            ValueError: for no windows, others than the store was begun with, or some that are not done where
-                they are only to be put together.
+            ValueError: for no windows, for other windows than the store was begun with, or, without
+                `compute`, where one is not done.
         """
         last: Window[Any] | None = None
         for window in windows:
             last = window
-            is_others = self._shard is not None and not self._shard.takes(window.number)
-            if self.is_finished or self.done(window) or is_others:
-                report(window.lengths, True)
+            of_another = self._shard is not None and not self._shard.takes(window.number)
+            if self.is_finished or self.find_done(window) or of_another:
+                progress(count(window.lengths), True)
                 continue
             if compute is None:
                 raise ValueError(
@@ -164,80 +182,83 @@ class Work(Folder):
                 )
             failures = dict(window.faults)
             with closing(run_ahead(compute(window, failures), BATCHES_AHEAD)) as batches:
-                rows = _reported(window, batches, report)
+                rows = _report_rows(window, batches, lambda lengths: progress(count(lengths), False))
                 self.write(window, rows, failures, apart=self._shard is not None)
         if last is None:
             raise ValueError("expected at least one protein to embed, got none")
         if self._shard is None or self.is_finished:
             return self.finish(last.number + 1, last.checksum, last.kind)
-        mine = self._failures(filter(self._shard.takes, range(last.number + 1)))
-        if self._is_last(last.number + 1):
+        mine = self._read_failures(filter(self._shard.takes, range(last.number + 1)))
+        if self._take_over(last.number + 1):
             return self.finish(last.number + 1, last.checksum, last.kind)
         return mine
 
-    def _is_last(self, windows: int) -> bool:
-        """Whether nobody else is at work and nothing is left to do; the folder's lock is then held.
+    def _take_over(self, windows: int) -> bool:
+        """Take the folder's lock to put the store together, if all windows are done and nobody is at work.
 
-        The shard's own lock is given back first: of two that end together, the second one to come finds
-        neither.
+        The shard's own lock is released first. Of two shards that end together, the second one to come then
+        finds no other at work, and one of them puts the store together.
+
+        Args:
+            windows: number of windows of the store.
+
+        Returns:
+            Whether the folder's lock is held now.
         """
         self.close()
         self._lock = lock = take_lock(self.folder, self.path, wait=PATIENCE)
         if self.path.exists():
-            self._sweep(lock)
+            self._remove_leftovers(lock)
             return False
-        if self._others() or not all(self.said(number).is_file() for number in range(windows)):
+        if self._busy_shards() or not all(self.done_file(number).is_file() for number in range(windows)):
             lock.release()
             return False
         return True
 
-    def _failures(self, numbers: Iterable[int]) -> dict[str, Failure]:
-        """What could not be embedded of windows that are done."""
-        said = (Done.from_json(self.said(number).read_text()) for number in numbers)
-        return {name: why for done in said for name, why in done.failures.items()}
+    def _read_failures(self, numbers: Iterable[int]) -> dict[str, Failure]:
+        """Read which records of windows that are done could not be embedded."""
+        return {name: why for done in self.read_done(numbers) for name, why in done.failures.items()}
 
     def finish(self, windows: int, checksum: str, kind: str = "sequences") -> dict[str, Failure]:
-        """Makes the store of its windows; lists and returns what could not be embedded.
+        """Make the store of its windows, and list the records that could not be embedded beside it.
 
         Args:
-            windows: how many there are, all of them done.
-            checksum: of the last one.
-            kind: what their contents are called.
+            windows: number of windows, all of which are done.
+            checksum: checksum of the last window.
+            kind: what the contents of windows are called in errors.
+
+        Returns:
+            The records that could not be embedded, by name.
 
         Raises:
-            ValueError: for another number of windows, or another checksum, than the store was begun with.
+            ValueError: for fewer windows than the store was begun with, or another checksum.
         """
         if self.is_finished:
             if checksum != self._checksum:
                 raise ValueError(
-                    f"expected the {kind} of which {self.path} is, got others: take another output"
+                    f"expected the {kind} with which {self.path} was made, got others: choose another output"
                 )
-            self._leave()
-            return read_failures(self.failed)
-        if self.said(windows).is_file():
+            self._remove_folder()
+            return read_failures(failure_list(self.path))
+        if self.done_file(windows).is_file():
             raise ValueError(
-                f"expected the {kind} with which {self.path} was begun, got fewer: take those, or "
-                "another output"
+                f"expected the {kind} with which {self.path} was begun, got fewer: use those, or "
+                "choose another output"
             )
-        failures = self._failures(range(windows))
-        write_failures(self.failed, failures.items())
-        self.format.finish(self.folder / "data", self.names(windows), self.facts, checksum, self.path)
-        sync(self.path.parent)
-        self._leave()
+        failures = self._read_failures(range(windows))
+        write_failures(failure_list(self.path), failures.items())
+        whole = self.format.finish(self.folder / "data", self.locate_records(windows), self.facts, checksum)
+        move(whole, self.path)
+        self._remove_folder()
         return failures
 
-    @property
-    def failed(self) -> Path:
-        """Where records that could not be embedded are listed."""
-        return self.path.with_name(f"{self.path.name}.failed.tsv")
-
-    def _leave(self) -> None:
-        """Removes the folder of the work."""
+    def _remove_folder(self) -> None:
+        """Release the lock and remove the folder in which the store was written."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Gives the lock back; what is done stays for the next time."""
+        """Release the lock; the windows that are done stay for the next run."""
         if self._lock:
             self._lock.release()
 
@@ -248,26 +269,30 @@ class Work(Folder):
         self.close()
 
 
-def in_residues(progress: Progress) -> Report:
-    """What counts the residues of records that are done."""
-    return lambda lengths, before: progress(sum(filter(None, lengths)), before)
-
-
-def _reported(window: Window[Any], batches: Iterable[list[Row]], report: Report) -> Iterator[Row]:
-    """The rows of a window; says which have come."""
+def _report_rows(
+    window: Window[Any], batches: Iterable[list[Row]], report: Callable[[list[Length]], object]
+) -> Iterator[Row]:
+    """Yield the rows of a window; report the lengths of their records after each batch."""
     for rows in batches:
         yield from rows
-        report([window.lengths[place] for place, _ in rows], False)
+        report([window.lengths[place] for place, _ in rows])
 
 
-def _opened(form: Format, path: Path) -> Store:
-    """The finished store at a path; raises a ValueError for anything else."""
+def _open_finished(form: Format, path: Path) -> Store:
+    """Open the finished store at a path.
+
+    Returns:
+        The store, which has facts.
+
+    Raises:
+        ValueError: where something else is there.
+    """
     wanted = f"expected nothing or an embedding of rd_torch's at {path}"
     try:
         store = form.open(path)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{wanted}, got something else: take another output ({error})") from error
+        raise ValueError(f"{wanted}, got something else: choose another output ({error})") from error
     if store.facts is None:
         store.close()
-        raise ValueError(f"{wanted}, got another program's: take another output")
+        raise ValueError(f"{wanted}, got another program's: choose another output")
     return store

@@ -15,19 +15,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rd_torch.config import (
-    ESM2_LEVELS,
+from rd_torch.choices import (
     PCA,
-    Explained,
     Method,
     PredictFrom,
     PublishedRegressor,
-    RDConfig,
-    Reference,
     SequenceCount,
     SpecialRows,
     check_choice,
 )
+from rd_torch.config import ESM2_LEVELS, Explained, RDConfig, Reference
 from rd_torch.stage import STAGES
 from rd_torch.weights.hub import Hub
 from rd_torch.weights.known import ESM2_ON_HUB, PUBLISHED_MAPS
@@ -118,7 +115,7 @@ def read_published(
         FileNotFoundError: for a file that is not there.
         ValueError: for an unknown level, or a file that cannot be read or does not fit.
     """
-    check_choice("level", level, tuple(ESM2_LEVELS))
+    check_choice("the level of the authors' maps", level, tuple(ESM2_LEVELS))
     levels = list(ESM2_LEVELS.values())[: list(ESM2_LEVELS).index(str(level)) + 1]
     widths, steps, reference = [levels[0].width], [], Reference(PUBLISHED_MAPS, revision)
     for smaller, larger in pairwise(levels):

@@ -1,0 +1,30 @@
+"""Choices that users have by name, each listed once for whoever offers, checks or documents them."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+Regressor: TypeAlias = Literal["pcr", "ols", "ridge"]
+PredictFrom: TypeAlias = Literal["nested", "previous"]
+SpecialRows: TypeAlias = Literal["maps", "larger"]
+Method: TypeAlias = Literal["rd", "naive"]
+Storage: TypeAlias = Literal["included", "referenced"]
+
+FloatType: TypeAlias = Literal["float32", "float16", "bfloat16"]
+"""The types of number that backbones compute in and stores hold, as PyTorch names them."""
+
+# The choices among the maps that the authors published.
+PublishedRegressor: TypeAlias = Literal["pcr", "linear", "ridge"]
+PCA: TypeAlias = Literal["incremental", "fbpca"]
+SequenceCount: TypeAlias = Literal["0.5k", "1k", "5k", "10k"]
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Require that an option called `name` has one of the values in `choices`.
+
+    Raises:
+        ValueError: for any other value, with the choices.
+    """
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"expected {name} to be one of {listed}, got {value!r}")
