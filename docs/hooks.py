@@ -92,4 +92,4 @@ def helps() -> Iterator[str]:
 
 def options_of(command: click.Command) -> dict[str, Any]:
     """A context's options: those of the command, in one width wherever the site is built."""
-    return command.context_settings | {"max_content_width": HELP_WIDTH, "terminal_width": HELP_WIDTH}
+    return {**command.context_settings, "max_content_width": HELP_WIDTH, "terminal_width": HELP_WIDTH}

@@ -241,8 +241,7 @@ class MatryoshkaHead(nn.Module):
         ValueError: for no heads, or two heads of the same width.
 
     Examples:
-        >>> heads = [rd_torch.ResidueHead(width, 1, task="regression") for width in (32, 128)]
-        >>> predictions = rd_torch.MatryoshkaHead(heads)(torch.randn(2, 10, 128), torch.ones(2, 10) > 0)
+        >>> head = rd_torch.MatryoshkaHead([rd_torch.ResidueHead(w, 1, task="regression") for w in (32, 128)])
     """
 
     def __init__(self, heads: Sequence[Head]) -> None:

@@ -45,7 +45,9 @@ class RDModel(Chain):
 
     Examples:
         >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
-        >>> out = model(model.alphabet.get_batch_converter()([("a protein", "MKV")])[2])  # (1, 5, 128)
+        >>> _, _, tokens = model.alphabet.get_batch_converter()([("a protein", "MKV")])
+        >>> model(tokens).embeddings.shape, model(tokens, width=48).embeddings.shape
+        (torch.Size([1, 5, 128]), torch.Size([1, 5, 48]))
     """
 
     alphabet = ALPHABET
