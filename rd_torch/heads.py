@@ -288,8 +288,7 @@ def align_labels(labels: Sequence[Sequence[float] | Tensor], tokens: Tensor) -> 
     """
     rows = [torch.as_tensor(row) for row in labels]
     lengths = (is_real(tokens).sum(1) - SPECIAL_TOKENS).tolist()
-    got = [len(row) for row in rows]
-    if got != lengths:
+    if (got := [len(row) for row in rows]) != lengths:
         raise ValueError(f"expected one label for each residue, so {lengths} labels, got {got}")
     floating = any(row.is_floating_point() for row in rows)
     filling = torch.nan if floating else UNLABELLED

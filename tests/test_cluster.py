@@ -30,7 +30,7 @@ from rd_torch.store.folder import Folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:letters that are no residue"),
-    pytest.mark.filterwarnings("ignore:records whose identifier another one has"),
+    pytest.mark.filterwarnings("ignore:records whose identifier an earlier record has"),
 ]
 
 BUDGET = 8

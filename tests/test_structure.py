@@ -71,6 +71,43 @@ def test_within_a_folder_each_file_imports_only_from_files_above_it(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_folder_is_entered_by_its_face(path):
+    for (package, *inside), name in imports(path):
+        if (PACKAGE / package).is_dir() and room(path) != f"{package}/" and path.name != "__init__.py":
+            assert not inside, f"{name} of {package}/{inside[0]}.py is not in the face of {package}/"
+            face = importlib.import_module(f"rd_torch.{package}")
+            assert not name or name in face.__all__
+
+
+QUESTIONS = re.findall(r"^\| ([^|]+\?) \| ([^|]+) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+
+
+def names_in(path):
+    """What a file defines: functions, classes, their methods, constants."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign | ast.Assign):
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize(("question", "answer"), QUESTIONS, ids=[question for question, _ in QUESTIONS])
+def test_the_answers_to_contributors_are_true(question, answer):
+    assert len(QUESTIONS) >= 10
+    places = re.findall(r"`(rd_torch/[\w/]+(?:\.py)?)`", answer)
+    assert places
+    assert all((ROOT / place).exists() for place in places)
+    for name, place in re.findall(r"`(\w+)` in `(rd_torch/[\w/]+\.py)`", answer):
+        assert name in names_in(ROOT / place)
+    for importer, imported in re.findall(r"`rd_torch/(\S+)` may not import `rd_torch/(\S+)`", answer):
+        assert ROOMS.index(importer) < ROOMS.index(imported)
+    for imported in re.findall(r"no other file may import `rd_torch/(\S+)`", answer):
+        others = [path for path in FILES if room(path) != imported]
+        assert not any(imported in imported_rooms(path) for path in others)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_files_and_functions_keep_their_size(path):
     text = (PACKAGE / path).read_text()
     assert len(text.splitlines()) <= 300

@@ -1,10 +1,11 @@
-"""`open_store`: reads an embedding file or folder, whichever format it has."""
+"""`open_store`: opens an embedding file or folder, whichever format it has."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from rd_torch.disk import part_folder
+from rd_torch.store.format import Format
 from rd_torch.store.formats import FORMATS, load_format
 from rd_torch.store.store import Store
 
@@ -40,3 +41,27 @@ def open_store(path: str | Path) -> Store:
         raise FileNotFoundError(f"expected an embedding file or folder at {path}, got nothing there{cure}")
     forms = map(load_format, FORMATS)
     return next(form for form in forms if form.claims(path)).open(path)
+
+
+def open_finished(form: Format, path: Path) -> Store:
+    """Open the finished store that this package has written at a path.
+
+    Args:
+        form: the store's format.
+        path: the file or folder.
+
+    Returns:
+        The store, which has facts.
+
+    Raises:
+        ValueError: where something else is there.
+    """
+    wanted = f"expected nothing or an embedding of rd_torch's at {path}"
+    try:
+        store = form.open(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{wanted}, got something else: choose another output ({error})") from error
+    if store.facts is None:
+        store.close()
+        raise ValueError(f"{wanted}, got another program's: choose another output")
+    return store

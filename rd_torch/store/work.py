@@ -13,8 +13,8 @@ from rd_torch.store.facts import Facts
 from rd_torch.store.failures import Failure, failure_list, read_failures, write_failures
 from rd_torch.store.folder import FACTS_FILE, Folder
 from rd_torch.store.format import Format, Row, require_fitting
+from rd_torch.store.opening import open_finished
 from rd_torch.store.shards import Shard
-from rd_torch.store.store import Store
 from rd_torch.store.windows import Content, Length, Window, count_residues
 from rd_torch.threads import run_ahead
 
@@ -54,8 +54,8 @@ class Work(Folder):
     Raises:
         FileNotFoundError: where the folder that the store will lie in does not exist.
         BlockingIOError: where another process writes the store, or the same shard of it.
-        ValueError: for a type of number or a way to pool that the format does not hold, where a store of
-            other facts is there, or anything else.
+        ValueError: for a type of number or a way to pool that the format does not hold, and where a store of
+            other facts, or something that is no store of ours, is at the path.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Work(Folder):
     def _read_facts(self) -> Facts | None:
         """Read the facts of the finished or unfinished store, if there is one."""
         if self.path.exists():
-            with _open_finished(self.format, self.path) as store:
+            with open_finished(self.format, self.path) as store:
                 self._checksum = store.checksum
                 return store.facts
         file = self.folder / FACTS_FILE
@@ -133,7 +133,7 @@ class Work(Folder):
             lock.release()
 
     def _busy_shards(self) -> list[Path]:
-        """The locks of shards that are at work now."""
+        """Return the locks of shards that are at work now."""
         return [path for path in self.folder.glob("*.shard") if is_held(path)]
 
     def _remove_leftovers(self, lock: Lock) -> None:
@@ -276,23 +276,3 @@ def _report_rows(
     for rows in batches:
         yield from rows
         report([window.lengths[place] for place, _ in rows])
-
-
-def _open_finished(form: Format, path: Path) -> Store:
-    """Open the finished store at a path.
-
-    Returns:
-        The store, which has facts.
-
-    Raises:
-        ValueError: where something else is there.
-    """
-    wanted = f"expected nothing or an embedding of rd_torch's at {path}"
-    try:
-        store = form.open(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{wanted}, got something else: choose another output ({error})") from error
-    if store.facts is None:
-        store.close()
-        raise ValueError(f"{wanted}, got another program's: choose another output")
-    return store
