@@ -1,6 +1,6 @@
 """Embeds the proteins of `demo.fasta` with the shipped family; prints a table and draws a picture.
 
-    python benchmarks/demo.py --output demo
+    python -m benchmarks.demo --output demo
 
 Sequences: five families from UniProtKB/Swiss-Prot (The UniProt Consortium), CC BY 4.0. Cosines are of
 mean-pooled embeddings, centred on the mean of all proteins shown.

@@ -1,6 +1,6 @@
 """What every benchmark prints and leaves: a table, a JSON line, a result file; and the page of them all.
 
-    python benchmarks/report.py
+    python -m benchmarks.report
 
 writes the tables of `benchmarks/results/` into `benchmarks/README.md`.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -47,14 +49,32 @@ def table(rows: Sequence[Row]) -> str:
 
 def write_result(title: str, rows: Sequence[Row], machine: dict[str, Any], path: Path | None) -> None:
     """Prints the table and one JSON line; writes the result where a path is given."""
-    script = Path(sys.argv[0]).name
-    command = " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]])
-    result = {"title": title, "command": command, "environment": machine, "rows": list(rows)}
+    result = {
+        "title": title,
+        "command": command(Path(sys.argv[0]), sys.argv[1:]),
+        "environment": machine,
+        "rows": list(rows),
+    }
     print(f"{title}\n\n{table(rows)}\n")
     print(json.dumps(result))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def command(script: Path, arguments: Sequence[str] = ()) -> str:
+    """What one types at the root of the repository to run a script."""
+    module = ".".join(script.resolve().relative_to(HERE.parent).with_suffix("").parts)
+    return shlex.join(["python", "-m", module, *arguments])
+
+
+def command_of_today(recorded: str) -> str:
+    """The command of a result; some were made when all scripts lay in one folder and were run as files."""
+    old = re.match(r"python benchmarks/(?P<script>\w+\.py)", recorded)
+    if old is None:
+        return recorded
+    (script,) = HERE.rglob(old["script"])
+    return command(script) + recorded[old.end() :]
 
 
 def page(folder: Path) -> str:
@@ -65,9 +85,8 @@ def page(folder: Path) -> str:
         machine = ", ".join(
             f"{key} {value}" for key, value in result["environment"].items() if value is not None
         )
-        parts.append(
-            f"### {result['title']}\n\n`{result['command']}`\n\n{table(result['rows'])}\n\n{machine}\n"
-        )
+        today = command_of_today(result["command"])
+        parts.append(f"### {result['title']}\n\n`{today}`\n\n{table(result['rows'])}\n\n{machine}\n")
     return "\n".join(parts)
 
 

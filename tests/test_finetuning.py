@@ -1,26 +1,23 @@
 """The fine-tuning scripts in small: they resume, stop, and say which approach is better where one is."""
 
+import importlib
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 import rd_torch
+from benchmarks.finetuning import study
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = ["--proteins", "24", "--proteins-valid", "12", "--residues", "40", "--seeds", "1"]
 SMALL += ["--epochs", "2", "--epochs-head", "2"]
 
 
 @pytest.fixture
-def finetuning(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import finetuning
-
-    return finetuning
+def finetuning():
+    return study
 
 
 @pytest.fixture
@@ -29,9 +26,17 @@ def run(finetuning, monkeypatch, tmp_path, data):
 
     def go(script, folder, *arguments, tested=None):
         output = tmp_path / "result.json"
-        command = [script, "--data", str(data), "--folder", str(tmp_path / folder), *SMALL, *arguments]
+        module = importlib.import_module(f"benchmarks.finetuning.{script}")
+        command = [
+            module.__file__,
+            "--data",
+            str(data),
+            "--folder",
+            str(tmp_path / folder),
+            *SMALL,
+            *arguments,
+        ]
         monkeypatch.setattr(sys, "argv", [*command, "--output", str(output)])
-        module = __import__(script)
         kind = next(
             each for each in vars(module).values() if isinstance(each, type) and hasattr(each, "title")
         )
@@ -108,7 +113,7 @@ def test_a_folder_of_other_choices_is_refused(run):
 
 def test_a_signal_in_the_composition_is_found_and_a_shuffled_one_is_not(run, finetuning, monkeypatch, data):
     """The share of leucine is found from the composition; that of another protein is not."""
-    module = __import__("finetune_sequence")
+    module = importlib.import_module("benchmarks.finetuning.finetune_sequence")
     read = module.MeltingTemperature.read
 
     def planted(self, data, residues, shift=0):

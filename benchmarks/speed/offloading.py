@@ -1,6 +1,6 @@
 """How fast does a chain run whose weights do not fit into memory, against plain ESM-2 kept on disk likewise?
 
-    python benchmarks/offloading.py --level 3B --output benchmarks/results/offloading-cpu.json
+    python -m benchmarks.speed.offloading --level 3B --output benchmarks/results/offloading-cpu.json
 
 Each contender runs in a process of its own: random weights of the published shapes in bfloat16, all of them
 kept on disk by accelerate's `disk_offload`, which reads a module's weights when it is called and drops them
@@ -27,7 +27,10 @@ from tempfile import TemporaryDirectory
 
 import accelerate
 import torch
-from contenders import (
+from torch import nn
+
+from benchmarks.report import Row, environment, write_result
+from benchmarks.speed.contenders import (
     CHAIN,
     FAIR,
     TRANSFORMERS,
@@ -48,9 +51,7 @@ from contenders import (
     sample,
     where,
 )
-from memory import Meter
-from report import Row, environment, write_result
-from torch import nn
+from benchmarks.speed.memory import Meter
 
 GIBI = 2**30
 
@@ -120,7 +121,15 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     best: list[Row] = []
     for name in (CHAIN, alone(arguments.level), TRANSFORMERS, FAIR):
         with TemporaryDirectory(dir=arguments.folder) as folder:
-            command = [sys.executable, __file__, *sys.argv[1:], "--once", name, folder]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.speed.offloading",
+                *sys.argv[1:],
+                "--once",
+                name,
+                folder,
+            ]
             printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         rows = json.loads(printed.splitlines()[-1])
         fitting = [row for row in rows if row["peak, GiB"] <= arguments.gibibytes]

@@ -1,6 +1,6 @@
 """How much memory does a forward pass take besides the weights: ours against fair-esm's?
 
-    python benchmarks/memory.py --batch 8 --residues 1022 --output FILE
+    python -m benchmarks.speed.memory --batch 8 --residues 1022 --output FILE
 
 Each contender runs in a process of its own: random weights of the published shape, a forward pass of 16
 tokens that touches them all, then one forward pass of `--batch` sequences of `--residues` residues each,
@@ -24,7 +24,9 @@ import sys
 from pathlib import Path
 
 import torch
-from contenders import (
+
+from benchmarks.report import Row, environment, write_result
+from benchmarks.speed.contenders import (
     CHAIN,
     DTYPES,
     FAIR,
@@ -39,7 +41,6 @@ from contenders import (
     random_family,
     where,
 )
-from report import Row, environment, write_result
 
 MEBI = 2**20
 WARM_UP = "M" * 14
@@ -113,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     for dtype in arguments.dtype:
         peaks = {}
         for name in (FAIR, alone(arguments.level), CHAIN):
-            command = [sys.executable, __file__, *sys.argv[1:], "--once", name, dtype]
+            command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--once", name, dtype]
             printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             peaks[name] = json.loads(printed.splitlines()[-1]) / MEBI
             print(f"{name}, {dtype}: {peaks[name]:.0f} MiB", file=sys.stderr, flush=True)

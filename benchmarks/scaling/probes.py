@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from finetune_residue import scores as class_scores
-from finetune_sequence import rank_correlation
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.finetuning.finetune_residue import scores as class_scores
+from benchmarks.finetuning.finetune_sequence import rank_correlation
 from rd_torch.heads import Head, Task
 
 PENALTIES = tuple(10 ** (quarter / 4) for quarter in range(-12, 29))

@@ -30,14 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import add_data_argument
 from peft import LoraConfig, get_peft_model
-from report import Row, environment, write_result
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import rd_torch
+from benchmarks.report import Row, environment, write_result
+from benchmarks.speed.contenders import add_data_argument
 from rd_torch.heads import Head
 from rd_torch.letters import Corrections
 from rd_torch.sequences import SPECIAL_TOKENS, Protein, cut_batches, normalize, tokenize

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from probes import HEADS, LINEAR
-from scaling_data import TASKS
-from scaling_maps import (
+
+from benchmarks.scaling.data import TASKS
+from benchmarks.scaling.maps import (
     APPROACHES,
     CONCAT,
     OLS,
@@ -23,9 +23,9 @@ from scaling_maps import (
     place_of,
     places,
 )
-from scaling_tables import Record, means_of
-from scaling_wins import win_matrix
-
+from benchmarks.scaling.probes import HEADS, LINEAR
+from benchmarks.scaling.tables import Record, means_of
+from benchmarks.scaling.wins import win_matrix
 from rd_torch import RunningMoments
 from rd_torch.plotting import COLOURS, FAINT, GRID, INK, LARGE, SMALL, draw_features, dress
 

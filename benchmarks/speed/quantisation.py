@@ -1,7 +1,7 @@
 """What do int8 backbones cost and save on a CPU, beside half precision: error per added block, speed, memory?
 
-    python benchmarks/quantisation.py mini --output benchmarks/results/quantisation_mini.json
-    python benchmarks/quantisation.py 650M --output benchmarks/results/quantisation_650M-cpu.json
+    python -m benchmarks.speed.quantisation mini --output benchmarks/results/quantisation_mini.json
+    python -m benchmarks.speed.quantisation 650M --output benchmarks/results/quantisation_650M-cpu.json
 
 The families, the proteins and the units of the errors are `half_precision.py`'s, and so is the reference: the
 same weights in float32. Maps are float32 in every variant. The variants are
@@ -26,13 +26,13 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import torch
-from half_precision import compare, embed, parser_of, prepare, three_digits
-from report import Row, environment, write_result
 from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
 import rd_torch
+from benchmarks.report import Row, environment, write_result
+from benchmarks.speed.half_precision import compare, embed, parser_of, prepare, three_digits
 from rd_torch.placement import plain_parts
 
 MEBI = 2**20

@@ -1,6 +1,6 @@
 """What do moments and solving add to the forward passes of a fit?
 
-    python benchmarks/fit_cost.py --residues 20000 --output FILE
+    python -m benchmarks.speed.fit_cost --residues 20000 --output FILE
 
 runs `rd_torch.fit` once on natural proteins, with random weights of the published shapes up to `--level`,
 and takes the time inside it: of each backbone's forward pass, of each batch's update of the moments, of
@@ -25,7 +25,10 @@ from itertools import accumulate
 from unittest import mock
 
 import torch
-from contenders import (
+
+import rd_torch
+from benchmarks.report import Row, environment, write_result
+from benchmarks.speed.contenders import (
     DTYPES,
     add_data_argument,
     add_model_arguments,
@@ -34,9 +37,6 @@ from contenders import (
     random_fair,
     where,
 )
-from report import Row, environment, write_result
-
-import rd_torch
 from rd_torch import sums
 from rd_torch.sequences import tokenize
 

@@ -1,7 +1,7 @@
 """How far half-precision backbones are from float32, per block of features that a level adds.
 
-    python benchmarks/half_precision.py mini --output benchmarks/results/half_precision_mini.json
-    python benchmarks/half_precision.py 650M --output benchmarks/results/half_precision_650M.json
+    python -m benchmarks.speed.half_precision mini --output benchmarks/results/half_precision_mini.json
+    python -m benchmarks.speed.half_precision 650M --output benchmarks/results/half_precision_650M.json
 
 A level's block is what it adds to the nested embedding. Each variant turns the backbones alone; weights
 and float32 maps are those of the reference. In `float16` and `bfloat16` the residual stream has that
@@ -46,10 +46,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import Row, environment, write_result
 from torch import Tensor, nn
 
 import rd_torch
+from benchmarks.report import Row, environment, write_result
 from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
 from rd_torch.esm2 import ESM2, MEAN_SHARE_KEPT
 from rd_torch.layer import TransformerLayer

@@ -1,6 +1,6 @@
 """How fast and in how much memory ESM-2 650M loads: ours from both formats, fair-esm from its own.
 
-    python benchmarks/loading.py --output benchmarks/results/loading.json
+    python -m benchmarks.speed.loading --output benchmarks/results/loading.json
 
 writes random weights of 650M's shape to a scratch folder (5 GB), loads them alternately, each time in a
 process of its own, and reports medians. The peak is of anonymous host memory above what the process
@@ -23,9 +23,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from report import environment, write_result
 
 import rd_torch
+from benchmarks.report import environment, write_result
 
 SHAPE = (33, 1280, 20)
 CASES = (
@@ -113,7 +113,15 @@ def measure(folder: Path, rounds: int, shape: tuple[int, int, int]) -> list[dict
     for _ in range(rounds):
         for case, results in runs.items():
             library, form, dtype = case
-            command = [sys.executable, __file__, "--once", library, str(paths[form]), dtype]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.speed.loading",
+                "--once",
+                library,
+                str(paths[form]),
+                dtype,
+            ]
             printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             results.append(json.loads(printed))
     size = {form: path.stat().st_size / 2**20 for form, path in paths.items()}

@@ -1,6 +1,6 @@
 """How fast is the chain against its largest backbone alone, and both against what people use?
 
-    python benchmarks/speed.py --dtype float32 bfloat16 --lengths 100-500 256 1022 --output FILE
+    python -m benchmarks.speed.speed --dtype float32 bfloat16 --lengths 100-500 256 1022 --output FILE
 
 runs random weights of the published shapes: the chain up to `--level`, its backbones one by one, and the
 largest one's shape in fair-esm, in transformers with SDPA and, on CUDA, in FAESM. Every contender gets the
@@ -40,7 +40,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from contenders import (
+
+from benchmarks.report import Row, environment, write_result
+from benchmarks.speed.contenders import (
     CHAIN,
     DTYPES,
     FAESM,
@@ -59,7 +61,6 @@ from contenders import (
     sample,
     where,
 )
-from report import Row, environment, write_result
 
 BUDGETS = {"cpu": [256, 512, 1024], "cuda": [8192, 16384, 32768]}
 TOKENS = {"cpu": 4096, "cuda": 131_072}

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from contenders import MAX_RESIDUES
-from probes import Rows, judge
-from scaling_cache import Cache, Scores
-from scaling_data import DataSet, digest
-from scaling_maps import PLAIN, Affine, Place
-from scaling_tables import Record
 from tqdm import tqdm
 
+from benchmarks.scaling.cache import Cache, Scores
+from benchmarks.scaling.data import DataSet, digest
+from benchmarks.scaling.maps import PLAIN, Affine, Place
+from benchmarks.scaling.probes import Rows, judge
+from benchmarks.scaling.tables import Record
+from benchmarks.speed.contenders import MAX_RESIDUES
 from rd_torch import RunningMoments
 from rd_torch.reading import Fasta
 from rd_torch.sequences import normalized_proteins

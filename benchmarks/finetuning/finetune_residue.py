@@ -1,6 +1,6 @@
 """Three-state secondary structure of residues: frozen head, LoRA and full fine-tuning at every level.
 
-    python benchmarks/finetune_residue.py --output FILE --plot PICTURE
+    python -m benchmarks.finetuning.finetune_residue --output FILE --plot PICTURE
 
 Data: `residue/ss3_{train,valid,test}.csv.gz`; labels C, H and E, `-` where the structure is not resolved.
 The baselines are the majority class, and a one-hot window of seven residues to each side with the same
@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from finetuning import Example, Problem, Scores, main
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.finetuning.study import Example, Problem, Scores, main
 from rd_torch.heads import UNLABELLED, Head, ResidueHead
 from rd_torch.letters import RESIDUE_LETTERS
 

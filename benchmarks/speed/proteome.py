@@ -1,6 +1,6 @@
 """What does `rd-torch embed` cost beyond the bare forward passes, in time and in memory?
 
-    python benchmarks/proteome.py --proteins 5000 --output FILE
+    python -m benchmarks.speed.proteome --proteins 5000 --output FILE
 
 embeds validation and training proteins in parts of `--part` records. Of each part, alternately, the bare
 forward passes over its batches, which are ready as tokens, and the whole way from a FASTA file to a
@@ -8,7 +8,7 @@ finished store (Parquet pooled, HDF5 per residue): reading, tokenising, pooling,
 is the time of the passes over the time of the whole way; loading the model is left out of both. The first
 rows are a chain of 8M and 35M with random weights, the others the shipped family.
 
-    python benchmarks/proteome.py --memory --output FILE
+    python -m benchmarks.speed.proteome --memory --output FILE
 
 takes the peak memory of embedding 2,000 and 50,000 records, each in a process of its own.
 """
@@ -28,10 +28,10 @@ from itertools import chain, islice, starmap
 from pathlib import Path
 
 import torch
-from contenders import add_data_argument, random_family
-from report import Row, environment, write_result
 
 import rd_torch
+from benchmarks.report import Row, environment, write_result
+from benchmarks.speed.contenders import add_data_argument, random_family
 from rd_torch.config import ESM2_LEVELS
 from rd_torch.reading import Fasta
 from rd_torch.sequences import Entry, Protein, cut_batches, normalized_proteins, tokenize
@@ -141,7 +141,7 @@ def memory() -> list[Row]:
     """A row a number of records."""
     rows: list[Row] = []
     for records in RECORDS:
-        command = [sys.executable, __file__, "--records", str(records)]
+        command = [sys.executable, "-m", __spec__.name, "--records", str(records)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         peak = float(output.splitlines()[-1])
         first = rows[0]["peak memory, MiB"] if rows else round(peak)

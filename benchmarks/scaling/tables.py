@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from probes import HEADS
-from report import Row
-from scaling_data import MUTATIONS, TASKS
-from scaling_maps import ALL, APPROACHES, Place, angles_at_random, angles_between, place_of
-from scaling_wins import Means, win_rows
 from torch import Tensor
+
+from benchmarks.report import Row
+from benchmarks.scaling.data import MUTATIONS, TASKS
+from benchmarks.scaling.maps import ALL, APPROACHES, Place, angles_at_random, angles_between, place_of
+from benchmarks.scaling.probes import HEADS
+from benchmarks.scaling.wins import Means, win_rows
 
 LEAST_SETS = 5
 """Data sets below which a group of them has no row in the win table."""

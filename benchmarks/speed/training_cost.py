@@ -1,6 +1,6 @@
 """What does a training step cost, in time and memory, against the same head on fair-esm's largest alone?
 
-    python benchmarks/training_cost.py --output FILE
+    python -m benchmarks.speed.training_cost --output FILE
 
 Three questions, each with random weights of the published shapes up to `--level`, a linear residue head of
 three classes on all features, AdamW, and `--batch` sequences of `--residues` residues:
@@ -26,7 +26,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from contenders import (
+from torch import Tensor, nn
+
+import rd_torch
+from benchmarks.report import Row, environment, write_result
+from benchmarks.speed.contenders import (
     Batch,
     add_model_arguments,
     levels_until,
@@ -34,11 +38,7 @@ from contenders import (
     random_stages,
     where,
 )
-from memory import MEBI, Meter
-from report import Row, environment, write_result
-from torch import Tensor, nn
-
-import rd_torch
+from benchmarks.speed.memory import MEBI, Meter
 from rd_torch.tokens import is_residue
 
 STATES = 3
@@ -147,7 +147,15 @@ def memory(task: str, arguments: argparse.Namespace) -> dict[str, tuple[int, int
     """Everybody's peaks, each in a process of its own."""
     found = {}
     for name in CONTENDERS[task]:
-        command = [sys.executable, __file__, *sys.argv[1:], "--once", name, task]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.speed.training_cost",
+            *sys.argv[1:],
+            "--once",
+            name,
+            task,
+        ]
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         found[name] = json.loads(printed.splitlines()[-1])
         print(f"{task}, {name}: {found[name][0] / MEBI:.0f} MiB", file=sys.stderr, flush=True)

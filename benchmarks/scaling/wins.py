@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
-from report import Row
-from scaling_maps import CONCAT, OLS, PCR, PLAIN, ROTATED, Place, Widths, place_of
+
+from benchmarks.report import Row
+from benchmarks.scaling.maps import CONCAT, OLS, PCR, PLAIN, ROTATED, Place, Widths, place_of
 
 DRAWS = 10_000
 Means = Mapping[str, Mapping[Place, float]]

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scaling_data import DataSet, digest
 from torch import Tensor
 from tqdm import tqdm
 
 import rd_torch
+from benchmarks.scaling.data import DataSet, digest
 from rd_torch.batching import plan_batches
 from rd_torch.fitting import add_moments
 from rd_torch.store.format import written_whole

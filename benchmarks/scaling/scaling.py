@@ -1,6 +1,6 @@
 """What does nesting buy, and what does it cost? Scores of every approach at every level of a family.
 
-    python benchmarks/scaling.py --output FOLDER
+    python -m benchmarks.scaling.scaling --output FOLDER
 
 At equal width: the backbone's own embedding, as it is and rotated to its principal components, nested ones
 whose stages predict by principal component regression or least squares, and concatenation with principal
@@ -26,18 +26,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from contenders import DTYPES, add_data_argument
-from finetuning import require
-from probes import HEADS, LINEAR
-from report import Row, environment, write_result
-from scaling_cache import Cache
-from scaling_data import read_sets
-from scaling_maps import PCR, affine_maps, all_maps
-from scaling_plots import draw_all
-from scaling_study import Fit, Sample, Study, cut_at, disjoint_samples
-from scaling_tables import Record, all_win_rows, angle_row, score_rows, spread_row
 
 import rd_torch
+from benchmarks.finetuning.study import require
+from benchmarks.report import Row, environment, write_result
+from benchmarks.scaling.cache import Cache
+from benchmarks.scaling.data import read_sets
+from benchmarks.scaling.maps import PCR, affine_maps, all_maps
+from benchmarks.scaling.plots import draw_all
+from benchmarks.scaling.probes import HEADS, LINEAR
+from benchmarks.scaling.study import Fit, Sample, Study, cut_at, disjoint_samples
+from benchmarks.scaling.tables import Record, all_win_rows, angle_row, score_rows, spread_row
+from benchmarks.speed.contenders import DTYPES, add_data_argument
 
 
 def stability(

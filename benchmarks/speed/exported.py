@@ -1,6 +1,6 @@
 """How near and how fast are a chain's exported files, beside the model that they were made of?
 
-    python benchmarks/exported.py --level 35M --output benchmarks/results/exported-cpu.json
+    python -m benchmarks.speed.exported --level 35M --output benchmarks/results/exported-cpu.json
 
 writes the chain up to `--level`, with random weights of the published shapes, as `.onnx` and as `.pt2`, and
 runs both beside the model in float32 on the same threads, onnxruntime's included. Each set of sequences is
@@ -20,7 +20,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from contenders import (
+from torch import Tensor
+
+import rd_torch
+from benchmarks.report import Row, environment, write_result
+from benchmarks.speed.contenders import (
     Batch,
     add_data_argument,
     add_model_arguments,
@@ -29,10 +33,6 @@ from contenders import (
     random_family,
     where,
 )
-from report import Row, environment, write_result
-from torch import Tensor
-
-import rd_torch
 from rd_torch.exporting import FORMATS
 
 

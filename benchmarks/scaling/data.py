@@ -14,11 +14,11 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from contenders import MAX_RESIDUES
-from finetune_residue import STATES, SecondaryStructure
-from finetune_sequence import MeltingTemperature
 from tqdm import tqdm
 
+from benchmarks.finetuning.finetune_residue import STATES, SecondaryStructure
+from benchmarks.finetuning.finetune_sequence import MeltingTemperature
+from benchmarks.speed.contenders import MAX_RESIDUES
 from rd_torch.reading import Fasta
 
 SPLITS = 5

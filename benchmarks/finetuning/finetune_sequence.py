@@ -1,6 +1,6 @@
 """Melting temperature of proteins: frozen head, LoRA and full fine-tuning at every level.
 
-    python benchmarks/finetune_sequence.py --output FILE --plot PICTURE
+    python -m benchmarks.finetuning.finetune_sequence --output FILE --plot PICTURE
 
 Data: `sequence/meltome.csv.gz`, degrees Celsius; a tenth of its training proteins, drawn once, validates. The
 baselines are the mean of the training set, and the amino-acid composition with the same head. The score is
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetuning import Example, Problem, Scores, main
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from benchmarks.finetuning.study import Example, Problem, Scores, main
 from rd_torch.heads import Head, SequenceHead
 from rd_torch.letters import RESIDUE_LETTERS
 
