@@ -1,90 +1,14 @@
-"""Three-state secondary structure of residues: frozen head, LoRA and full fine-tuning at every level.
+"""How well is secondary structure predicted: frozen head, LoRA and full fine-tuning at every level?
 
     python -m benchmarks.finetuning.finetune_residue --output FILE --plot PICTURE
 
-Data: `residue/ss3_{train,valid,test}.csv.gz`; labels C, H and E, `-` where the structure is not resolved.
-The baselines are the majority class, and a one-hot window of seven residues to each side with the same
-head. Scores are accuracy, and the area under the precision-recall curve of each class, averaged. How runs
-go, stop and resume: `finetuning.py`.
+`benchmarks/finetuning/secondary_structure.py` says what the data, the baselines and the scores are.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from sklearn.metrics import average_precision_score
-from torch import Tensor
-from torch.nn import functional
-
-from benchmarks.finetuning.study import Example, Problem, Scores, main
-from rd_torch.heads import UNLABELLED, Head, ResidueHead
-from rd_torch.letters import RESIDUE_LETTERS
-
-STATES = "CHE"
-REACH = 7
-LETTERS = len(RESIDUE_LETTERS)
-
-
-class SecondaryStructure(Problem):
-    """Coil, helix or strand."""
-
-    title = "Three-state secondary structure"
-    baseline = (f"one-hot window of {2 * REACH + 1}", (2 * REACH + 1) * LETTERS)
-    metrics = ("accuracy", "macro AUPR")
-    pooled = False
-    rows = 4096
-
-    def read(self, data: Path, residues: int) -> dict[str, list[Example]]:
-        sets = {}
-        for name in ("train", "valid", "test"):
-            with gzip.open(data / "residue" / f"ss3_{name}.csv.gz", "rt") as handle:
-                sets[name] = [
-                    Example.cut(row["sequence"], [classify(state) for state in states], residues)
-                    for row in csv.DictReader(handle)
-                    if set(states := row["label"][:residues]) & set(STATES)
-                ]
-        return sets
-
-    def head(self, width: int) -> Head:
-        return ResidueHead(width, len(STATES), task="classification", hidden=64)
-
-    def features(self, sequence: str) -> Tensor:
-        ids = torch.tensor([RESIDUE_LETTERS.index(letter) for letter in sequence])
-        padded = functional.pad(functional.one_hot(ids, LETTERS).float(), (0, 0, REACH, REACH))
-        return padded.unfold(0, 2 * REACH + 1, 1).flatten(1)
-
-    def labels(self, labels: Sequence[Any], mask: Tensor) -> Tensor:
-        aligned = torch.full(mask.shape, UNLABELLED)
-        aligned[mask] = torch.tensor([each for row in labels for each in row])
-        return aligned
-
-    def scores(self, predictions: Tensor, labels: Tensor) -> Scores:
-        return scores(predictions.softmax(-1).numpy(), labels.numpy())
-
-    def constant(self, train: Sequence[Example], test: Sequence[Example]) -> tuple[str, Scores]:
-        counts = Counter(label for each in train for label in each.label if label >= 0)
-        truth = np.array([label for each in test for label in each.label if label >= 0])
-        shares = np.array([counts[k] / counts.total() for k in range(len(STATES))])
-        return "majority class", scores(np.tile(shares, (len(truth), 1)), truth)
-
-
-def classify(state: str) -> int:
-    """The class of a letter, or what stands for none."""
-    return STATES.index(state) if state in STATES else UNLABELLED
-
-
-def scores(shares: np.ndarray, truth: np.ndarray) -> Scores:
-    """Accuracy and macro AUPR of `(residues, states)` probabilities."""
-    areas = [average_precision_score(truth == k, shares[:, k]) for k in range(len(STATES))]
-    return {"accuracy": float((shares.argmax(1) == truth).mean()), "macro AUPR": float(np.mean(areas))}
-
+from benchmarks.finetuning.command import run_study
+from benchmarks.finetuning.secondary_structure import SecondaryStructure
 
 if __name__ == "__main__":
-    main(SecondaryStructure(), __doc__)
+    run_study(SecondaryStructure(), __doc__)

@@ -1,6 +1,6 @@
-"""What `scaling.py` keeps between runs: raw embeddings of all backbones side by side, moments, scores.
+"""What is kept between runs: raw embeddings of all backbones side by side, moments, scores.
 
-Everything lies in a folder by the fingerprint of the model, so that one cache serves several of them.
+Everything lies in a folder named by the fingerprint of the model, so that one cache serves several models.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from rd_torch.store.format import written_whole
 
 
 def side_by_side(model: rd_torch.RDModel) -> rd_torch.RDModel:
-    """The chain of the same backbones whose embedding is all raw embeddings side by side.
+    """Return the chain of the same backbones whose embedding is all raw embeddings side by side.
 
     Its stages predict nothing and add every direction as it is: `[x, y]`.
     """
@@ -42,8 +42,8 @@ class Cache:
     """Embeddings and moments of one model, computed where they are not kept yet.
 
     Args:
-        folder: of the caches of all models.
-        model: the chain; its maps are of no account.
+        folder: Folder of the caches of all models.
+        model: The chain; its maps are of no account.
     """
 
     def __init__(self, folder: Path, model: rd_torch.RDModel) -> None:
@@ -55,7 +55,7 @@ class Cache:
         self.widths = {name: backbone.embed_dim for name, backbone in self.model.family().items()}
 
     def rows(self, data: DataSet) -> Tensor:
-        """`(rows, widths together)` raw embeddings of a data set, side by side, in float32.
+        """Return `(rows, widths together)` raw embeddings of a data set, side by side, in float32.
 
         The store is written in windows: what a kill leaves is taken up again.
         """
@@ -77,10 +77,14 @@ class Cache:
                 )
         with rd_torch.open_store(path) as store:
             rows = store.read(slice(None), as_torch=True)
-        return torch.cat(rows) if isinstance(rows, list) else rows
+        return (
+            torch.cat([torch.as_tensor(each) for each in rows])
+            if isinstance(rows, list)
+            else torch.as_tensor(rows)
+        )
 
     def moments(self, sequences: Sequence[str], name: str) -> rd_torch.RunningMoments:
-        """Joint moments of the residues of sequences, on the CPU."""
+        """Return joint moments of the residues of sequences, on the CPU."""
         path = self.folder / f"moments-{digest(sequences)}.pt"
         if not path.exists():
             budget, device = plan_batches(self.model.family().values(), None)
@@ -97,8 +101,8 @@ class Cache:
         return rd_torch.RunningMoments.of(*torch.load(path, map_location="cpu"))
 
 
-def _bar(sequences: Sequence[str], what: str) -> tqdm:
-    """A progress bar over residues."""
+def _bar(sequences: Sequence[str], what: str) -> tqdm[NoReturn]:
+    """Return a progress bar over residues."""
     return tqdm(total=sum(map(len, sequences)), unit="residue", unit_scale=True, desc=what, leave=False)
 
 
@@ -106,7 +110,7 @@ class Scores:
     """Scores by everything that they depend on, kept line by line as they come.
 
     Args:
-        path: a file of JSON lines; one that was cut off in the middle of its last line is mended.
+        path: A file of JSON lines; one that was cut off in the middle of its last line is mended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,12 +133,12 @@ class Scores:
         return self._scores[_name(key)]
 
     def add(self, key: Mapping[str, Any], scores: dict[str, float]) -> None:
-        """Keeps the scores of a key."""
+        """Keep the scores of a key."""
         self._scores[_name(key)] = scores
         with self.path.open("a") as handle:
             handle.write(json.dumps({"key": dict(key), "scores": scores}) + "\n")
 
 
 def _name(key: Mapping[str, Any]) -> str:
-    """One text for equal keys."""
+    """Return one text for equal keys."""
     return json.dumps(key, sort_keys=True)

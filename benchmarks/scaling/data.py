@@ -1,4 +1,4 @@
-"""The data sets of `scaling.py`: mutations, secondary structure, melting temperature; how they are split."""
+"""The data sets: mutations, secondary structure and melting temperature, and how each is split."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.finetuning.finetune_residue import STATES, SecondaryStructure
-from benchmarks.finetuning.finetune_sequence import MeltingTemperature
-from benchmarks.speed.contenders import MAX_RESIDUES
+from benchmarks.finetuning.melting_temperature import MeltingTemperature
+from benchmarks.finetuning.secondary_structure import STATES, SecondaryStructure
+from benchmarks.proteins import MAX_RESIDUES
 from rd_torch.reading import Fasta
 
 SPLITS = 5
 LEAST_VARIANTS = 100
-"""Variants below which a data set is left out: half of them teach, half judge."""
+"""Number of variants below which a data set is left out: half of them teach, half judge."""
 
 STRUCTURES = 1_000
-"""Proteins that teach secondary structure, a fifth of them in each split."""
+"""Number of proteins that teach secondary structure, a fifth of them in each split."""
 
 MUTATIONS = {1: "1 mutation", 2: "2 mutations", 3: "3 or more mutations"}
 STRUCTURE, MELTING = "secondary structure", "melting temperature"
@@ -40,12 +40,12 @@ class DataSet:
     """Sequences with labels, and which of its rows teach and which judge.
 
     Attributes:
-        name: of this data set alone.
-        task: what it asks, one of `TASKS`.
-        sequences: residues only.
+        name: Name that no other data set has.
+        task: What it asks, one of `TASKS`.
+        sequences: Sequences of residues only.
         labels: `(rows,)` numbers or classes; a row is a sequence, or a residue, sequence after sequence.
-        splits: rows that teach and rows that judge, split after split.
-        classes: how many there are; 0 where labels are numbers.
+        splits: For each split the rows that teach and the rows that judge.
+        classes: Number of classes; 0 where labels are numbers.
         pool: `"mean"` where a row is a sequence, `"none"` where it is a residue.
     """
 
@@ -59,13 +59,13 @@ class DataSet:
 
     @cached_property
     def checksum(self) -> str:
-        """A digest of sequences, labels and splits."""
+        """Return a digest of sequences, labels and splits."""
         arrays = (self.labels, *chain(*self.splits))
         return digest([*self.sequences, *(array.tobytes().hex() for array in arrays)])
 
 
 def digest(texts: Iterable[str]) -> str:
-    """Thirty-two letters that stand for texts in their order."""
+    """Return thirty-two letters that stand for texts in their order."""
     total = hashlib.sha256()
     for text in texts:
         total.update(text.encode() + b"\n")
@@ -73,7 +73,16 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def read_sets(data: Path, proteingym: Path | None, most: int) -> list[DataSet]:
-    """Every data set: of ProteinGym's assays where a folder of them is given, else of those in `dms/`."""
+    """Return every data set.
+
+    Args:
+        data: Folder of the protein data, whose `dms/` holds assays.
+        proteingym: Folder of ProteinGym's files, whose assays take their place; None for those of the data.
+        most: Number of variants of a data set at the most.
+
+    Raises:
+        SystemExit: If so many variants are too few, or no assay has enough.
+    """
     if most < LEAST_VARIANTS:
         raise SystemExit(f"expected at least {LEAST_VARIANTS} --variants of a data set, got {most}")
     assays = data_assays(data) if proteingym is None else proteingym_assays(proteingym)
@@ -86,7 +95,7 @@ def read_sets(data: Path, proteingym: Path | None, most: int) -> list[DataSet]:
 
 
 def data_assays(data: Path) -> Iterator[tuple[str, list[Variant]]]:
-    """The assays of the data folder: name, and mutant, mutated sequence and score of each variant."""
+    """Yield the assays of the data folder: name, and mutant, mutated sequence and score of each variant."""
     wild_types = {each.identifier: each.sequence for each in Fasta(data / "dms" / "wild_types.fasta")}
     for path in sorted((data / "dms").glob("*.csv.gz")):
         name = path.name.removesuffix(".csv.gz")
@@ -104,7 +113,11 @@ def data_assays(data: Path) -> Iterator[tuple[str, list[Variant]]]:
 
 
 def mutate(wild_type: str, mutant: str) -> str:
-    """The sequence of a mutant such as `A2G:K7R`; positions count from 1."""
+    """Return the sequence of a mutant such as `A2G:K7R`; positions count from 1.
+
+    Raises:
+        ValueError: If the wild type has no such letter at a position.
+    """
     letters = list(wild_type)
     for change in mutant.split(":"):
         before, place, after = change[0], int(change[1:-1]) - 1, change[-1]
@@ -116,7 +129,7 @@ def mutate(wild_type: str, mutant: str) -> str:
 
 
 def proteingym_assays(folder: Path) -> Iterator[tuple[str, list[Variant]]]:
-    """The assays of a folder of ProteinGym's files, at any depth, as far as their tables are there.
+    """Yield the assays of a folder of ProteinGym's files, at any depth, as far as their tables are there.
 
     Proteins longer than what ESM-2 was trained on are left out: cut, they would lose their mutations.
     """
@@ -137,13 +150,13 @@ def proteingym_assays(folder: Path) -> Iterator[tuple[str, list[Variant]]]:
             continue
         yield name, [(row["mutant"], row["mutated_sequence"], float(row["DMS_score"])) for row in rows]
     tqdm.write(
-        f"ProteinGym: {len(names):,} assays, {len(names) - len(found):,} without a table in {folder}, "
-        f"{long:,} of more than {MAX_RESIDUES:,} residues left out"
+        f"ProteinGym has {len(names):,} assays, {len(names) - len(found):,} without a table in {folder}; "
+        f"{long:,} of more than {MAX_RESIDUES:,} residues are left out."
     )
 
 
 def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a table that has these columns."""
+    """Return the rows of a table that has these columns."""
     with path.open(newline="") as handle:
         reader = csv.DictReader(handle)
         got = list(reader.fieldnames or ())
@@ -155,7 +168,7 @@ def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def mutation_sets(name: str, variants: Sequence[Variant], most: int) -> Iterator[DataSet]:
-    """An assay's variants with 1, 2, and 3 or more mutations apart; at most `most` of each, by chance."""
+    """Yield an assay's variants with 1, 2, and 3 or more mutations apart; `most` of each at the most."""
     groups: dict[int, list[Variant]] = defaultdict(list)
     for variant in variants:
         groups[min(3, variant[0].count(":") + 1)].append(variant)
@@ -174,13 +187,16 @@ def mutation_sets(name: str, variants: Sequence[Variant], most: int) -> Iterator
 
 
 def halves(rows: int, seed: int) -> Split:
-    """Two random halves of so many rows."""
+    """Return two random halves of so many rows."""
     order = np.random.default_rng(seed).permutation(rows)
     return order[: rows // 2], order[rows // 2 :]
 
 
 def structure_set(data: Path) -> DataSet:
-    """Three-state secondary structure: each split learns from other proteins, all are judged by the same."""
+    """Return three-state secondary structure.
+
+    Each split learns from other proteins, and all are judged by the same ones.
+    """
     sets = SecondaryStructure().read(data, MAX_RESIDUES)
     known = random.Random(0).sample(sets["train"], min(STRUCTURES, len(sets["train"])))
     examples = [*known, *sets["test"]]
@@ -203,7 +219,7 @@ def structure_set(data: Path) -> DataSet:
 
 
 def melting_set(data: Path) -> DataSet:
-    """Melting temperature with the split that it is published with."""
+    """Return melting temperature with the split that it is published with."""
     sets = MeltingTemperature().read(data, MAX_RESIDUES)
     known = [*sets["train"], *sets["valid"]]
     examples = [*known, *sets["test"]]

@@ -1,4 +1,4 @@
-"""The approaches of `scaling.py` as affine maps of all raw embeddings side by side, and angles between maps.
+"""The approaches as affine maps of all raw embeddings side by side, and angles between maps.
 
 Averaging over residues and every approach are affine, so raw embeddings are computed and averaged once; an
 approach at a level is then one matrix product.
@@ -50,29 +50,32 @@ class Affine(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Features that come out."""
+        """Return the number of features that come out."""
         return len(self.offset)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """`(rows, width)` features of raw embeddings side by side."""
+        """Return `(rows, width)` features of raw embeddings side by side."""
         matrix, offset = self.matrix.to(rows.device), self.offset.to(rows.device)
         return torch.addmm(offset, rows.to(matrix.dtype), matrix)
 
 
 def places(widths: Widths) -> list[Place]:
-    """Every approach at every level, each embedding once."""
+    """Return every approach at every level, each embedding once."""
     return list(
         dict.fromkeys(place_of(approach, level, widths) for approach in APPROACHES for level in widths)
     )
 
 
 def place_of(approach: str, level: str, widths: Widths) -> Place:
-    """Where an approach's embedding of a level is found: what is solved begins with the plain backbone."""
+    """Return where an approach's embedding of a level is found.
+
+    What is solved begins with the plain backbone.
+    """
     return Place(PLAIN if approach in SOLVERS and level == next(iter(widths)) else approach, level)
 
 
 def plain_maps(widths: Widths) -> dict[Place, Affine]:
-    """Each backbone's own embedding."""
+    """Return the map to each backbone's own embedding."""
     identity = torch.eye(sum(widths.values()), dtype=torch.float64)
     blocks = identity.split(list(widths.values()), dim=1)
     return {
@@ -82,7 +85,7 @@ def plain_maps(widths: Widths) -> dict[Place, Affine]:
 
 
 def rotated_maps(moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
-    """Each backbone's own embedding in the coordinates of its principal components, all of them.
+    """Return the map to each backbone's own embedding in the coordinates of all its principal components.
 
     Nothing is added and nothing lost: what a head gains by it, it gains by coordinates alone. Added features
     and those of concatenation are components too, so this is what they are to be held against.
@@ -96,12 +99,15 @@ def rotated_maps(moments: RunningMoments, widths: Widths) -> dict[Place, Affine]
 
 
 def solved_maps(approach: str, moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
-    """The maps of an approach at every level but the first, from joint moments."""
+    """Return the maps of an approach at every level but the first, from joint moments."""
     return affine_maps(approach, SOLVERS[approach](moments, widths), widths)
 
 
 def affine_maps(approach: str, stages: Sequence[Maps], widths: Widths) -> dict[Place, Affine]:
-    """What stages do to raw embeddings, read off what they make of nothing and of each feature alone."""
+    """Return what stages do to raw embeddings.
+
+    It is read off what they make of nothing and of each feature alone.
+    """
     total = sum(widths.values())
     probes = torch.cat((torch.zeros(1, total, dtype=torch.float64), torch.eye(total, dtype=torch.float64)))
     raw = dict(zip(widths, probes.split(list(widths.values()), dim=1), strict=True))
@@ -114,7 +120,7 @@ def affine_maps(approach: str, stages: Sequence[Maps], widths: Widths) -> dict[P
 
 
 def all_maps(moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
-    """The map of every place."""
+    """Return the map of every place."""
     maps = plain_maps(widths) | rotated_maps(moments, widths)
     for approach in SOLVERS:
         maps |= solved_maps(approach, moments, widths)
@@ -122,31 +128,31 @@ def all_maps(moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
 
 
 def principal_angles(one: Tensor, other: Tensor) -> Tensor:
-    """Principal angles in degrees, rising, between the spans of orthonormal columns."""
+    """Return the principal angles in degrees, rising, between the spans of orthonormal columns."""
     return torch.linalg.svdvals(one.T @ other).clamp(max=1).acos().rad2deg()
 
 
 def angles_between(spans: Sequence[Tensor]) -> Tensor:
-    """`(pairs, directions)` principal angles of all pairs."""
+    """Return `(pairs, directions)` principal angles of all pairs."""
     return torch.stack([principal_angles(one, other) for one, other in combinations(spans, 2)])
 
 
 def angles_at_random(directions: int, width: int) -> Tensor:
-    """The same between subspaces of these sizes that know nothing of each other."""
+    """Return such angles between random subspaces of these sizes, which know nothing of each other."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(5, width, directions, dtype=torch.float64, generator=generator)
     return angles_between(list(torch.linalg.qr(drawn).Q))
 
 
 def explained_by_prefix(features: Tensor, covariance: Tensor) -> Tensor:
-    """Share of the variance of all raw embeddings that the first 0, 1, 2, ... features explain linearly.
+    """Return the share of the variance of all raw embeddings that the first 0, 1, 2, ... features explain.
 
     Args:
-        features: `(widths together, width)` the features as a map of the raw embeddings.
-        covariance: of the raw embeddings.
+        features: `(widths together, width)`, the features as a linear map of the raw embeddings.
+        covariance: Covariance of the raw embeddings.
 
     Returns:
-        `(width + 1,)`, rising from 0.
+        `(width + 1,)` shares that rise from 0, each by linear regression on the features.
     """
     inner = features.T @ covariance @ features
     cross = features.T @ covariance

@@ -1,4 +1,4 @@
-"""The pictures of `scaling.py`: scores against width, who beats whom, what each feature explains."""
+"""The pictures: scores against width, who beats whom, what each feature explains."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ if TYPE_CHECKING:
 COLOUR = dict(zip(APPROACHES, (FAINT, INK, *COLOURS), strict=False))
 MARKER = dict(zip(APPROACHES, "oXsDv^", strict=True))
 LINE = {PLAIN: "--", ROTATED: "-.", OLS: ":"}
-"""Lines that are not solid: least squares often lies on principal component regression."""
+"""Styles of the lines that are not solid: least squares often lies on principal component regression."""
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty picture with a title."""
+    """Return an empty picture with a title."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+    layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     figure.suptitle(title, fontsize=LARGE, color=INK, fontweight="bold")
     return figure
 
 
 def draw_scores(records: Sequence[Record], widths: Mapping[str, int]) -> Figure:
-    """Scores against width: a line an approach, a column a task, a row a head."""
+    """Draw scores against width: a line for each approach, a column for each task, a row for each head."""
     tasks = [task for task in TASKS if any(record.task == task for record in records)]
     figure = new_figure(3.1 * len(tasks), 6.6, "Scores against width")
     axes = figure.subplots(len(HEADS), len(tasks), sharex=True, sharey="col", squeeze=False)
@@ -72,7 +73,7 @@ def draw_scores(records: Sequence[Record], widths: Mapping[str, int]) -> Figure:
 
 
 def _draw_lines(ax: Axes, records: Sequence[Record], widths: Mapping[str, int]) -> None:
-    """A line an approach, from the first level on, over the mean of the data sets."""
+    """Draw a line for each approach, from the first level on, through the means over data sets."""
     from matplotlib.ticker import NullLocator
 
     means = means_of(records)
@@ -96,7 +97,7 @@ def _draw_lines(ax: Axes, records: Sequence[Record], widths: Mapping[str, int]) 
 
 
 def draw_wins(records: Sequence[Record], widths: Mapping[str, int]) -> Figure:
-    """Who beats whom with the linear head: a cell a pair of embeddings."""
+    """Draw who beats whom with the linear head: a cell for each pair of embeddings."""
     shown = places(widths)
     means = means_of(record for record in records if record.head == LINEAR)
     shares = win_matrix(means, shown)
@@ -132,7 +133,7 @@ def draw_wins(records: Sequence[Record], widths: Mapping[str, int]) -> Figure:
 
 
 def draw_variance(maps: Mapping[Place, Affine], moments: RunningMoments, widths: Mapping[str, int]) -> Figure:
-    """What features hold: the variance of each, and the share of all raw variance that the first explain."""
+    """Draw the variance that each feature holds, and the share of all raw variance that the first explain."""
     from matplotlib.ticker import PercentFormatter
 
     *_, last = widths
@@ -168,7 +169,7 @@ def draw_all(
     widths: Mapping[str, int],
     folder: Path,
 ) -> None:
-    """Writes the three pictures."""
+    """Write the three pictures to a folder."""
     pictures = {
         "scores": draw_scores(records, widths),
         "wins": draw_wins(records, widths),

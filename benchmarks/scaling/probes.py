@@ -1,9 +1,10 @@
-"""The heads of `scaling.py`: ridge, logistic regression and a small MLP, all taught by training rows alone.
+"""The heads: ridge, logistic regression and a small MLP, all taught by training rows alone.
 
-    linear    numbers: ridge, the penalty chosen by generalised cross-validation (Golub, Heath and Wahba 1979)
-              classes: multinomial logistic regression with a penalty of 1/2 on the squared weights
-    MLP       one hidden layer of 64 GELUs, AdamW, stopped early by the last fifth of the training rows: of
-              residues, which stand protein by protein, those of other proteins
+    linear    Numbers are predicted by ridge; generalised cross-validation (Golub, Heath and Wahba 1979)
+              chooses the penalty. Classes are predicted by multinomial logistic regression with a penalty
+              of 1/2 on the squared weights.
+    MLP       One hidden layer of 64 GELUs is trained by AdamW and stopped early by the last fifth of the
+              training rows. Residues stand protein by protein, so these are of other proteins.
 
 Features are standardised by the training rows' means and deviations.
 """
@@ -21,12 +22,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.finetuning.finetune_residue import scores as class_scores
-from benchmarks.finetuning.finetune_sequence import rank_correlation
+from benchmarks.finetuning.melting_temperature import rank_correlation
+from benchmarks.finetuning.secondary_structure import scores as class_scores
 from rd_torch.heads import Head, Task
 
 PENALTIES = tuple(10 ** (quarter / 4) for quarter in range(-12, 29))
-"""From a thousandth to ten million, four a decade, for standardised features."""
+"""Penalties from a thousandth to ten million, four a decade, for standardised features."""
 
 ABSENT = 1e-12
 """Directions with at most this share of the largest one's squares count as absent."""
@@ -52,8 +53,8 @@ class Ridge:
 
     Attributes:
         weights: `(width,)`.
-        intercept: free of any penalty.
-        alpha: the penalty that was chosen.
+        intercept: `()`, free of any penalty.
+        alpha: Penalty that was chosen.
     """
 
     weights: Tensor
@@ -61,12 +62,12 @@ class Ridge:
     alpha: float
 
     def __call__(self, features: Tensor) -> Tensor:
-        """`(rows,)` predictions."""
+        """Return `(rows,)` predictions."""
         return features @ self.weights + self.intercept
 
 
 def fit_ridge(features: Tensor, labels: Tensor, penalties: Sequence[float] = PENALTIES) -> Ridge:
-    """Ridge regression, its penalty the one of least generalised cross-validation error.
+    """Fit ridge regression with the penalty of least generalised cross-validation error.
 
     The error of a penalty is `n RSS / (n - 1 - d)^2`, with d the effective degrees of freedom and 1 for the
     intercept. Nothing but these rows is seen.
@@ -74,7 +75,7 @@ def fit_ridge(features: Tensor, labels: Tensor, penalties: Sequence[float] = PEN
     Args:
         features: `(n, width)`.
         labels: `(n,)`.
-        penalties: those to choose from; 0 gives the least-squares solution of minimum norm.
+        penalties: Penalties to choose from; 0 gives the least-squares solution of minimum norm.
     """
     mean, centre = features.mean(0), labels.mean()
     X, y = features - mean, labels - centre
@@ -98,7 +99,7 @@ def fit_ridge(features: Tensor, labels: Tensor, penalties: Sequence[float] = PEN
 
 
 def linear(known: Tensor, labels: Tensor, unknown: Tensor, classes: int, seed: int) -> tuple[Tensor, Scores]:
-    """Predictions of ridge or logistic regression for unknown rows, and the penalty."""
+    """Return predictions of ridge or logistic regression for unknown rows, and the penalty of ridge."""
     del seed  # nothing is drawn
     if not classes:
         ridge = fit_ridge(known, labels.to(known.dtype))
@@ -113,7 +114,7 @@ def linear(known: Tensor, labels: Tensor, unknown: Tensor, classes: int, seed: i
 def small_mlp(
     known: Tensor, labels: Tensor, unknown: Tensor, classes: int, seed: int
 ) -> tuple[Tensor, Scores]:
-    """Predictions of the MLP for unknown rows, and the epoch that it was best at."""
+    """Return predictions of the MLP for unknown rows, and the epoch that it was best at."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         task: Task = "classification" if classes else "regression"
@@ -129,7 +130,10 @@ def small_mlp(
 
 
 def _train(head: Head, taught: Rows, held: Rows) -> int:
-    """Trains until the held rows' loss has not fallen for `PATIENCE` epochs; leaves the best, says when."""
+    """Train until the held rows' loss has not fallen for `PATIENCE` epochs.
+
+    The head ends as it was at its best; that epoch is returned.
+    """
     optimizer = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
     lowest, best, kept = math.inf, 0, copy.deepcopy(head.state_dict())
     for epoch in range(1, EPOCHS + 1):
@@ -148,7 +152,7 @@ def _train(head: Head, taught: Rows, held: Rows) -> int:
 
 
 def _loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of numbers, cross-entropy of classes."""
+    """Return the squared error of numbers, or the cross-entropy of classes."""
     if targets.is_floating_point():
         return functional.mse_loss(predictions[:, 0], targets)
     return functional.cross_entropy(predictions, targets)
@@ -161,25 +165,28 @@ HEADS: Mapping[str, Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, S
 
 
 def standardise(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
-    """Both, each feature less the known rows' mean, over their deviation; constant features become zeros."""
+    """Return both, each feature less the known rows' mean, over their deviation.
+
+    Features that are constant over the known rows become zeros.
+    """
     mean, deviation = known.mean(0), known.std(0)
     deviation[deviation <= CONSTANT * mean.abs()] = math.inf
     return (known - mean) / deviation, (unknown - mean) / deviation
 
 
 def judge(head: str, taught: Rows, judged: Rows, classes: int, seed: int) -> Scores:
-    """Scores of a head on the rows that judge.
+    """Return the scores of a head on the rows that judge.
 
     Args:
         head: `"linear"` or `"MLP"`.
-        taught: what the head learns from, all that it sees of labels.
-        judged: what it is judged by.
-        classes: how many there are; 0 where labels are numbers.
-        seed: of the MLP's weights and batches.
+        taught: What the head learns from; it sees no other labels.
+        judged: What it is judged by.
+        classes: Number of classes; 0 where labels are numbers.
+        seed: Seed of the MLP's weights and batches.
 
     Returns:
-        `"Spearman"` of numbers, `"accuracy"` and `"macro AUPR"` of classes;
-        the penalty of ridge, the epochs of the MLP.
+        `"Spearman"` for numbers, `"accuracy"` and `"macro AUPR"` for classes, with the penalty of ridge
+        and the epochs of the MLP.
     """
     known, unknown = standardise(taught.features, judged.features)
     predictions, facts = HEADS[head](known, taught.labels, unknown, classes, seed)
@@ -187,7 +194,7 @@ def judge(head: str, taught: Rows, judged: Rows, classes: int, seed: int) -> Sco
 
 
 def _scores(predictions: Tensor, labels: Tensor, classes: int) -> Scores:
-    """What predictions are worth."""
+    """Return what predictions are worth."""
     if classes:
         return class_scores(predictions.numpy(), labels.numpy())
     return {"Spearman": rank_correlation(predictions, labels)}

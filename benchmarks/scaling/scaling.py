@@ -2,16 +2,18 @@
 
     python -m benchmarks.scaling.scaling --output FOLDER
 
-At equal width: the backbone's own embedding, as it is and rotated to its principal components, nested ones
-whose stages predict by principal component regression or least squares, and concatenation with principal
-components; beside them the nested embedding that keeps every added direction, which is wider. All maps come
-from the same moments. Asked are, of mean-pooled embeddings, the effects of mutations (each assay's variants
-with 1, 2, and 3 or more mutations apart; five random halves) and melting temperature (the published split),
-and of residues, three-state secondary structure (five sets of training proteins, one of test proteins);
-heads: `probes.py`.
+The script compares embeddings of equal width: the backbone's own embedding, as it is and rotated to its
+principal components; nested ones whose stages predict by principal component regression or by least squares;
+and concatenation with principal components. Beside them stands the nested embedding that keeps every added
+direction, which is wider. All maps come from the same moments.
 
-Stability: the same from five disjoint samples of 200, 1,000 and 5,000 training proteins. The main maps are
-those of all five together. None of these proteins is among those that are asked about.
+Mean-pooled embeddings are asked for the effects of mutations (each assay's variants with 1, 2, and 3 or more
+mutations apart; five random halves) and for melting temperature (the published split). Embeddings of residues
+are asked for three-state secondary structure (five sets of training proteins, one of test proteins).
+`benchmarks/scaling/probes.py` says what the heads are.
+
+Stability is measured by the same from five disjoint samples of 200, 1,000 and 5,000 training proteins. The
+main maps are those of all five together. None of these proteins is among those that are asked about.
 
 Embeddings, moments and scores are kept in `--cache`: the same command goes on where it was, and a second run
 takes what is there. `--output` receives three tables, every score, and three plots.
@@ -28,8 +30,8 @@ from pathlib import Path
 import torch
 
 import rd_torch
-from benchmarks.finetuning.study import require
-from benchmarks.report import Row, environment, write_result
+from benchmarks.options import DTYPES, add_data_option, data_folder, new_parser
+from benchmarks.result import Row, environment, write_result
 from benchmarks.scaling.cache import Cache
 from benchmarks.scaling.data import read_sets
 from benchmarks.scaling.maps import PCR, affine_maps, all_maps
@@ -37,16 +39,20 @@ from benchmarks.scaling.plots import draw_all
 from benchmarks.scaling.probes import HEADS, LINEAR
 from benchmarks.scaling.study import Fit, Sample, Study, cut_at, disjoint_samples
 from benchmarks.scaling.tables import Record, all_win_rows, angle_row, score_rows, spread_row
-from benchmarks.speed.contenders import DTYPES, add_data_argument
 
 
 def stability(
     study: Study, samples: Sequence[Sequence[str]], sizes: Sequence[int]
 ) -> tuple[list[Row], list[Record]]:
-    """How much maps and scores depend on the sample: a row a size and level, and every score.
+    """Measure how much maps and scores depend on the sample: a row for each size and level, and every score.
 
     Angles are the principal ones between the spans of V, the added directions in the coordinates of the
     larger backbone's embedding, of all pairs of samples.
+
+    Args:
+        study: The data sets and the cache.
+        samples: Five disjoint samples of sequences.
+        sizes: Numbers of sequences to take of each sample, rising.
     """
     widths = study.cache.widths
     rows: list[Row] = []
@@ -69,7 +75,15 @@ def stability(
 def run(
     study: Study, samples: Sequence[Sequence[str]], sizes: Sequence[int], name: str, output: Path | None
 ) -> None:
-    """Computes whatever is missing, prints the tables, and writes them, every score and the plots."""
+    """Compute whatever is missing, print the tables, and write them, every score and the plots.
+
+    Args:
+        study: The data sets and the cache.
+        samples: Five disjoint samples of sequences.
+        sizes: Numbers of sequences to take of each sample, rising.
+        name: Name of the model in titles.
+        output: Folder to write to; None writes nothing.
+    """
     widths = study.cache.widths
     parts = tuple(part for sequences in samples for part in cut_at(sequences, sizes))
     everything = Sample(f"all {sum(map(len, parts)):,} sequences", parts)
@@ -94,28 +108,48 @@ def run(
         draw_all(records, maps, moments, widths, output)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = new_parser(__doc__, output="Folder to write tables, scores and plots to.")
+    add_data_option(parser)
+    parser.add_argument(
+        "--proteingym",
+        type=Path,
+        help="Folder of ProteinGym's files, which take the place of the data's assays.",
     )
-    add_data_argument(parser)
-    parser.add_argument("--proteingym", type=Path, help="ProteinGym's files, in place of the data's assays")
-    parser.add_argument("--model", default="esm2-rd-mini", help="folder, Hub id, or the shipped family")
-    parser.add_argument("--level", help="the chain's last level, by default the model's")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbones")
-    parser.add_argument("--variants", type=int, default=3_000, help="of a data set at the most")
+    parser.add_argument(
+        "--model",
+        default="esm2-rd-mini",
+        help="Folder or Hub id of a chain, or the shipped family, which is the default.",
+    )
+    parser.add_argument("--level", help="Last level of the chain, by default the model's.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="Device that runs.")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="Type of the backbones, by default %(default)s."
+    )
+    parser.add_argument(
+        "--variants",
+        type=int,
+        default=3_000,
+        help="Number of variants of a data set at the most, by default %(default)s.",
+    )
     parser.add_argument(
         "--sizes",
         type=int,
         nargs="+",
         default=[200, 1_000, 5_000],
-        help="sequences of the five samples, rising",
+        help="Numbers of sequences in the five samples, rising.",
     )
-    parser.add_argument("--cache", type=Path, default=Path("scaling-cache"), help="what is kept between runs")
-    parser.add_argument("--output", type=Path, help="folder of tables, scores and plots")
-    arguments = parser.parse_args()
-    data, sizes = require(arguments.data), arguments.sizes
+    parser.add_argument(
+        "--cache", type=Path, default=Path("scaling-cache"), help="Folder for what is kept between runs."
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the command line."""
+    arguments = read_arguments()
+    data, sizes = data_folder(arguments), arguments.sizes
     if sizes != sorted(set(sizes)) or sizes[0] < 1:
         raise SystemExit(f"expected rising --sizes, each at least 1, got {' '.join(map(str, sizes))}")
     sets = read_sets(data, arguments.proteingym, arguments.variants)

@@ -1,4 +1,7 @@
-"""What `scaling.py` measures: maps from samples of proteins, judged on data sets, kept as they come."""
+"""The measurement itself: maps from samples of proteins are judged on data sets.
+
+Scores are kept as they come.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from benchmarks.proteins import MAX_RESIDUES
 from benchmarks.scaling.cache import Cache, Scores
 from benchmarks.scaling.data import DataSet, digest
 from benchmarks.scaling.maps import PLAIN, Affine, Place
 from benchmarks.scaling.probes import Rows, judge
 from benchmarks.scaling.tables import Record
-from benchmarks.speed.contenders import MAX_RESIDUES
 from rd_torch import RunningMoments
 from rd_torch.reading import Fasta
 from rd_torch.sequences import normalized_proteins
 
 PROTOCOL = 1
-"""Raised with every change that makes scores of before incomparable."""
+"""Number to raise with every change that makes earlier scores incomparable."""
 
 SAMPLES = 5
 
@@ -38,7 +41,7 @@ class Sample:
 
     @cached_property
     def checksum(self) -> str:
-        """A digest of all sequences."""
+        """Return a digest of all sequences."""
         return digest(sequence for part in self.parts for sequence in part)
 
 
@@ -68,14 +71,14 @@ class Study:
         self.scores = Scores(cache.folder / "scores.jsonl")
 
     def moments(self, sample: Sample) -> RunningMoments:
-        """Joint moments of a sample."""
+        """Return the joint moments of a sample."""
         moments = RunningMoments(sum(self.cache.widths.values()))
         for part in sample.parts:
             moments.merge(self.cache.moments(part, sample.name))
         return moments
 
     def run(self, fits: Sequence[Fit], heads: Sequence[str]) -> list[list[Record]]:
-        """Every score of the maps, fit by fit."""
+        """Return every score of the maps, fit by fit."""
         records: list[list[Record]] = [[] for _ in fits]
         for data in self.sets:
             wanted = [
@@ -95,7 +98,7 @@ class Study:
         return records
 
     def _key(self, data: DataSet, work: Work) -> dict[str, Any]:
-        """All that a score depends on; the plain backbone's on no fit."""
+        """Return all that a score depends on; that of the plain backbone depends on no fit."""
         return {
             "protocol": PROTOCOL,
             "model": self.cache.fingerprint,
@@ -108,13 +111,13 @@ class Study:
         }
 
     def _record(self, data: DataSet, work: Work, key: Mapping[str, Any]) -> Record:
-        """A score that is kept, with what it is of."""
+        """Return a score that is kept, with what it is of."""
         width = work.fit.maps[work.place].width
         about = (work.fit.sample.name, *work.place, width, data.name, data.task, work.head, work.split)
         return Record(*about, self.scores[key])
 
     def _judge(self, data: DataSet, missing: Sequence[tuple[Work, dict[str, Any]]]) -> None:
-        """Computes and keeps scores of a data set."""
+        """Compute scores of a data set, and keep them."""
         rows, labels = self.cache.rows(data), torch.from_numpy(data.labels)
         bar = tqdm(missing, desc=data.name, unit="score", leave=False)
         for (fit, place, split), group in groupby(bar, key=lambda entry: entry[0][:3]):
@@ -127,7 +130,11 @@ class Study:
 
 
 def disjoint_samples(path: Path, without: Collection[str], size: int) -> list[list[str]]:
-    """Five samples of a FASTA file's sequences, drawn by chance; none is there twice or among `without`."""
+    """Draw five samples of a FASTA file's sequences by chance; none is there twice or among `without`.
+
+    Raises:
+        SystemExit: If the file has too few sequences.
+    """
     proteins = normalized_proteins(Fasta(path), max_length=MAX_RESIDUES)
     known = list(dict.fromkeys(each.sequence for each in proteins))
     random.Random(0).shuffle(known)
@@ -140,5 +147,8 @@ def disjoint_samples(path: Path, without: Collection[str], size: int) -> list[li
 
 
 def cut_at(sequences: Sequence[str], ends: Sequence[int]) -> tuple[Sequence[str], ...]:
-    """The sequences up to the last of these rising ends, cut at each: parts that larger samples share."""
+    """Return the sequences up to the last of these rising ends, cut at each.
+
+    Larger samples share these parts with smaller ones.
+    """
     return tuple(sequences[start:end] for start, end in pairwise((0, *ends)))

@@ -1,4 +1,4 @@
-"""The tables of `scaling.py`: scores, wins, stability."""
+"""The tables: scores, wins, and stability."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from itertools import product
 
 from torch import Tensor
 
-from benchmarks.report import Row
+from benchmarks.result import Row
 from benchmarks.scaling.data import MUTATIONS, TASKS
 from benchmarks.scaling.maps import ALL, APPROACHES, Place, angles_at_random, angles_between, place_of
 from benchmarks.scaling.probes import HEADS
 from benchmarks.scaling.wins import Means, win_rows
 
 LEAST_SETS = 5
-"""Data sets below which a group of them has no row in the win table."""
+"""Number of data sets below which a group of them has no row in the win table."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Record:
     """One score.
 
     Attributes:
-        fit: the sequences that the maps were fitted on, in words.
-        approach: how the embedding was made.
-        level: of the family.
-        width: features.
-        data: the data set.
-        task: what it asks.
-        head: what predicts.
-        split: which of the data set's splits.
-        scores: by metric; the task's first metric stands first.
+        fit: What sequences the maps were fitted on, in words.
+        approach: How the embedding was made.
+        level: Level of the family.
+        width: Number of features.
+        data: Name of the data set.
+        task: What the data set asks.
+        head: What predicts.
+        split: Number of the data set's split, from 0.
+        scores: Scores by metric; the task's first metric stands first.
     """
 
     fit: str
@@ -48,17 +48,17 @@ class Record:
 
     @property
     def place(self) -> Place:
-        """Approach and level."""
+        """Return approach and level."""
         return Place(self.approach, self.level)
 
     @property
     def first(self) -> float:
-        """The score in the task's first metric."""
+        """Return the score in the task's first metric."""
         return next(iter(self.scores.values()))
 
 
 def means_of(records: Iterable[Record]) -> Means:
-    """The mean over splits by data set and place."""
+    """Return the mean over splits by data set and place."""
     found: dict[str, dict[Place, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         found[record.data][record.place].append(record.first)
@@ -69,7 +69,7 @@ def means_of(records: Iterable[Record]) -> Means:
 
 
 def score_rows(records: Sequence[Record], widths: Mapping[str, int]) -> list[Row]:
-    """A row a head, task, metric and approach: the mean over data sets and splits at each level."""
+    """Return a row for each head, task, metric and approach: at each level the mean over sets and splits."""
     found: dict[tuple[str, str, str, Place], list[float]] = defaultdict(list)
     sets: dict[str, set[str]] = defaultdict(set)
     for record in records:
@@ -92,7 +92,7 @@ def score_rows(records: Sequence[Record], widths: Mapping[str, int]) -> list[Row
 
 
 def all_win_rows(records: Sequence[Record], widths: Mapping[str, int]) -> list[Row]:
-    """The win table of each head: on the data sets of each task, on those of mutations, and on all.
+    """Return the win table of each head: on the data sets of each task, on those of mutations, and on all.
 
     Groups of fewer than `LEAST_SETS` are left out, for shares of them say next to nothing.
     """
@@ -106,7 +106,7 @@ def all_win_rows(records: Sequence[Record], widths: Mapping[str, int]) -> list[R
 
 
 def angle_row(spans: Sequence[Tensor]) -> Row:
-    """What the table says of angles between the added subspaces of several samples."""
+    """Return what the table says of angles between the added subspaces of several samples."""
     width, directions = spans[0].shape
     angles, chance = angles_between(spans), angles_at_random(directions, width)
     return {
@@ -119,7 +119,7 @@ def angle_row(spans: Sequence[Tensor]) -> Row:
 
 
 def spread_row(samples: Sequence[Sequence[Record]]) -> Row:
-    """What the table says of a level's scores from several samples."""
+    """Return what the table says of a level's scores from several samples."""
     place = samples[0][0].place
     found = [means_of(records) for records in samples]
     by_set = [[means[data][place] for means in found] for data in found[0]]

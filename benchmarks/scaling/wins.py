@@ -1,4 +1,4 @@
-"""The win table of `scaling.py`: on what share of the data sets one embedding beats another."""
+"""The win table: on what share of the data sets does one embedding beat another?"""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from benchmarks.report import Row
+from benchmarks.result import Row
 from benchmarks.scaling.maps import CONCAT, OLS, PCR, PLAIN, ROTATED, Place, Widths, place_of
 
 DRAWS = 10_000
 Means = Mapping[str, Mapping[Place, float]]
-"""A score by data set and place: the mean over splits of the task's first metric."""
+"""Scores by data set and place, each the mean over splits of the task's first metric."""
 
 WIDER = {f"wider {name} over narrower": name for name in (PCR, OLS, PLAIN, ROTATED, CONCAT)}
 EQUAL = {
@@ -30,7 +30,7 @@ EQUAL = {
 
 
 def comparisons(widths: Widths) -> dict[str, dict[str, tuple[Place, Place]]]:
-    """What is compared: by name and level, the place that might win and the other.
+    """Return what is compared: by name and level, the place that might win and the other.
 
     A wider embedding is compared with that of the level before.
     """
@@ -48,12 +48,12 @@ def comparisons(widths: Widths) -> dict[str, dict[str, tuple[Place, Place]]]:
 
 
 def wins(differences: np.ndarray) -> np.ndarray:
-    """1 where the first is better, 0 where the other is, a half where they are equal."""
+    """Return 1 where the first is better, 0 where the other is, and a half where they are equal."""
     return (np.sign(differences) + 1) / 2
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean when data sets are drawn again, all steps of one staying together.
+    """Return the 95 % interval of the mean when data sets are drawn again, all steps of one staying together.
 
     Args:
         values: `(data sets, steps)`.
@@ -64,12 +64,12 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def win_rows(means: Means, widths: Widths, **about: str) -> list[Row]:
-    """A row a comparison: share of data sets where the first wins, at each level and at all of them.
+    """Return a row for each comparison: on what share of the data sets, at each level, does the first win?
 
     Args:
-        means: scores by data set.
-        widths: of the backbones by level.
-        **about: what else a row says, ahead of the comparison.
+        means: Scores by data set.
+        widths: Widths of the backbones by level.
+        **about: What else a row says, ahead of the comparison.
     """
     rows = []
     for name, steps in comparisons(widths).items():
@@ -90,12 +90,12 @@ def win_rows(means: Means, widths: Widths, **about: str) -> list[Row]:
 
 
 def with_interval(values: np.ndarray, form: str) -> str:
-    """The mean of all values and its interval."""
+    """Return the mean of all values and its interval in words."""
     low, high = interval(values)
     return f"{form.format(values.mean())} [{form.format(low)}, {form.format(high)}]"
 
 
 def win_matrix(means: Means, places: Sequence[Place]) -> np.ndarray:
-    """`(places, places)` share of the data sets where the row's place beats the column's."""
+    """Return the `(places, places)` share of the data sets where the row's place beats the column's."""
     scores = np.array([[each[place] for place in places] for each in means.values()])
     return wins(scores[:, :, None] - scores[:, None, :]).mean(0)

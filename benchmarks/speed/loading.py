@@ -1,31 +1,33 @@
-"""How fast and in how much memory ESM-2 650M loads: ours from both formats, fair-esm from its own.
+"""How fast and in how much memory does ESM-2 650M load: ours from both formats, fair-esm from its own?
 
     python -m benchmarks.speed.loading --output benchmarks/results/loading.json
 
-writes random weights of 650M's shape to a scratch folder (5 GB), loads them alternately, each time in a
-process of its own, and reports medians. The peak is of anonymous host memory above what the process
-held after importing; pages of the mapped file do not count, for the system takes them back at will.
-Files are in the page cache when they are read. A second figure includes a first forward pass, which
-is when a mapped file's pages are used.
+The script writes random weights of 650M's shape to a scratch folder (5 GB), loads them alternately, each time
+in a process of its own, and reports medians. The peak is of anonymous host memory above what the process held
+after importing; pages of the mapped file do not count, for the system takes them back at will. Files are in
+the page cache when they are read. A second figure includes a first forward pass, which is when a mapped
+file's pages are used.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import rd_torch
-from benchmarks.report import environment, write_result
+from benchmarks.options import new_parser
+from benchmarks.result import Row, environment, write_result
+from benchmarks.speed.meter import MEBI, status_bytes
+from benchmarks.speed.processes import in_own_process
 
 SHAPE = (33, 1280, 20)
 CASES = (
@@ -38,7 +40,15 @@ CASES = (
 
 
 def write_files(folder: Path, shape: tuple[int, int, int]) -> dict[str, Path]:
-    """Random weights as transformers writes safetensors and as fair-esm's `.pt` are laid out."""
+    """Write random weights as transformers writes safetensors and as fair-esm's `.pt` are laid out.
+
+    Args:
+        folder: Where to write.
+        shape: Numbers of layers, of features and of attention heads.
+
+    Returns:
+        The file of each form, `"safetensors"` and `"pt"`.
+    """
     from esm.model.esm2 import ESM2 as FairESM2  # here, for every process that loads would import them too
     from transformers import EsmConfig, EsmForMaskedLM
 
@@ -63,69 +73,88 @@ def write_files(folder: Path, shape: tuple[int, int, int]) -> dict[str, Path]:
     return {"safetensors": folder / "model.safetensors", "pt": folder / "esm2_random.pt"}
 
 
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process now."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("expected RssAnon in /proc/self/status, got none: this needs Linux")
+def loader(library: str, path: Path, dtype: str) -> Callable[[], nn.Module]:
+    """Return a function that loads a file, with everything imported that it needs."""
+    if library == "fair-esm":
+        from esm.pretrained import load_model_and_alphabet_local as load_fair_esm
+
+        def load() -> nn.Module:
+            with torch.serialization.safe_globals([Namespace]):
+                return load_fair_esm(str(path))[0].eval()
+
+        return load
+    read = rd_torch.RDModel.from_pretrained  # this imports what it names
+    return lambda: read(path, dtype=getattr(torch, dtype))
+
+
+class Watch:
+    """The most anonymous memory that this process has held, in bytes."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+
+    def look(self) -> None:
+        """Look at what is held now."""
+        self.peak = max(self.peak, status_bytes("RssAnon"))
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Look at the memory every millisecond, in a thread, and once more at the end."""
+    watch, done = Watch(), threading.Event()
+
+    def look_again_and_again() -> None:
+        while not done.is_set():
+            watch.look()
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=look_again_and_again)
+    thread.start()
+    try:
+        yield watch
+        watch.look()
+    finally:
+        done.set()
+        thread.join()
 
 
 def load_once(library: str, path: Path, dtype: str) -> dict[str, float]:
-    """Loads in this process; seconds, seconds with a forward pass, and the peak of anonymous memory."""
-    if library == "fair-esm":
-        from esm.pretrained import load_model_and_alphabet_local as load_fair_esm
-    else:
-        rd_torch.RDModel, rd_torch.ESM2  # imported now, not while the clock runs  # noqa: B018
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
+    """Load a file in this process.
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous_bytes())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    if library == "fair-esm":
-        with torch.serialization.safe_globals([Namespace]):
-            model = load_fair_esm(str(path))[0].eval()
-    else:
-        model = rd_torch.RDModel.from_pretrained(path, dtype=getattr(torch, dtype))
-    seconds = time.perf_counter() - start
-    peak = max(peak, anonymous_bytes())
-    done.set()
-    watcher.join()
+    Returns:
+        `"seconds"`, `"seconds_with_forward"`, and `"anonymous"`, the peak of anonymous memory in MiB.
+    """
+    load = loader(library, path, dtype)
+    before = status_bytes("RssAnon")
+    with watching() as watch:
+        start = time.perf_counter()
+        model = load()
+        seconds = time.perf_counter() - start
+    waited = time.perf_counter()
     with torch.no_grad():
         model(torch.tensor([[0, 20, 15, 11, 5, 19, 12, 2]]))
     return {
         "seconds": seconds,
-        "seconds_with_forward": time.perf_counter() - start,
-        "anonymous": (peak - before) / 2**20,
+        "seconds_with_forward": seconds + time.perf_counter() - waited,
+        "anonymous": (watch.peak - before) / MEBI,
     }
 
 
-def measure(folder: Path, rounds: int, shape: tuple[int, int, int]) -> list[dict[str, object]]:
-    """All cases alternately, each load in its own process; one row a case."""
+def measure(folder: Path, rounds: int, shape: tuple[int, int, int]) -> list[Row]:
+    """Load in all ways alternately, each time in its own process, and return a row for each way.
+
+    Args:
+        folder: Where to write the weights.
+        rounds: How often each way loads.
+        shape: Numbers of layers, of features and of attention heads.
+    """
     paths = write_files(folder, shape)
     runs: dict[tuple[str, str, str], list[dict[str, float]]] = {case: [] for case in CASES}
     for _ in range(rounds):
-        for case, results in runs.items():
-            library, form, dtype = case
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.speed.loading",
-                "--once",
-                library,
-                str(paths[form]),
-                dtype,
-            ]
-            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            results.append(json.loads(printed))
-    size = {form: path.stat().st_size / 2**20 for form, path in paths.items()}
-    rows = []
+        for (library, form, dtype), results in runs.items():
+            results.append(in_own_process(load_once, library, paths[form], dtype))
+    size = {form: path.stat().st_size / MEBI for form, path in paths.items()}
+    rows: list[Row] = []
     for (library, form, dtype), results in runs.items():
         median = {key: statistics.median(result[key] for result in results) for key in results[0]}
         target = size[form] * (0.5 if dtype == "bfloat16" else 1)
@@ -148,18 +177,20 @@ def measure(folder: Path, rounds: int, shape: tuple[int, int, int]) -> list[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Run the command line."""
+    parser = new_parser(__doc__)
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="Number of times that each way loads, by default %(default)s."
     )
-    parser.add_argument("--output", type=Path, help="result file")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shape", type=int, nargs=3, default=SHAPE, metavar=("LAYERS", "WIDTH", "HEADS"))
-    parser.add_argument("--once", nargs=3, metavar=("LIBRARY", "FILE", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=3,
+        default=SHAPE,
+        metavar=("LAYERS", "WIDTH", "HEADS"),
+        help="Shape of the weights, by default that of 650M.",
+    )
     arguments = parser.parse_args()
-    if arguments.once:
-        library, path, dtype = arguments.once
-        print(json.dumps(load_once(library, Path(path), dtype)))
-        return
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), arguments.rounds, tuple(arguments.shape))
     write_result("Loading ESM-2 650M", rows, environment(), arguments.output)

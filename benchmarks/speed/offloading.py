@@ -7,19 +7,16 @@ kept on disk by accelerate's `disk_offload`, which reads a module's weights when
 after. It embeds natural proteins of 100 to 500 residues, sorted by length, in batches of each of `--budgets`
 tokens, padding counted; files are taken out of the system's page cache before every batch, for memory that
 holds no weights does not hold their file either. Of the budgets at which the peak stays below `--gibibytes`
-the fastest counts; where there is none, the fastest of all, with its peak. The peak is the kernel's own
-record of resident memory (VmHWM), weights that are in use and the interpreter included.
+the fastest counts; where there is none, the fastest of all counts, with its peak. The peak is the kernel's
+own record of resident memory (VmHWM), weights that are in use and the interpreter included.
 
-"tokens a load" are the real tokens that one reading of the weights serves on average.
+The column "tokens a load" gives the real tokens that one reading of the weights serves on average.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,35 +26,34 @@ import accelerate
 import torch
 from torch import nn
 
-from benchmarks.report import Row, environment, write_result
+from benchmarks.options import add_data_option, data_folder, new_parser
+from benchmarks.proteins import natural_proteins
+from benchmarks.result import Row, environment, report_progress, write_result
+from benchmarks.speed.batches import Batch, batches_of, sample
 from benchmarks.speed.contenders import (
     CHAIN,
     FAIR,
     TRANSFORMERS,
-    Batch,
     Contender,
-    add_data_argument,
-    add_model_arguments,
     alone,
-    batches_of,
     fair_contender,
-    levels_until,
     masked_contender,
-    natural_proteins,
     own,
+)
+from benchmarks.speed.meter import GIBI, Meter
+from benchmarks.speed.models import (
+    add_model_options,
+    levels_until,
     random_fair,
     random_family,
     random_transformers,
-    sample,
     where,
 )
-from benchmarks.speed.memory import Meter
-
-GIBI = 2**30
+from benchmarks.speed.processes import in_own_process
 
 
 def build(name: str, arguments: argparse.Namespace) -> tuple[nn.Module, Contender]:
-    """The model of that name, and its way from a batch to embeddings."""
+    """Return the model of that name, and its way from a batch to embeddings."""
     levels = levels_until(arguments)
     if name == FAIR:
         model = random_fair(levels[-1], "cpu").bfloat16()
@@ -70,7 +66,7 @@ def build(name: str, arguments: argparse.Namespace) -> tuple[nn.Module, Contende
 
 
 def forget_files(folder: Path) -> None:
-    """Takes a folder's files out of the system's page cache."""
+    """Take a folder's files out of the system's page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -80,25 +76,25 @@ def forget_files(folder: Path) -> None:
 
 
 def timed(contender: Contender, batches: Sequence[Batch], folder: Path) -> float:
-    """Seconds for all batches, each with its weights to be read from the disk."""
+    """Return the seconds for all batches; each reads its weights from the disk."""
     seconds = 0.0
     for batch in batches:
         forget_files(folder)
         start = time.perf_counter()
-        contender.encode(batch)
+        contender(batch)
         seconds += time.perf_counter() - start
     return seconds
 
 
 @torch.inference_mode()
-def measure_once(name: str, arguments: argparse.Namespace, folder: Path) -> list[Row]:
-    """One contender at every budget, in this process."""
+def rows_by_budget(name: str, arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    """Return a row for one contender at every budget, measured in this process."""
     model, contender = build(name, arguments)
     accelerate.disk_offload(model, folder, execution_device="cpu", offload_buffers=True)
-    groups = sample("100-500", arguments.tokens, 0, natural_proteins(arguments.data))
+    groups = sample("100-500", arguments.tokens, 0, natural_proteins(data_folder(arguments)))
     proteins = [[protein for group in groups for protein in group]]
     meter = Meter("cpu")
-    rows = []
+    rows: list[Row] = []
     for budget in arguments.budgets:
         batches = batches_of(proteins, budget, "cpu")
         real = sum(batch.real for batch in batches)
@@ -112,26 +108,16 @@ def measure_once(name: str, arguments: argparse.Namespace, folder: Path) -> list
                 "peak, GiB": round(meter.peak() / GIBI, 2),
             }
         )
-        print(rows[-1], file=sys.stderr, flush=True)
+        report_progress(f"With budget {budget}, {name} ran {rows[-1]['tokens/s']} tokens/s.")
     return rows
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
-    """Every contender in its own process; one row each, at its best budget."""
+    """Return a row for every contender at its best budget, each measured in its own process."""
     best: list[Row] = []
     for name in (CHAIN, alone(arguments.level), TRANSFORMERS, FAIR):
         with TemporaryDirectory(dir=arguments.folder) as folder:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.speed.offloading",
-                *sys.argv[1:],
-                "--once",
-                name,
-                folder,
-            ]
-            printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows = json.loads(printed.splitlines()[-1])
+            rows = in_own_process(rows_by_budget, name, arguments, Path(folder))
         fitting = [row for row in rows if row["peak, GiB"] <= arguments.gibibytes]
         best.append(max(fitting or rows, key=lambda row: row["tokens/s"]))
     chain = best[0]["tokens/s"]
@@ -139,21 +125,23 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Run the command line."""
+    parser = new_parser(__doc__)
+    add_model_options(parser)
+    add_data_option(parser)
+    parser.add_argument(
+        "--tokens", type=int, default=2048, help="About how many tokens to embed, by default %(default)s."
     )
-    add_model_arguments(parser)
-    add_data_argument(parser)
-    parser.add_argument("--tokens", type=int, default=2048, help="to embed, about")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[512, 2048], help="tokens a batch")
-    parser.add_argument("--gibibytes", type=float, default=4, help="memory that is allowed")
-    parser.add_argument("--folder", type=Path, help="where weights are kept; by default the temporary folder")
-    parser.add_argument("--once", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=[512, 2048], help="Numbers of tokens in a batch to try."
+    )
+    parser.add_argument(
+        "--gibibytes", type=float, default=4, help="Memory that is allowed, by default 4 GiB."
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="Folder for the weights, by default the system's temporary one."
+    )
     arguments = parser.parse_args()
-    if arguments.once:
-        name, folder = arguments.once
-        print(json.dumps(measure_once(name, arguments, Path(folder))))
-        return
     rows = measure(arguments)
     title = (
         f"Weights on disk: the chain up to {arguments.level} in bfloat16, {arguments.gibibytes:g} GiB of "

@@ -2,11 +2,11 @@
 
     python -m benchmarks.speed.proteome --proteins 5000 --output FILE
 
-embeds validation and training proteins in parts of `--part` records. Of each part, alternately, the bare
-forward passes over its batches, which are ready as tokens, and the whole way from a FASTA file to a
-finished store (Parquet pooled, HDF5 per residue): reading, tokenising, pooling, writing, renaming. The share
-is the time of the passes over the time of the whole way; loading the model is left out of both. The first
-rows are a chain of 8M and 35M with random weights, the others the shipped family.
+The script embeds validation and training proteins in parts of `--part` records. Of each part, alternately, it
+times the bare forward passes over its batches, which are ready as tokens, and the whole way from a FASTA file
+to a finished store (Parquet pooled, HDF5 per residue): reading, tokenising, pooling, writing, renaming. The
+share is the time of the passes over the time of the whole way; loading the model is left out of both. The
+first rows are of a chain of 8M and 35M with random weights, the others of the shipped family.
 
     python -m benchmarks.speed.proteome --memory --output FILE
 
@@ -15,12 +15,7 @@ takes the peak memory of embedding 2,000 and 50,000 records, each in a process o
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,8 +25,11 @@ from pathlib import Path
 import torch
 
 import rd_torch
-from benchmarks.report import Row, environment, write_result
-from benchmarks.speed.contenders import add_data_argument, random_family
+from benchmarks.options import add_data_option, data_folder, new_parser
+from benchmarks.result import Row, environment, write_result
+from benchmarks.speed.meter import MEBI, status_bytes
+from benchmarks.speed.models import random_family
+from benchmarks.speed.processes import in_own_process
 from rd_torch.config import ESM2_LEVELS
 from rd_torch.reading import Fasta
 from rd_torch.sequences import Entry, Protein, cut_batches, normalized_proteins, tokenize
@@ -43,7 +41,7 @@ RECORDS = (2_000, 50_000)
 
 
 def models() -> dict[str, rd_torch.RDModel]:
-    """The chains by name."""
+    """Return the chains by name."""
     levels = [ESM2_LEVELS["8M"], ESM2_LEVELS["35M"]]
     return {
         "8M + 35M, random weights": random_family(levels, torch.float32, "cpu").chain,
@@ -52,17 +50,18 @@ def models() -> dict[str, rd_torch.RDModel]:
 
 
 def proteins_of(data: Path, count: int) -> list[Protein]:
-    """The validation proteins, then training proteins, so many together."""
+    """Return the validation proteins, then training proteins, so many together."""
     files = [data / f"natural50_{name}.fasta.xz" for name in ("valid", "train")]
     return list(islice(chain.from_iterable(normalized_proteins(Fasta(file)) for file in files), count))
 
 
 def write_fasta(proteins: Sequence[Protein], path: Path) -> None:
+    """Write proteins as a FASTA file."""
     path.write_text("".join(f">{each.identifier}\n{each.sequence}\n" for each in proteins))
 
 
-def bare(model: rd_torch.RDModel, proteins: Sequence[Protein]) -> float:
-    """Seconds of the forward passes alone, over the batches that the whole way takes."""
+def seconds_of_passes(model: rd_torch.RDModel, proteins: Sequence[Protein]) -> float:
+    """Return the seconds of the forward passes alone, over the batches that the whole way takes."""
     batches = [
         tokenize([sequence for _, sequence in batch])
         for window in cut_windows(starmap(Entry, proteins), TOKENS_PER_BATCH, Names(str))
@@ -75,8 +74,15 @@ def bare(model: rd_torch.RDModel, proteins: Sequence[Protein]) -> float:
     return time.perf_counter() - start
 
 
-def whole(model: rd_torch.RDModel, fasta: Path, suffix: str, pool: str) -> float:
-    """Seconds from a FASTA file to a finished store."""
+def seconds_of_everything(model: rd_torch.RDModel, fasta: Path, suffix: str, pool: str) -> float:
+    """Return the seconds from a FASTA file to a finished store.
+
+    Args:
+        model: The chain.
+        fasta: The file.
+        suffix: Suffix of the store, `"parquet"` or `"h5"`.
+        pool: `"mean"` for a vector a protein, `"none"` for a vector a residue.
+    """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         rd_torch.embed_to_store(
@@ -89,21 +95,34 @@ def whole(model: rd_torch.RDModel, fasta: Path, suffix: str, pool: str) -> float
         return time.perf_counter() - start
 
 
-def throughput(proteins: Sequence[Protein], part: int) -> list[Row]:
-    """A row a model and a way."""
+def seconds_by_part(
+    model: rd_torch.RDModel, parts: Sequence[Sequence[Protein]]
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Return the seconds of the passes of each part, and by way those of everything."""
+    passes: list[float] = []
+    ways: dict[str, list[float]] = {way: [] for way in WAYS}
+    for part in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            fasta = Path(folder) / "in.fasta"
+            write_fasta(part, fasta)
+            passes.append(seconds_of_passes(model, part))
+            for way, (suffix, pool) in WAYS.items():
+                ways[way].append(seconds_of_everything(model, fasta, suffix, pool))
+    return passes, ways
+
+
+def throughput(proteins: Sequence[Protein], size: int) -> list[Row]:
+    """Return a row for each model and way.
+
+    Args:
+        proteins: What to embed.
+        size: Number of proteins in a part.
+    """
     rows: list[Row] = []
+    parts = [proteins[start : start + size] for start in range(0, len(proteins), size)]
+    residues = sum(len(each.sequence) for each in proteins)
     for name, model in models().items():
-        passes: list[float] = []
-        ways: dict[str, list[float]] = {way: [] for way in WAYS}
-        residues = 0
-        for start in range(0, len(proteins), part):
-            chosen = proteins[start : start + part]
-            residues += sum(len(each.sequence) for each in chosen)
-            with tempfile.TemporaryDirectory() as folder:
-                write_fasta(chosen, Path(folder) / "in.fasta")
-                passes.append(bare(model, chosen))
-                for way, (suffix, pool) in WAYS.items():
-                    ways[way].append(whole(model, Path(folder) / "in.fasta", suffix, pool))
+        passes, ways = seconds_by_part(model, parts)
         for way, seconds in ways.items():
             shares = [one / other for one, other in zip(passes, seconds, strict=True)]
             rows.append(
@@ -120,8 +139,8 @@ def throughput(proteins: Sequence[Protein], part: int) -> list[Row]:
     return rows
 
 
-def measured(records: int) -> None:
-    """Embeds a FASTA file of so many records of 60 residues and prints the peak memory in MiB."""
+def peak_of(records: int) -> float:
+    """Embed so many records of 60 residues from a FASTA file; return this process's peak memory in MiB."""
     model = rd_torch.RDModel.from_pretrained("esm2-rd-mini", level="28K")
     with tempfile.TemporaryDirectory() as folder:
         fasta = Path(folder) / "in.fasta"
@@ -134,16 +153,14 @@ def measured(records: int) -> None:
             pool="none",
             tokens_per_batch=2_048,
         )
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    return status_bytes("VmHWM") / MEBI
 
 
 def memory() -> list[Row]:
-    """A row a number of records."""
+    """Return a row for each number of records."""
     rows: list[Row] = []
     for records in RECORDS:
-        command = [sys.executable, "-m", __spec__.name, "--records", str(records)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peak = float(output.splitlines()[-1])
+        peak = in_own_process(peak_of, records)
         first = rows[0]["peak memory, MiB"] if rows else round(peak)
         rows.append(
             {"records": records, "peak memory, MiB": round(peak), "over the first": round(peak / first, 3)}
@@ -152,27 +169,24 @@ def memory() -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Run the command line."""
+    parser = new_parser(__doc__)
+    add_data_option(parser)
+    parser.add_argument(
+        "--proteins", type=int, default=5_000, help="Number of proteins to embed, by default %(default)s."
     )
-    add_data_argument(parser)
-    parser.add_argument("--proteins", type=int, default=5_000)
-    parser.add_argument("--part", type=int, default=500, help="records that are embedded at a time")
-    parser.add_argument("--memory", action="store_true", help="peak memory in place of time")
-    parser.add_argument("--records", type=int, help=argparse.SUPPRESS)  # a process of --memory
-    parser.add_argument("--output", type=Path, help="result file")
+    parser.add_argument(
+        "--part", type=int, default=500, help="Number of records to embed at a time, by default %(default)s."
+    )
+    parser.add_argument("--memory", action="store_true", help="Measure peak memory in place of time.")
     arguments = parser.parse_args()
-    if arguments.records:
-        measured(arguments.records)
-    elif arguments.memory:
+    if arguments.memory:
         title = "Peak memory of embedding, shipped family's 28K, 60 residues a record, per residue into .h5"
-        write_result(title, memory(), environment(), arguments.output)
-    elif arguments.data is None:
-        raise SystemExit("expected the folder of the protein data in --data or RD_TORCH_DATA, got none")
+        rows = memory()
     else:
-        rows = throughput(proteins_of(Path(arguments.data), arguments.proteins), arguments.part)
         title = f"From FASTA to a finished store, {arguments.proteins:,} proteins, CPU"
-        write_result(title, rows, environment(), arguments.output)
+        rows = throughput(proteins_of(data_folder(arguments), arguments.proteins), arguments.part)
+    write_result(title, rows, environment(), arguments.output)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m benchmarks.speed.quantisation mini --output benchmarks/results/quantisation_mini.json
     python -m benchmarks.speed.quantisation 650M --output benchmarks/results/quantisation_650M-cpu.json
 
-The families, the proteins and the units of the errors are `half_precision.py`'s, and so is the reference: the
-same weights in float32. Maps are float32 in every variant. The variants are
+The families, the proteins and the units of the errors are those of `benchmarks.speed.half_precision`, and so
+is the reference: the same weights in float32. Maps are float32 in every variant. The variants are
 
 - `float16` and `bfloat16`, by `model.to(dtype)`;
 - `int8, quantize_dynamic`: PyTorch's own, one scale a weight matrix and one for all activations of a call;
@@ -31,14 +31,18 @@ from torch.ao.quantization import quantize_dynamic
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
 import rd_torch
-from benchmarks.report import Row, environment, write_result
-from benchmarks.speed.half_precision import compare, embed, parser_of, prepare, three_digits
+from benchmarks.result import Row, environment, write_result
+from benchmarks.speed.against_float32 import compare, embed, new_family_parser, prepare, three_digits
+from benchmarks.speed.meter import MEBI
 from rd_torch.placement import plain_parts
 
-MEBI = 2**20
+TIMED = 4
+"""Number of batches that the clock runs over."""
 
 
 def by_torchao(config: object) -> Callable[[rd_torch.RDModel], rd_torch.RDModel]:
+    """Return a function that quantises a model by torchao."""
+
     def quantise(model: rd_torch.RDModel) -> rd_torch.RDModel:
         quantize_(model, config)
         return model
@@ -57,12 +61,13 @@ VARIANTS: dict[str, Callable[[rd_torch.RDModel], rd_torch.RDModel]] = {
 
 
 def bytes_of_weights(model: rd_torch.RDModel) -> int:
+    """Return the bytes of the backbones."""
     parts = (part for value in model.backbones.state_dict().items() for _, part in plain_parts(*value))
     return sum(part.nbytes for part in parts)
 
 
 def seconds_of(model: rd_torch.RDModel, batches: Sequence[Tensor]) -> float:
-    """Seconds for all batches, right after the smallest one untimed."""
+    """Return the seconds that all batches take, right after the smallest one ran untimed."""
     model.encode(min(batches, key=Tensor.numel))
     start = time.perf_counter()
     for tokens in batches:
@@ -70,23 +75,23 @@ def seconds_of(model: rd_torch.RDModel, batches: Sequence[Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def measure(model: rd_torch.RDModel, batches: Sequence[Tensor], timed: int, rounds: int) -> list[Row]:
-    """One row a variant; the clock runs over the first `timed` batches."""
+def measure(model: rd_torch.RDModel, batches: Sequence[Tensor], rounds: int) -> list[Row]:
+    """Return a row for each variant; the clock runs over the first batches alone."""
     models = {name: change(copy.deepcopy(model)) for name, change in VARIANTS.items()}
     exact = embed(models["float32"], batches)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for number in range(rounds):
-        for name in VARIANTS if number % 2 == 0 else reversed(VARIANTS):
-            seconds[name].append(seconds_of(models[name], batches[:timed]))
-    tokens = sum(int((each != 1).sum()) for each in batches[:timed])
+        for name in VARIANTS if number % 2 == 0 else reversed(list(VARIANTS)):
+            seconds[name].append(seconds_of(models[name], batches[:TIMED]))
+    tokens = sum(int((each != 1).sum()) for each in batches[:TIMED])
     fastest = {name: statistics.median(each) for name, each in seconds.items()}
     rows = []
     for name, variant in models.items():
         blocks = compare(model.config.widths, name, exact, embed(variant, batches))
         row: Row = {
             "backbones": name,
-            "weights, MiB": three_digits(torch.tensor(bytes_of_weights(variant) / MEBI)),
-            "tokens/s": three_digits(torch.tensor(tokens / fastest[name])),
+            "weights, MiB": three_digits(bytes_of_weights(variant) / MEBI),
+            "tokens/s": three_digits(tokens / fastest[name]),
             "speed over float32's": round(fastest["float32"] / fastest[name], 3),
         }
         row |= {f"{block['level']}, mean error": block["error, mean"] for block in blocks}
@@ -97,12 +102,15 @@ def measure(model: rd_torch.RDModel, batches: Sequence[Tensor], timed: int, roun
 
 @torch.no_grad()
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    """Run the command line."""
+    parser = new_family_parser(__doc__)
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="Number of timed rounds, by default %(default)s."
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of what PyTorch means to deprecate
     model, batches, facts = prepare(arguments)
-    rows = measure(model, batches, timed=4, rounds=arguments.rounds)
+    rows = measure(model, batches, arguments.rounds)
     title = f"int8 beside half precision on a CPU, per added block: {arguments.family}"
     machine = {**environment(), "torchao": version("torchao"), **facts}
     write_result(title, rows, machine, arguments.output)

@@ -2,31 +2,32 @@
 
     python -m benchmarks.speed.speed --dtype float32 bfloat16 --lengths 100-500 256 1022 --output FILE
 
-runs random weights of the published shapes: the chain up to `--level`, its backbones one by one, and the
-largest one's shape in fair-esm, in transformers with SDPA and, on CUDA, in FAESM. Every contender gets the
-same sequences, sorted by length, cut at a token budget and tokenised before the clock runs, in inference
-mode, on the same threads, and answers with the padded final embeddings.
+The script runs models with random weights of the published shapes: the chain up to `--level`, its backbones
+one by one, and the largest one's shape in fair-esm, in transformers with scaled-dot-product attention (SDPA)
+and, on CUDA, in FAESM. Every contender gets the same sequences, sorted by length, cut at a token budget and
+tokenised before the clock runs, in inference mode, on the same threads, and answers with the padded final
+embeddings.
 
-Each gets the budget that suits it: a first pass times everybody once at each of `--budgets`. Then
-everybody takes turns for `--rounds` rounds, each at its own budget, the order reversed every other round.
-Right before each clock a contender runs untimed, on CUDA all of its batches, on a CPU its smallest, so
+Each contender gets the budget that suits it: a first pass times everybody once at each of `--budgets`. Then
+everybody takes turns for `--rounds` rounds, each at its own budget, and every other round runs in reversed
+order. Right before each clock a contender runs untimed, on CUDA all of its batches, on a CPU its smallest, so
 that nobody pays for what another left in the caches. Figures are of medians over the rounds; the spread is
-(slowest - fastest) / median. tokens/s counts real tokens, `<cls>` and `<eos>` too, padding not.
+(slowest - fastest) / median. The column tokens/s counts real tokens, `<cls>` and `<eos>` too, but no padding.
 
-"sum of own backbones alone" adds the times of each of our backbones as a model by itself, at its own
-budget: the chain has the maps besides, and saves packing. Ours answer in float32 in every dtype, which is
-in the clock; so are fair-esm's logits (0.3 % of its work), for it cannot be told not to. Our largest
-backbone and fair-esm's share their weights and must say the same before anything is timed.
+The row "sum of own backbones alone" adds the times of each of our backbones as a model by itself, at its own
+budget: the chain has the maps besides, and saves packing. Ours answer in float32 in every dtype, which is in
+the clock; so are fair-esm's logits (0.3 % of its work), for it cannot be told not to compute them. Our
+largest backbone and fair-esm's share their weights and must agree before anything is timed.
 
 `--lengths` takes "validation" (natural proteins as they come), "100-500" (those of so many residues) or a
-number (random residues, at least two sequences). Of natural proteins it takes four groups of neighbours
-in length, at the quantiles 1/8, 3/8, 5/8 and 7/8, each as large as the largest budget or a quarter of
-`--tokens` if that is more: batches are as in a length-sorted proteome. All are cut at 1,022 residues.
+number (random residues, at least two sequences). Of natural proteins it takes four groups of neighbours in
+length, at the quantiles 1/8, 3/8, 5/8 and 7/8, each as large as the largest budget or a quarter of `--tokens`
+if that is more: batches are as in a proteome that is sorted by length. All are cut at 1,022 residues.
 
-On CUDA two columns are added. Peak memory above the weights is what a contender's batches, warm-up, fused
-copies and captured graphs take at its budget (graphs of budgets tried before stay and count). The share of
-the card's bf16 rate is 2 x parameters of the transformer layers x real tokens/s over the rate of a product
-of two matrices of size 8192; attention counts as nothing. TF32 is left as PyTorch has it.
+On CUDA two columns are added. The peak memory above the weights is what a contender's batches, warm-up, fused
+copies and captured graphs take at its budget (graphs of budgets that were tried before stay and count). The
+share of the card's bf16 rate is 2 x parameters of the transformer layers x real tokens/s over the rate of a
+product of two matrices of size 8192; attention counts as nothing. TF32 is left as PyTorch has it.
 """
 
 from __future__ import annotations
@@ -34,50 +35,45 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.report import Row, environment, write_result
+from benchmarks.options import DTYPES, add_data_option, data_folder, new_parser
+from benchmarks.proteins import natural_proteins
+from benchmarks.result import Row, environment, report_progress, write_result
+from benchmarks.speed.batches import Batch, batches_of, sample
+from benchmarks.speed.clock import matrix_rate, now
 from benchmarks.speed.contenders import (
     CHAIN,
-    DTYPES,
     FAESM,
     FAIR,
     FAIR_FLOAT32,
     TRANSFORMERS,
-    Batch,
     Contender,
-    add_data_argument,
-    add_model_arguments,
     alone,
-    batches_of,
     contenders,
-    levels_until,
-    natural_proteins,
-    sample,
-    where,
 )
+from benchmarks.speed.meter import GIBI
+from benchmarks.speed.models import add_model_options, levels_until, where
 
 BUDGETS = {"cpu": [256, 512, 1024], "cuda": [8192, 16384, 32768]}
 TOKENS = {"cpu": 4096, "cuda": 131_072}
 OPTIONAL = {"fair-esm-float32": FAIR_FLOAT32, "transformers": TRANSFORMERS, "faesm": FAESM}
-GIBI = 2**30
 
 
 @dataclass(eq=False)
 class Entry:
-    """A contender in the running: its times by budget, its best budget, its rounds.
+    """A contender in the running.
 
     Attributes:
-        first: seconds of the first pass by budget.
-        largest: tokens of the largest batch by budget, padding counted.
-        peaks: bytes above the weights by budget, on CUDA.
-        kept: bytes on the card that it has not given back.
-        rounds: seconds of each round.
+        contender: Who runs.
+        first: By budget, seconds of the first pass.
+        largest: By budget, number of tokens in the largest batch, padding counted.
+        peaks: By budget, bytes above the weights, on CUDA.
+        kept: Number of bytes on the card that it has not given back.
+        rounds: Seconds of each round.
     """
 
     contender: Contender
@@ -89,12 +85,12 @@ class Entry:
 
     @property
     def budget(self) -> int:
-        """The budget at which it was fastest in the first pass."""
+        """Return the budget at which it was fastest in the first pass."""
         return min(self.first, key=self.first.__getitem__)
 
 
 def plans_of(groups: Sequence[Sequence[str]], budgets: Sequence[int], device: str) -> dict[int, list[Batch]]:
-    """Batches by budget, without budgets that cut no other batches than a smaller one."""
+    """Return batches by budget, without budgets that cut no other batches than a smaller one."""
     plans: dict[int, list[Batch]] = {}
     seen = set()
     for budget in sorted(budgets):
@@ -108,37 +104,30 @@ def plans_of(groups: Sequence[Sequence[str]], budgets: Sequence[int], device: st
 
 @torch.inference_mode()
 def check(entries: Sequence[Entry], largest: str, device: str) -> None:
-    """Stops unless our largest backbone and fair-esm's, which share their weights, say the same."""
+    """Stop unless our largest backbone and fair-esm's, which share their weights, agree."""
     batch = Batch.of(["MQIFVKTLTGKTITLEVEPS" * 5, "MKV"], device)
-    encode = {entry.contender.name: entry.contender.encode for entry in entries}
-    ours, theirs = (encode[name](batch)[batch.mask.bool()] for name in (largest, FAIR))
+    named = {entry.contender.name: entry.contender for entry in entries}
+    ours, theirs = (named[name](batch)[batch.mask.bool()] for name in (largest, FAIR))
     allowed = 1e-3 if theirs.dtype == torch.float32 else 0.05
     difference = float((ours - theirs).abs().mean() / theirs.float().std())
     if not difference < allowed:
         raise SystemExit(f"expected {largest} within {allowed} of {FAIR} on average, got {difference:.2g}")
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 @torch.inference_mode()
 def seconds_of(contender: Contender, batches: Sequence[Batch], device: str) -> float:
-    """Seconds for all batches, right after running some of them untimed."""
+    """Return the seconds that all batches take, right after some of them ran untimed."""
     smallest = min(batches, key=lambda batch: batch.tokens.numel())
     for batch in batches if device == "cuda" else [smallest]:
-        contender.encode(batch)
-    synchronize(device)
-    start = time.perf_counter()
+        contender(batch)
+    start = now(device)
     for batch in batches:
-        contender.encode(batch)
-    synchronize(device)
-    return time.perf_counter() - start
+        contender(batch)
+    return now(device) - start
 
 
 def first_pass(entry: Entry, plans: dict[int, list[Batch]], device: str) -> None:
-    """Times one contender once at each budget; on CUDA its peak memory too."""
+    """Time a contender once at each budget; on CUDA take its peak memory too."""
     entry.first, entry.peaks, entry.rounds = {}, {}, []
     entry.largest = {budget: max(b.tokens.numel() for b in plan) for budget, plan in plans.items()}
     for budget, batches in plans.items():
@@ -152,37 +141,23 @@ def first_pass(entry: Entry, plans: dict[int, list[Batch]], device: str) -> None
             entry.peaks[budget] = entry.kept + torch.cuda.max_memory_allocated() - allocated
             torch.cuda.empty_cache()
             entry.kept += torch.cuda.memory_reserved() - reserved
-        say(f"{entry.contender.name}, budget {budget}: {entry.first[budget]:.2f} s")
+        report_progress(
+            f"{entry.contender.name} took {entry.first[budget]:.2f} s in batches of {budget} tokens."
+        )
 
 
 def compete(entries: Sequence[Entry], plans: dict[int, list[Batch]], rounds: int, device: str) -> None:
-    """The first pass of everybody, then the rounds in alternating order."""
+    """Run the first pass of everybody, then the rounds in alternating order."""
     for entry in entries:
         first_pass(entry, plans, device)
     for number in range(rounds):
         for entry in entries if number % 2 == 0 else reversed(entries):
             entry.rounds.append(seconds_of(entry.contender, plans[entry.budget], device))
-        say(f"round {number + 1} of {rounds} done")
-
-
-def matrix_rate() -> float:
-    """Floating-point operations a second of bf16 products of size 8192: the best of five times twenty."""
-    size, repeats = 8192, 20
-    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    out = torch.empty_like(left)
-    seconds = []
-    for _ in range(6):  # the first warms up
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            torch.matmul(left, right, out=out)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 * repeats / min(seconds[1:])
+        report_progress(f"Round {number + 1} of {rounds} is done.")
 
 
 def summed(entries: Sequence[Entry]) -> Entry:
-    """Our backbones by themselves, one after another, as one entry."""
+    """Return our backbones by themselves, one after another, as one entry."""
     total = Entry(Contender("sum of own backbones alone", None, sum(e.contender.parameters for e in entries)))
     total.rounds = [sum(seconds) for seconds in zip(*(entry.rounds for entry in entries), strict=True)]
     return total
@@ -191,7 +166,15 @@ def summed(entries: Sequence[Entry]) -> Entry:
 def rows_of(
     entries: Sequence[Entry], names: Sequence[str], tokens: int, labels: Row, rate: float | None
 ) -> list[Row]:
-    """One row a contender; `names` are our backbones alone, smallest first."""
+    """Return a row for each contender.
+
+    Args:
+        entries: Everybody, after the rounds.
+        names: Names of our backbones alone, smallest first.
+        tokens: Number of real tokens of a round.
+        labels: What each row begins with.
+        rate: Floating-point operations a second that the card reaches; None on a CPU.
+    """
     by_name = {entry.contender.name: entry for entry in entries}
     largest = by_name[names[-1]]
     chain_seconds, largest_seconds = (statistics.median(entry.rounds) for entry in (by_name[CHAIN], largest))
@@ -221,46 +204,69 @@ def rows_of(
 
 
 def measure_dtype(arguments: argparse.Namespace, dtype: str, rate: float | None) -> list[Row]:
-    """All length sets in one dtype, with models built once."""
+    """Return the rows of all length sets in one dtype; models are built once."""
     levels = levels_until(arguments)
     device = arguments.device
     without = [OPTIONAL[name] for name in arguments.without]
     built = contenders(levels, getattr(torch, dtype), device, without)
     entries = [Entry(contender, kept=contender.prepared) for contender in built]
     check(entries, alone(levels[-1].name), device)
-    proteins = [] if all(map(str.isdecimal, arguments.lengths)) else natural_proteins(arguments.data)
+    proteins = [] if all(map(str.isdecimal, arguments.lengths)) else natural_proteins(data_folder(arguments))
     rows = []
     for lengths in arguments.lengths:
         groups = sample(lengths, arguments.tokens, max(arguments.budgets), proteins)
         plans = plans_of(groups, arguments.budgets, device)
         tokens = sum(batch.real for batch in next(iter(plans.values())))
-        say(f"{lengths}, {dtype}: {tokens} tokens, budgets {list(plans)}")
+        report_progress(f"Lengths {lengths} in {dtype} make {tokens} tokens; the budgets are {list(plans)}.")
         compete([e for e in entries if e.contender.encode], plans, arguments.rounds, device)
         labels = {"lengths": lengths, "dtype": dtype}
         rows += rows_of(entries, [alone(level.name) for level in levels], tokens, labels, rate)
     return rows
 
 
-def say(line: str) -> None:
-    """Progress, for whoever waits."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = new_parser(__doc__)
+    add_model_options(parser)
+    add_data_option(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        nargs="+",
+        default=["float32"],
+        help="Types of the weights, by default float32.",
     )
-    add_model_arguments(parser)
-    add_data_argument(parser)
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
-    parser.add_argument("--lengths", nargs="+", default=["100-500"], metavar="LENGTHS")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--budgets", type=int, nargs="+", help="tokens a batch, padding counted")
-    parser.add_argument("--tokens", type=int, help="tokens of a length set, about")
-    parser.add_argument("--without", nargs="+", default=[], choices=OPTIONAL)
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        default=["100-500"],
+        metavar="LENGTHS",
+        help="Sets of lengths, as described above, by default 100-500.",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="Number of timed rounds, by default %(default)s."
+    )
+    parser.add_argument(
+        "--budgets",
+        type=int,
+        nargs="+",
+        help="Numbers of tokens in a batch to try, padding counted; the default depends on the device.",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        help="About how many tokens a set of lengths has; the default depends on the device.",
+    )
+    parser.add_argument("--without", nargs="+", default=[], choices=OPTIONAL, help="Contenders to leave out.")
     arguments = parser.parse_args()
     arguments.budgets = arguments.budgets or BUDGETS[arguments.device]
     arguments.tokens = arguments.tokens or TOKENS[arguments.device]
+    return arguments
+
+
+def main() -> None:
+    """Measure, and write the result."""
+    arguments = read_arguments()
     rate = matrix_rate() if arguments.device == "cuda" else None
     rows = []
     for dtype in arguments.dtype:
