@@ -196,7 +196,7 @@ class Training:
         return float(loss.detach()), chosen
 
 
-def train(level: Level, data: Path, state_path: Path, tokens_in_all: int = TOKENS) -> None:
+def train(level: Level, data: Path, state_path: Path, tokens_in_all: int) -> None:
     """Train one level until its budget is spent, and write its state every two minutes and at the end.
 
     Args:
@@ -244,7 +244,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.state.mkdir(parents=True, exist_ok=True)
-    train(LEVELS[arguments.level], arguments.data, arguments.state / f"{arguments.level}.pt")
+    train(LEVELS[arguments.level], arguments.data, arguments.state / f"{arguments.level}.pt", TOKENS)
 
 
 if __name__ == "__main__":
