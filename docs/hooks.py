@@ -66,7 +66,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def place_of(path: Path) -> str:
-    """Return where the site has a file of the repository."""
+    """Where the site has a file of the repository."""
     if path.is_relative_to(DOCS):
         return path.relative_to(DOCS).as_posix()
     name = path.relative_to(ROOT).as_posix()
@@ -75,7 +75,7 @@ def place_of(path: Path) -> str:
 
 
 def linked(page: Path) -> Iterator[Path]:
-    """Find the files of the repository that a page links to."""
+    """Yield the files of the repository that a page links to."""
     for name in LINK.findall(page.read_text()):
         target = (page.parent / name).resolve()
         if target.is_file() and target.is_relative_to(ROOT):
@@ -83,7 +83,7 @@ def linked(page: Path) -> Iterator[Path]:
 
 
 def helps() -> Iterator[str]:
-    """Write a section with the help of each command, as it is printed."""
+    """Yield a section with the help of each command, as it is printed."""
     group = click.Context(main, info_name="rd-torch", **options_of(main))
     for name, command in main.commands.items():
         context = click.Context(command, group, f"{name}", **options_of(command))
@@ -91,5 +91,5 @@ def helps() -> Iterator[str]:
 
 
 def options_of(command: click.Command) -> dict[str, Any]:
-    """Return the options of a command's context, in one width wherever the site is built."""
+    """Return a context's options: those of the command, in one width wherever the site is built."""
     return {**command.context_settings, "max_content_width": HELP_WIDTH, "terminal_width": HELP_WIDTH}

@@ -257,7 +257,7 @@ def test_a_finished_store_is_left_as_it_is(mini, tmp_path, passes, suffix):
         ({"save_dtype": "float16"}, "expected save_dtype float32 .*got float16"),
         (
             {"model": "bfloat16"},
-            "expected backbone_dtype float32 .* was begun, got bfloat16 .* take what it was begun with",
+            "expected backbone_dtype float32 .* was begun, got bfloat16 .* use what it was begun with",
         ),
         ({"model": "changed"}, "expected fingerprint "),
         ({"tokens_per_batch": 41}, "expected tokens_per_batch 20, .*got 41: leave it out"),

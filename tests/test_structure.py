@@ -117,6 +117,58 @@ def test_files_and_functions_keep_their_size(path):
             assert not body or node.end_lineno - body[0].lineno < 40, node.name
 
 
+MEASURING = sorted(path for name in ("benchmarks", "checkpoints") for path in (ROOT / name).rglob("*.py"))
+
+
+def is_script(path):
+    return 'if __name__ == "__main__"' in path.read_text()
+
+
+def arguments_of(function):
+    given = function.args
+    names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+@pytest.mark.parametrize("path", MEASURING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_benchmarks_and_recipes_keep_their_size(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            assert not body or node.end_lineno - body[0].lineno < 40, node.name
+            assert len(arguments_of(node)) <= 7, node.name
+
+
+def files_imported_by(path):
+    """Files of `benchmarks/` and `checkpoints/` that a file of them imports at any depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for place in (ROOT, path.parent):
+            files = (place / f"{name.replace('.', '/')}.py" for name in names)
+            yield from (file for file in files if file in MEASURING)
+
+
+@pytest.mark.parametrize("path", MEASURING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_imports_a_script(path):
+    assert not [file for file in files_imported_by(path) if is_script(file)]
+
+
+def test_scripts_and_what_they_import_are_found():
+    speed = ROOT / "benchmarks" / "speed"
+    assert is_script(speed / "memory.py")
+    assert not is_script(speed / "meter.py")
+    assert speed / "meter.py" in files_imported_by(speed / "memory.py")
+    recipe = ROOT / "checkpoints" / "esm2-rd-mini"
+    assert recipe / "recipe.py" in files_imported_by(recipe / "train.py")
+
+
 def test_importing_changes_nothing_global():
     code = """
 import argparse, random, logging, torch
