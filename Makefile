@@ -83,9 +83,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# The documentation as a site, in site/: without network, and every warning is an error.
+# The documentation as a site, in site/: without network. Every warning is an error, unless --quiet hides it.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The pictures of the tutorials, as their blocks draw them.
 pictures: setup

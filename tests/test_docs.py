@@ -47,11 +47,20 @@ def test_make_targets_exist():
     assert {"demo", "test", "docs"} <= set(named) <= set(targets)
 
 
+def anchors_of(page):
+    """Where links may lead to within a page: its headings, and the names that the reference renders there."""
+    text = page.read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    slugs = {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r"^::: (\S+)$", text, re.M))
+
+
 @pytest.mark.parametrize("page", [*PAGES, *REPOSITORY], ids=name_of)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
-    missing = [link for link in links if not (page.parent / link).is_file()]
-    assert not missing
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        target = page.parent / link if link else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors_of(target), f"{link}#{anchor}"
 
 
 def test_the_site_has_every_page():
