@@ -1,4 +1,4 @@
-"""Long proteins in overlapping windows: weights sum to one, maps commute, prefixes stay prefixes."""
+"""Long proteins in overlapping pieces: weights sum to one, maps commute, prefixes stay prefixes."""
 
 import json
 

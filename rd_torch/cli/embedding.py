@@ -79,8 +79,8 @@ PIPED = "The proteins come from a pipe. If this is interrupted, pipe the same on
     group="Model",
     metavar="LENGTH[,OVERLAP]",
     show_default="sequences stay whole",
-    help="Embed a sequence of more than LENGTH residues in overlapping windows of that length, and blend "
-    "these. Windows overlap by OVERLAP residues, by default a quarter of LENGTH.",
+    help="Embed a sequence of more than LENGTH residues in overlapping pieces of that length, and blend "
+    "these. Pieces overlap by OVERLAP residues, by default a quarter of LENGTH.",
 )
 @option(
     "--max-length",
