@@ -122,7 +122,7 @@ def expected_vectors(model, case):
     names = Names(str)
     vectors, failed = {}, []
     for each in case["expected"]:
-        name = names.unique(each[0])
+        name = names.take(each[0])
         if len(each) == 2:
             vectors[name] = rd_torch.embed(model, [each[1]])[0]
         else:
