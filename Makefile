@@ -33,7 +33,7 @@ setup: .venv/installed
 	touch $@
 
 demo: setup
-	$(BIN)/python benchmarks/demo.py --output demo
+	$(BIN)/python -m benchmarks.demo --output demo
 
 test: setup
 	$(call run-tests,.venv,not slow)

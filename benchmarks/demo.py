@@ -1,20 +1,20 @@
-"""Embeds the proteins of `demo.fasta` with the shipped family; prints a table and draws a picture.
+"""What do nested embeddings of a few protein families look like?
 
-    python benchmarks/demo.py --output demo
+    python -m benchmarks.demo --output demo
 
-Sequences: five families from UniProtKB/Swiss-Prot (The UniProt Consortium), CC BY 4.0. Cosines are of
-mean-pooled embeddings, centred on the mean of all proteins shown.
+The script embeds the proteins of `benchmarks/demo.fasta` with the shipped family, prints two tables and draws
+a picture. The sequences are of five families from UniProtKB/Swiss-Prot (The UniProt Consortium), CC BY 4.0.
+Cosines are of mean-pooled embeddings, centred on the mean of all proteins shown.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 
 import rd_torch
+from benchmarks.options import new_parser
 from rd_torch.reading import Fasta
 
 FASTA = Path(__file__).with_name("demo.fasta")
@@ -28,21 +28,28 @@ FAMILIES = {
 
 
 def cosines(vectors: np.ndarray) -> np.ndarray:
-    """`(n, n)` cosine similarity of rows, centred on their mean."""
+    """Return the `(n, n)` cosine similarities of rows, centred on their mean."""
     centred = vectors - vectors.mean(0)
     unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
     return unit @ unit.T
 
 
 def nearest(similarity: np.ndarray) -> np.ndarray:
-    """The most similar other row of each row."""
+    """Return the most similar other row of each row."""
     return np.argmax(similarity - 3 * np.eye(len(similarity)), axis=1)
 
 
 def print_tables(
     names: list[str], families: list[str], lengths: list[int], by_level: dict[str, np.ndarray]
 ) -> None:
-    """Each protein's neighbour at the narrowest and the widest level, then each level as a whole."""
+    """Print each protein's neighbour at the narrowest and the widest level, then each level as a whole.
+
+    Args:
+        names: Names of the proteins.
+        families: Family of each protein.
+        lengths: Number of residues of each protein.
+        by_level: Cosine similarities of all proteins at each level.
+    """
     first, *_, last = by_level
     print(f"{'protein':<12} {'residues':>8}   nearest at {first:<14} nearest at {last}")
     columns = [(by_level[level], nearest(by_level[level])) for level in (first, last)]
@@ -52,7 +59,7 @@ def print_tables(
             for similarity, near in columns
         ]
         print(f"{name:<12} {lengths[i]:>8}   {'      '.join(cells)}")
-    print("\n* the neighbour is of the same family\n")
+    print("\n* The neighbour is of the same family.\n")
     same = np.equal.outer(families, families) & ~np.eye(len(names), dtype=bool)
     other = ~np.equal.outer(families, families)
     print(f"{'level':>6} {'width':>5} {'cosine in family':>17} {'between':>8} {'neighbours in family':>21}")
@@ -66,12 +73,19 @@ def print_tables(
 
 
 def draw(names: list[str], families: list[str], by_level: dict[str, np.ndarray], path: Path) -> None:
-    """Cosine similarity at the narrowest and the widest level, side by side."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    """Draw cosine similarities at the narrowest and the widest level, side by side.
+
+    Args:
+        names: Names of the proteins.
+        families: Family of each protein.
+        by_level: Cosine similarities of all proteins at each level.
+        path: File of the picture.
+    """
+    from matplotlib.figure import Figure
 
     first, *_, last = by_level
-    figure, axes = plt.subplots(1, 2, figsize=(12.5, 6.4), layout="constrained", sharey=True)
+    figure = Figure(figsize=(12.5, 6.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     starts = [families.index(family) for family in dict.fromkeys(families)]
     for axis, level in zip(axes, (first, last), strict=True):
         image = axis.imshow(by_level[level], vmin=-1, vmax=1, cmap="RdBu_r")
@@ -87,22 +101,21 @@ def draw(names: list[str], families: list[str], by_level: dict[str, np.ndarray],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the picture")
-    output = parser.parse_args().output
+    """Run the command line."""
+    parser = new_parser(__doc__, output="Folder to write the picture to, by default demo.")
+    parser.set_defaults(output=Path("demo"))
+    output: Path = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
     proteins = list(Fasta(FASTA))
     model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
-    vectors = rd_torch.embed(model, [protein.sequence for protein in proteins])
+    vectors = np.asarray(rd_torch.embed(model, [protein.sequence for protein in proteins]))
     by_level = {level: cosines(vectors[:, :width]) for level, width in model.config.widths.items()}
     names = [protein.identifier.split("|")[-1] for protein in proteins]
     families = [name.split("_")[0] for name in names]
     print("\n".join(f"{family:<6} {meaning}" for family, meaning in FAMILIES.items()), end="\n\n")
     print_tables(names, families, [len(protein.sequence) for protein in proteins], by_level)
     draw(names, families, by_level, output / "similarity.png")
-    print(f"\nPicture: {output / 'similarity.png'}")
+    print(f"\nThe picture is in {output / 'similarity.png'}.")
 
 
 if __name__ == "__main__":

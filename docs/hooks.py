@@ -35,7 +35,7 @@ HELP_WIDTH = 86
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages whose texts lie elsewhere, and whatever pages link to outside of `docs/`."""
+    """Add the pages whose texts lie elsewhere, and whatever pages link to outside of `docs/`."""
     waiting = [Path(str(file.abs_src_path)) for file in files.documentation_pages()]
     waiting += [ROOT / path for path in PAGES]
     there = {file.src_uri for file in files}
@@ -52,11 +52,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links to where the site has what they lead to, and prints the help of the commands."""
+    """Turn links to where the site has what they lead to, and print the help of the commands."""
     here = Path(str(page.file.abs_src_path)).parent
 
     def turned(link: re.Match[str]) -> str:
-        """The link, from this page to the place of its target."""
+        """Return the link from this page to the place of its target."""
         target = (here / link[1]).resolve()
         if not target.is_file() or not target.is_relative_to(ROOT):
             return link[0]
@@ -75,7 +75,7 @@ def place_of(path: Path) -> str:
 
 
 def linked(page: Path) -> Iterator[Path]:
-    """The files of the repository that a page links to."""
+    """Yield the files of the repository that a page links to."""
     for name in LINK.findall(page.read_text()):
         target = (page.parent / name).resolve()
         if target.is_file() and target.is_relative_to(ROOT):
@@ -83,7 +83,7 @@ def linked(page: Path) -> Iterator[Path]:
 
 
 def helps() -> Iterator[str]:
-    """A section with the help of each command, as it is printed."""
+    """Yield a section with the help of each command, as it is printed."""
     group = click.Context(main, info_name="rd-torch", **options_of(main))
     for name, command in main.commands.items():
         context = click.Context(command, group, f"{name}", **options_of(command))
@@ -91,5 +91,5 @@ def helps() -> Iterator[str]:
 
 
 def options_of(command: click.Command) -> dict[str, Any]:
-    """A context's options: those of the command, in one width wherever the site is built."""
-    return command.context_settings | {"max_content_width": HELP_WIDTH, "terminal_width": HELP_WIDTH}
+    """Return a context's options: those of the command, in one width wherever the site is built."""
+    return {**command.context_settings, "max_content_width": HELP_WIDTH, "terminal_width": HELP_WIDTH}

@@ -1,4 +1,4 @@
-"""`Chain`: backbones and stages as one module that owns them, whatever is computed with them."""
+"""`Chain`: the module that owns backbones and stages; it knows what they are, and computes no embeddings."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ from rd_torch.stage import Maps, map_shapes
 
 
 class Chain(nn.Module):
-    """Backbones and stages as one module: what they are, how they are cut, frozen and told apart.
+    """Backbones and stages as one module that can be cut, frozen and told from others.
 
-    Arguments and errors are those of `RDModel`, which computes embeddings with it.
+    `RDModel` adds the computation of embeddings; it has the same arguments, and describes them.
+
+    Attributes:
+        config: levels and choices of the chain.
+        backbones: backbones by level, smallest first.
+        stages: stages by the level that each leads to.
     """
 
     config: RDConfig
@@ -59,11 +64,13 @@ class Chain(nn.Module):
         for (name, expected), stage in zip(map_shapes(self.config).items(), stages, strict=True):
             got = {part: tuple(tensor.shape) for part, tensor in stage.named_buffers()}
             if got != expected:
-                raise ValueError(f"expected {expected} in the stage that leads to {name}, got {got}")
+                raise ValueError(
+                    f"expected tensors of shapes {expected} in the stage that leads to {name}, got {got}"
+                )
         dtype = at_least_float32(next(iter(family.values())).dtype)
         self.backbones = modules_of(family)
         self.stages = modules_of(
-            {
+            {  # a copy where dtypes differ, because `.to` would change the caller's own stage
                 level.name: stage if stage.dtype == dtype else copy.deepcopy(stage).to(dtype)
                 for level, stage in zip(self.config.levels[1:], stages, strict=True)
             }
@@ -71,7 +78,17 @@ class Chain(nn.Module):
 
     @classmethod
     def of(cls, config: RDConfig, backbones: Mapping[str, nn.Module], stages: Sequence[Maps]) -> Self:
-        """Makes a chain with the choices of a config; levels and widths are those of the parts."""
+        """Make a chain of parts, with the choices of a config.
+
+        Args:
+            config: config that says what stages predict from, what stands in special rows, and where the
+                parts come from; levels and widths are those of the parts.
+            backbones: backbones by level, smallest first.
+            stages: stages, one fewer than backbones.
+
+        Returns:
+            The chain.
+        """
         return cls(
             backbones,
             stages,
@@ -92,24 +109,30 @@ class Chain(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Device that token ids must be on."""
         return next(iter(self.family().values())).device
 
     @property
     def num_layers(self) -> int:
-        """Layers of the largest backbone."""
+        """Number of layers in the largest backbone."""
         return self.config.levels[-1].num_layers
 
     @property
     def attention_heads(self) -> int:
-        """Attention heads a layer of the largest backbone."""
+        """Number of attention heads in each layer of the largest backbone."""
         return self.config.levels[-1].attention_heads
 
     def truncate(self, level: str) -> Self:
-        """The chain that ends at `level`: the same modules, without the ones above it.
+        """Cut the chain behind a level.
+
+        Args:
+            level: name of the level that becomes the last.
+
+        Returns:
+            A chain of the same modules up to that level, without copies.
 
         Raises:
-            ValueError: for a level that is not there.
+            ValueError: for a level that the chain does not have.
         """
         self.config.require_level(level)
         names = list(self.config.widths)
@@ -118,7 +141,10 @@ class Chain(nn.Module):
         return self.of(self.config, backbones, [self.stages[name] for name in run[1:]]).train(self.training)
 
     def family(self, width: int | None = None) -> dict[str, ESM2]:
-        """The backbones that run for `width` features, by default all, smallest first.
+        """Return the backbones that run for a number of features, by level, smallest first.
+
+        Args:
+            width: number of features, by default all.
 
         Raises:
             ValueError: for a width that does not exist.
@@ -126,7 +152,7 @@ class Chain(nn.Module):
         return {name: self.backbones[name] for name in self.config.levels_for(width)}
 
     def fingerprint(self) -> str:
-        """A digest of what embeddings depend on: shapes, choices and every number of backbones and maps.
+        """Return a digest of all that embeddings depend on: shapes, choices, numbers of backbones and maps.
 
         Two chains with the same fingerprint are the same in the same dtype, wherever they come from.
         """
@@ -134,16 +160,20 @@ class Chain(nn.Module):
         return fingerprint(self.config, backbones | {"stages.": StateDict(self.stages)})
 
     def freeze_backbones(self, *levels: str, except_top: int = 0) -> Self:
-        """Stops backbones from training; the maps are frozen already. Returns the model itself.
+        """Stop backbones from training; the maps are frozen already.
 
         Frozen layers run as in inference and keep no activations, unless something below them trains.
 
         Args:
-            *levels: which, by name; by default all.
-            except_top: top layers of each that stay as they are, and the last LayerNorm with them.
+            *levels: names of the levels whose backbones are frozen, by default all.
+            except_top: number of top layers in each backbone that stay as they are, and with them the last
+                LayerNorm.
+
+        Returns:
+            This same model.
 
         Raises:
-            ValueError: for a level that is not there, or more top layers than it has.
+            ValueError: for a level that the chain does not have, or more top layers than a backbone has.
         """
         for name in levels or self.backbones:
             self.config.require_level(name)
@@ -164,11 +194,11 @@ class Chain(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """Keeps only what goes from layer to layer; the backward pass computes the rest again.
+        """Save memory in training: keep what goes from layer to layer, and compute the rest again.
 
         Args:
-            gradient_checkpointing_kwargs: nothing, or `{"use_reentrant": False}`: the one way there is
-                here, because the other loses gradients where the first input has none.
+            gradient_checkpointing_kwargs: None or `{"use_reentrant": False}`. There is no other way here,
+                because the reentrant one loses gradients where the first input has none.
 
         Raises:
             ValueError: for other options.
@@ -179,7 +209,7 @@ class Chain(nn.Module):
         self._set_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keeps all activations again."""
+        """Keep all activations again."""
         self._set_checkpointing(False)
 
     @property
@@ -193,7 +223,7 @@ class Chain(nn.Module):
 
 
 def _method_of(stages: Sequence[Maps]) -> Method:
-    """The method of which the stages are; reverse distillation where there are none."""
+    """Return the method that the stages belong to; reverse distillation where there are no stages."""
     methods = {stage.method for stage in stages}
     if len(methods) > 1:
         raise ValueError("expected stages of one kind, got some of `Stage` and some of `ConcatPCA`")

@@ -1,4 +1,4 @@
-"""Files of raw embeddings to a store of nested ones, without a transformer."""
+"""Nest raw embeddings that lie in files, without a transformer."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ from rd_torch.store import (
 from rd_torch.threads import run_ahead
 
 Raw: TypeAlias = dict[str, Tensor]
-"""A record's raw embeddings by level, `(width,)` or `(residues, width)`."""
+"""The raw embeddings of one record, by level: `(width,)` or `(residues, width)`."""
 
 BATCH_BYTES: Final = 2**23
-"""Raw embeddings that are nested together, as float32; more go no faster."""
+"""Number of bytes of raw embeddings, as float32, that are nested together; more go no faster."""
 
 BATCHES_PER_WINDOW: Final = 16
+"""Number of such batches in a window of records, which is written, and after a kill found again, as one."""
 
 WINDOWS_AHEAD: Final = 1
-"""Windows that are read while one is nested."""
+"""Number of windows of records that are read while one is nested."""
 
 RECORDS_READ: Final = 512
-"""Pooled records that are read at once."""
+"""Number of pooled records that are read at once; records with a row a residue are read one by one."""
 
 
 def combine_stores(
@@ -55,28 +56,29 @@ def combine_stores(
     save_dtype: SaveDtype = "float32",
     progress: ProgressCallback = lambda records, before: None,
 ) -> None:
-    """Nests raw embeddings that lie in files, into an embedding file or folder; no backbone runs.
+    """Nest raw embeddings that lie in files, and write them to a store; no backbone runs.
 
-    Records are matched by identifier and keep the order of the first file. They are read in windows, so
-    memory does not grow with their number. Called again after a kill it goes on where it was: it reads the
-    inputs again from the start, compares as it passes, and nests what is missing.
+    Records are matched by identifier, and keep the order of the first file. They are read window by window,
+    so that memory does not grow with their number. The same call after a kill goes on where it was: it reads
+    the inputs again from the start, compares them with what was read before, and nests what is missing.
 
     Args:
-        nesting: config and maps; `Nesting.from_pretrained` reads them.
-        inputs: by level, a file or folder that `open_store` reads: the raw final embeddings of that level's
-            backbone, all averaged over residues or all residue by residue.
-        path: the store; its suffix tells the format.
-        width: features to keep; files of levels above the one that holds them may be left out, and are not
-            opened. By default all of the levels given.
+        nesting: config and maps of the chain; `Nesting.from_pretrained` reads them.
+        inputs: by level, a file or folder that `open_store` reads. It holds the raw final embeddings of that
+            level's backbone; all files hold means over residues, or all hold a row for each residue.
+        path: the store; its suffix names the format.
+        width: number of features to keep; files of levels that are not needed for them may be left out, and
+            are not opened. By default all features of the levels in `inputs`.
         form: `"h5"`, `"parquet"` or `"pt"`, in place of the suffix.
-        save_dtype: what the store holds; bfloat16 in `"pt"` alone.
-        progress: called with records that are done, and whether they were so before.
+        save_dtype: type of the numbers in the store; only `"pt"` takes bfloat16.
+        progress: function that is called with a number of records that are done, and with True if an earlier
+            run did them, else False.
 
     Raises:
-        FileNotFoundError: when a file, or the store's folder, is not there.
-        BlockingIOError: when another process writes the same store.
-        ValueError: for levels that are not the family's first, files that do not fit their level or each
-            other, a width, dtype or format that does not exist, or a store that was begun with other
+        FileNotFoundError: if a file, or the folder of `path`, is not there.
+        BlockingIOError: if another process writes the same store.
+        ValueError: for levels that are not the family's first; for files that do not fit their level or each
+            other; for a width, dtype or format that does not exist; and for a store that was begun with other
             embeddings, another model or other choices.
 
     Examples:
@@ -95,33 +97,36 @@ def combine_stores(
         stores = {
             level: opened.enter_context(open_store(inputs[level])) for level in inputs if level in levels
         }
-        files = _Files(nesting, stores)
+        files = _RawFiles(nesting, stores)
         with Work(Path(path), format_of(path, form), files.facts(width, save_dtype)) as work:
             names = Names(work.format.key)
             size = BATCHES_PER_WINDOW * work.facts.tokens_per_batch
             cut = gather(files.records(), size, names, "embeddings")
 
-            def nested(window: Window[Raw], _: dict[int, str]) -> Iterator[list[Row]]:
-                """The rows of a window, batch by batch."""
-                return _nested(nesting, window, work.facts)
+            def nest_window(window: Window[Raw], _: dict[int, str]) -> Iterator[list[Row]]:
+                """Nest the records of a window, batch by batch."""
+                return _nest_batches(nesting, window, work.facts)
 
-            with closing(
-                run_ahead(cut, WINDOWS_AHEAD)
-            ) as windows:  # which reads no more before files are closed
-                work.fill(windows, nested, progress, count=len)
+            # The thread that reads ahead must end before the files are closed.
+            with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
+                work.fill(windows, nest_window, progress, count=len)
     if names.renamed:
         warnings.warn(
-            f"records whose name another one has in {work.format.name}, stored as IDENTIFIER#2 and so on: "
-            f"{names.renamed:,}",
+            f"records whose name an earlier record has in {work.format.name}, stored as IDENTIFIER#2 and so "
+            f"on: {names.renamed:,}",
             stacklevel=2,
         )
 
 
-class _Files:
-    """Files of raw embeddings that are read together, the first of them in its order.
+class _RawFiles:
+    """Files of raw embeddings that are read together, in the order of the first one.
+
+    Args:
+        nesting: config and maps of the chain.
+        stores: the open files by level.
 
     Raises:
-        ValueError: where they do not fit their levels or each other.
+        ValueError: for files that do not fit their levels or each other.
     """
 
     def __init__(self, nesting: Nesting, stores: Mapping[str, Store]) -> None:
@@ -135,10 +140,10 @@ class _Files:
             for store in stores.values():
                 require_names(store)
         for other in others:
-            self._require_alike(other)
+            self._require_same_records(other)
 
     def facts(self, width: int | None, save_dtype: SaveDtype) -> Facts:
-        """What the nested store will be of."""
+        """State what the nested store holds, as `rd_torch.embedding.facts_of` does for embeddings."""
         config = self._nesting.config
         prefixes = config.prefixes(width or list(config.widths.values())[-1])
         row_bytes = sum(self._widths.values()) * torch.float32.itemsize
@@ -156,20 +161,25 @@ class _Files:
         )
 
     def _windows(self) -> tuple[int, int] | None:
-        """The windows in which long sequences were embedded, which must be those of all files."""
-        said = {
+        """Return how all files cut long sequences into pieces, which is the option `windows` of `embed`."""
+        by_level = {
             level: store.facts.windows for level, store in self._stores.items() if store.facts is not None
         }
-        if len(set(said.values())) > 1:
-            listed = ", ".join(f"{windows} at level {level}" for level, windows in said.items())
-            raise ValueError(f"expected files of the same --windows, got {listed}: embed with one choice")
-        return next(iter(said.values()), None)
+        if len(set(by_level.values())) > 1:
+            listed = ", ".join(f"{windows} at level {level}" for level, windows in by_level.items())
+            raise ValueError(
+                f"expected files of embeddings with the same --windows, got {listed}: embed with one choice"
+            )
+        return next(iter(by_level.values()), None)
 
     def records(self) -> Iterator[Record[Raw]]:
-        """All records in the first file's order.
+        """Read all records.
+
+        Yields:
+            Each record, in the order of the first file.
 
         Raises:
-            ValueError: for one whose embeddings do not fit its level or each other.
+            ValueError: for a record whose embeddings do not fit its level or each other.
         """
         pooled = self._first.pool == "mean"
         identifiers, lengths = list(self._first.identifiers), self._first.lengths() if pooled else []
@@ -179,34 +189,34 @@ class _Files:
             read = {level: store.tensors(names) for level, store in self._stores.items()}
             for place, name in enumerate(names):
                 raw = {level: rows[place] for level, rows in read.items()}
-                self._check(name, raw)
-                rows = _rows(raw)
+                self._require_fitting(name, raw)
+                rows = _count_rows(raw)
                 yield Record(
-                    name, raw, lengths[start + place] if pooled else rows, rows, _digested(name, raw)
+                    name, raw, lengths[start + place] if pooled else rows, rows, _digest_input(name, raw)
                 )
 
-    def _require_alike(self, other: Store) -> None:
-        """Raises a ValueError unless a file has the first one's records and pooling."""
+    def _require_same_records(self, other: Store) -> None:
+        """Raise a ValueError unless a file has the records and the pooling of the first one."""
         first = self._first
         if first.pool != other.pool:
-            said = {"mean": "one vector a protein", "none": "one vector a residue"}
+            kinds = {"mean": "one vector a protein", "none": "one vector a residue"}
             raise ValueError(
-                f"expected {said[first.pool]} in every file, as in {first.path}, got {said[other.pool]} in "
+                f"expected {kinds[first.pool]} in every file, as in {first.path}, got {kinds[other.pool]} in "
                 f"{other.path}: take files of one kind"
             )
         inside, outside = set(first.identifiers), set(other.identifiers)
-        for one, two, lone in ((first, other, inside - outside), (other, first, outside - inside)):
-            if lone:
+        for one, two, alone in ((first, other, inside - outside), (other, first, outside - inside)):
+            if alone:
                 raise ValueError(
-                    f"expected the same identifiers in every file, got {min(lone)!r} in {one.path} but not "
-                    f"in {two.path} ({len(lone):,} such): embed these with every backbone, or leave them out "
-                    "of all files"
+                    f"expected the same identifiers in every file, got {min(alone)!r} in {one.path} but not "
+                    f"in {two.path} ({len(alone):,} in all): embed these with every backbone, or leave "
+                    "them out of all files"
                 )
 
-    def _check(self, name: str, raw: Raw) -> None:
-        """Raises a ValueError for a record of another shape than its file's or its other embeddings'."""
+    def _require_fitting(self, name: str, raw: Raw) -> None:
+        """Raise a ValueError for a record whose embeddings do not fit their level or each other."""
         pooled = self._first.pool == "mean"
-        residues = _rows(raw)
+        residues = _count_rows(raw)
         for level, rows in raw.items():
             width, path = self._widths[level], self._stores[level].path
             fits = rows.ndim == (1 if pooled else 2) and rows.shape[-1] == width
@@ -217,56 +227,56 @@ class _Files:
                     f"{str(rows.dtype).removeprefix('torch.')} of shape {tuple(rows.shape)}"
                 )
             if not bool(torch.isfinite(rows).all()):
-                raise ValueError(f"expected finite numbers, got NaN or infinite ones of {name!r} in {path}")
+                raise ValueError(f"expected finite numbers, got NaN or infinity for {name!r} in {path}")
             if not pooled and len(rows) != residues:
                 raise ValueError(
                     f"expected as many residues of {name!r} in every file, got {residues:,} in "
-                    f"{self._first.path} and {len(rows):,} in {path}: embed whole sequences, or cut to one "
-                    "length, without special tokens"
+                    f"{self._first.path} and {len(rows):,} in {path}: embed the same residues with every "
+                    "backbone, without special tokens"
                 )
 
 
 def _dtype_of(store: Store) -> str:
-    """What the backbone of a file ran in, as far as it says so, or else what the file holds."""
+    """Return the dtype in which a file's backbone ran or, if the file does not say, that of its numbers."""
     if store.facts is not None:
         return store.facts.backbone_dtype
     (first,) = store.tensors(store.identifiers[:1])
     return str(first.dtype).removeprefix("torch.")
 
 
-def _digested(name: str, raw: Raw) -> Iterator[bytes | memoryview]:
-    """What tells a record from any other: its name and every number."""
+def _digest_input(name: str, raw: Raw) -> Iterator[bytes | memoryview]:
+    """Yield what tells a record from any other, for its checksum: its name and every number."""
     yield f"{name}\n".encode()
     for level, rows in sorted(raw.items()):
         yield f"{level} {rows.dtype} {tuple(rows.shape)}\n".encode()
         yield bytes_of(rows)
 
 
-def _rows(raw: Raw) -> int:
-    """Vectors of a record: one, or one a residue."""
+def _count_rows(raw: Raw) -> int:
+    """Return the number of vectors in a record: one, or one for each residue."""
     first = next(iter(raw.values()))
     return 1 if first.ndim == 1 else len(first)
 
 
 @torch.inference_mode()
-def _nested(nesting: Nesting, window: Window[Raw], facts: Facts) -> Iterator[list[Row]]:
-    """The rows of a window, as they are saved, in batches."""
+def _nest_batches(nesting: Nesting, window: Window[Raw], facts: Facts) -> Iterator[list[Row]]:
+    """Nest the records of a window; yield their places and embeddings, as they are saved, in batches."""
     dtype = getattr(torch, facts.save_dtype)
-    for places in _batches(window.contents, facts.tokens_per_batch):
+    for places in _cut_batches(window.contents, facts.tokens_per_batch):
         chosen = [window.contents[place] for place in places]
         batch = {level: torch.cat([torch.atleast_2d(raw[level]) for raw in chosen]) for level in chosen[0]}
         nested = nesting.combine(batch)[:, : facts.width].to(dtype)
-        parts = nested if facts.pool == "mean" else nested.split([_rows(raw) for raw in chosen])
+        parts = nested if facts.pool == "mean" else nested.split([_count_rows(raw) for raw in chosen])
         yield list(zip(places, parts, strict=True))
 
 
-def _batches(contents: Sequence[Raw], most: int) -> Iterator[list[int]]:
-    """Places of records that are nested together: each batch ends with the one that makes it `most` rows."""
+def _cut_batches(contents: Sequence[Raw], most: int) -> Iterator[list[int]]:
+    """Yield the places of records that are nested together: so many that they have `most` rows or more."""
     places: list[int] = []
     rows = 0
     for place, raw in enumerate(contents):
         places.append(place)
-        rows += _rows(raw)
+        rows += _count_rows(raw)
         if rows >= most:
             yield places
             places, rows = [], 0

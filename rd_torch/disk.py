@@ -61,7 +61,7 @@ def sync(path: Path) -> None:
 
 
 def part_folder(path: Path) -> Path:
-    """The folder `<output>.part` beside an output, in which work on it lies until it is whole."""
+    """Return the folder `<output>.part` beside an output, in which work on it lies until it is whole."""
     return path.with_name(f"{path.name}.part")
 
 
@@ -113,5 +113,5 @@ def is_held(path: Path) -> bool:
 
 
 def busy_message(path: Path) -> str:
-    """What an error says where another process writes to a path."""
+    """Return what an error says where another process writes to a path."""
     return f"expected to write {path} alone, got another process that does: wait for it"

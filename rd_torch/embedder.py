@@ -1,4 +1,4 @@
-"""`Embedder`: sequences to vectors, batch by batch, whole or in pieces."""
+"""`Embedder`: embed sequences batch by batch, whole or in overlapping pieces."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Embedder(NamedTuple):
 
     Attributes:
         model: the chain.
-        pool: how residues are pooled, as `pool_name` has it.
-        width: features to keep; None for all.
-        pieces: how long sequences are cut; None where they stay whole.
-        tokens_per_batch: tokens a batch holds at most.
-        device: where batches go.
+        pool: ways to pool residues, as `pool_name` joins them.
+        width: number of features to keep; None keeps all.
+        pieces: how long sequences are cut into pieces; None keeps them whole.
+        tokens_per_batch: number of tokens, padding included, that a batch holds at most.
+        device: device to put batches on.
     """
 
     model: RDModel
@@ -38,30 +38,33 @@ class Embedder(NamedTuple):
     def __call__(
         self, sequences: Mapping[int, str], failures: dict[int, str] | None = None
     ) -> Iterator[list[Row]]:
-        """The embeddings of sequences, by their keys, batch by batch.
+        """Embed sequences.
 
         Args:
-            sequences: letters, residues only, by number.
-            failures: if given, receives the number of a sequence that takes more memory than there is, and
-                why.
+            sequences: sequences by number, residues alone, one letter each.
+            failures: if given, a sequence that alone takes more memory than there is does not end the run;
+                its number and the reason are added here.
+
+        Yields:
+            The numbers and embeddings of the sequences that a batch completed, in any order.
 
         Raises:
-            MemoryError: where one sequence alone takes more than there is, without `failures`.
+            MemoryError: without `failures`, for a sequence that alone takes more memory than there is.
         """
         if self.pieces is None:
-            yield from self._whole(sequences, self.pool, failures)
+            yield from self._embed_whole(sequences, self.pool, failures)
             return
-        long = {number: each for number, each in sequences.items() if len(each) > self.pieces.length}
-        short = {number: each for number, each in sequences.items() if number not in long}
-        yield from self._whole(short, self.pool, failures)
-        yield from self._in_pieces(self.pieces, long, failures)
+        long = {number: letters for number, letters in sequences.items() if len(letters) > self.pieces.length}
+        short = {number: letters for number, letters in sequences.items() if number not in long}
+        yield from self._embed_whole(short, self.pool, failures)
+        yield from self._embed_in_pieces(self.pieces, long, failures)
 
-    def _whole(
+    def _embed_whole(
         self, sequences: Mapping[int, str], pool: str, failures: dict[int, str] | None
     ) -> Iterator[list[Row]]:
-        """The embeddings of sequences that stay whole."""
+        """Embed sequences that stay whole."""
         numbers, failed = list(sequences), None if failures is None else dict[int, str]()
-        compute = vectors_of(self.model, pool, self.width)
+        compute = batch_embedder(self.model, pool, self.width)
         for batch in run_batches(
             compute, sequences.values(), self.tokens_per_batch, self.device, failures=failed
         ):
@@ -69,10 +72,10 @@ class Embedder(NamedTuple):
         if failures is not None and failed:
             failures |= {numbers[place]: why for place, why in failed.items()}
 
-    def _in_pieces(
+    def _embed_in_pieces(
         self, pieces: Pieces, sequences: Mapping[int, str], failures: dict[int, str] | None
     ) -> Iterator[list[Row]]:
-        """The embeddings of sequences that are cut, each when its last piece is there."""
+        """Embed sequences that are cut into pieces; each is yielded when its last piece has been embedded."""
         cut = [
             (number, start) for number, letters in sequences.items() for start in pieces.starts(len(letters))
         ]
@@ -82,7 +85,7 @@ class Embedder(NamedTuple):
         }
         blends = {number: Blend(pieces, len(letters), self.pool) for number, letters in sequences.items()}
         failed = None if failures is None else dict[int, str]()
-        for rows in self._whole(parts, "none", failed):
+        for rows in self._embed_whole(parts, "none", failed):
             for place, row in rows:
                 number, start = cut[place]
                 blends[number].add(start, row)
@@ -92,30 +95,39 @@ class Embedder(NamedTuple):
             failures |= {cut[place][0]: why for place, why in failed.items()}
 
 
-def prepare(model: RDModel) -> None:
-    """Makes a model in `eval` mode ready for inference where that makes it faster, once.
+def prepare_where_possible(model: RDModel) -> None:
+    """Prepare a model in `eval` mode for inference, unless hooks or other libraries' modules are in it.
 
-    One with modules of others in it, or with hooks, is left as it is: nobody has asked for more.
+    Such a model is left as it is, without the warning of `prepare_inference`, for nobody asked to prepare it.
     """
     if not model.training and obstacle(model.family()) is None:
         model.prepare_inference()
 
 
-def vectors_of(model: RDModel, pool: str, width: int | None) -> Callable[[Tensor], list[Tensor]]:
-    """What embeds a batch of tokens: one tensor a sequence, on the CPU."""
+def batch_embedder(model: RDModel, pool: str, width: int | None) -> Callable[[Tensor], list[Tensor]]:
+    """Make a function that embeds a batch of tokens.
+
+    Args:
+        model: the chain.
+        pool: ways to pool residues, as `pool_name` joins them.
+        width: number of features to keep; None keeps all.
+
+    Returns:
+        The function. It takes `(batch, time)` token ids, and returns a tensor for each sequence, on the CPU.
+    """
     family = model.family(width).values()
 
     @torch.inference_mode()
-    def vectors(tokens: Tensor) -> list[Tensor]:
-        """One tensor a sequence."""
+    def embed_batch(tokens: Tensor) -> list[Tensor]:
+        """Return the embedding of each sequence."""
         require_memory(family, tokens)
-        return _pooled(model.encode(tokens, width=width), is_residue(tokens), pool)
+        return _pool(model.encode(tokens, width=width), is_residue(tokens), pool)
 
-    return vectors
+    return embed_batch
 
 
-def _pooled(embeddings: Tensor, residues: Tensor, pool: str) -> list[Tensor]:
-    """One tensor a sequence, of `(batch, time, width)` embeddings that begin with `<cls>`."""
+def _pool(embeddings: Tensor, residues: Tensor, pool: str) -> list[Tensor]:
+    """Pool `(batch, time, width)` embeddings, `<cls>` first, to a tensor for each sequence, on the CPU."""
     rows, counts = embeddings[residues], residues.sum(1)
     if pool == "none":
         return list(rows.cpu().split(counts.tolist()))

@@ -1,4 +1,4 @@
-"""Strings or FASTA to vectors, a few or a proteome."""
+"""Embed a few sequences into arrays, or a proteome into a store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rd_torch.batching import plan_batches
-from rd_torch.embedder import Embedder, prepare
+from rd_torch.embedder import Embedder, prepare_where_possible
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.modules import evaluating
@@ -37,11 +37,11 @@ from rd_torch.store import (
 from rd_torch.threads import run_ahead
 
 WINDOWS_AHEAD: Final = 1
-"""Windows that are read while one is embedded."""
+"""Number of windows of records that are read while one is embedded."""
 
 
 class EmbedOptions(TypedDict, total=False):
-    """What `embed` may be told."""
+    """Options of `embed`, where they are described."""
 
     pool: Pools
     width: int | None
@@ -50,7 +50,7 @@ class EmbedOptions(TypedDict, total=False):
 
 
 class StoreOptions(EmbedOptions, total=False):
-    """What `embed_to_store` may be told besides."""
+    """Options of `embed_to_store`, where they are described; `embed` has the first ones too."""
 
     strict: bool
     max_length: int | None
@@ -66,37 +66,38 @@ def embed(
     tokens_per_batch: int | None = None,
     windows: int | tuple[int, int] | None = None,
 ) -> np.ndarray | list[np.ndarray]:
-    """Embeds sequences and returns arrays in their order.
+    """Embed sequences, and return arrays in the order of the sequences.
 
     Letters that are no residue are read as X, with one warning that counts them. The model runs in `eval`
-    mode and without gradients, and every module of it has its own mode again afterwards. On CUDA a model in
-    `eval` mode is prepared by `prepare_inference` first, unless the sequences fit into one batch.
+    mode and without gradients; afterwards each of its modules is back in its own mode. On CUDA a model that
+    is in `eval` mode is prepared by `prepare_inference` first, unless the sequences fit into one batch.
 
     Args:
         model: the chain; batches go to its device.
-        sequences: amino-acid letters, in any case: a list, tuple, iterator, pandas Series or Index,
-            one-dimensional numpy array or pyarrow column of strings, `Bio.Seq` objects, records, or
+        sequences: amino-acid letters, in upper or lower case: a list, tuple, iterator, pandas Series or
+            Index, one-dimensional numpy array or pyarrow column of strings, `Bio.Seq` objects, records, or
             `(identifier, sequence)` pairs; or `rd_torch.Fasta`. An empty list gives an empty result.
-        pool: `"mean"`, `"max"` or `"std"` over residues, `"cls"` for the embedding of `<cls>`, or several of
-            them, `["mean", "max"]`, whose vectors stand one behind the other; `"none"` keeps one row a
-            residue. Only means can be nested afterwards, by `combine`.
-        width: features to return, of each way to pool; by default all.
-        tokens_per_batch: tokens a batch holds at most, padding counted; by default what half of the
-            free memory takes. Halved, with a warning, when memory runs out all the same.
-        windows: residues from which a longer sequence is embedded in overlapping pieces of that length,
-            blended as `Pieces` says; with a second number, residues that neighbouring pieces share, by
-            default a quarter. By default sequences stay whole.
+        pool: how the embeddings of residues become one vector: `"mean"`, `"max"` or `"std"` over residues,
+            `"cls"` for the embedding of `<cls>`, or several of these, such as `["mean", "max"]`, whose
+            vectors are joined end to end; `"none"` keeps a row for each residue. Of raw embeddings only means
+            can be nested afterwards, by `combine`.
+        width: number of features to return for each way to pool; by default all.
+        tokens_per_batch: number of tokens, padding included, that a batch holds at most; by default as many
+            as half of the free memory takes. It is halved, with a warning, if memory runs out all the same.
+        windows: number of residues above which a sequence is cut into overlapping pieces of that length,
+            whose embeddings are blended as `Pieces` says; or that number and the number of residues that
+            neighbouring pieces share, by default a quarter. By default sequences stay whole.
 
     Returns:
-        `(sequences, ways * width)`, or a list of `(residues, width)` for `"none"`; in the maps' dtype,
-        float32 unless the model is double.
+        `(sequences, ways * width)`, or for `"none"` a list of `(residues, width)`; in the dtype of the maps,
+        which is float32 unless the model is double.
 
     Raises:
-        TypeError: for what has no order or more than one meaning, as a table, a set or one string, and for an
-            item that is no sequence, with its number, from 1.
-        ValueError: for an empty sequence or signs that are no letters, with the number of the sequence; a
-            pool, width or windows that cannot be.
-        MemoryError: for a sequence that takes more memory than there is.
+        TypeError: for a container without an order or with more than one meaning, such as a set, a table or
+            one string, and for an item that is no sequence, with its number, from 1.
+        ValueError: for an empty sequence or characters that are no letters, with the number of the sequence,
+            and for a `pool`, `width` or `windows` that does not exist.
+        MemoryError: for a sequence that alone takes more memory than there is.
 
     Examples:
         >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
@@ -109,12 +110,12 @@ def embed(
     pieces = None if windows is None else Pieces.of(windows, way)
     residues = list(normalize_sequences(sequences_of(sequences)))
     budget, device = plan_batches(model.family(width).values(), tokens_per_batch)
-    if sum(map(len, residues)) > budget:  # one batch is done sooner than anything is compiled for it
-        prepare(model)
-    embedded = Embedder(model, way, width, pieces, budget, device)
+    if sum(map(len, residues)) > budget:  # preparing takes longer than one batch does
+        prepare_where_possible(model)
+    embedder = Embedder(model, way, width, pieces, budget, device)
     with evaluating(model):
         arrays = {
-            index: tensor.numpy() for rows in embedded(dict(enumerate(residues))) for index, tensor in rows
+            index: tensor.numpy() for rows in embedder(dict(enumerate(residues))) for index, tensor in rows
         }
     ordered = [arrays[index] for index in range(len(arrays))]
     if way == "none":
@@ -134,44 +135,48 @@ def embed_to_store(
     progress: ProgressCallback = lambda residues, before: None,
     **options: Unpack[StoreOptions],
 ) -> dict[str, Failure]:
-    """Embeds proteins into an embedding file or folder, which `rd_torch.open_store` reads.
+    """Embed proteins into a store, a file or folder that `rd_torch.open_store` reads.
 
-    Called again after a kill, a full disk or a crash it goes on where it was: what is done stays as it is,
-    and at most one window of about 16 batches is embedded again. The store appears under its name when the
-    last protein is in it; until then its parts lie in `<path>.part`. Records keep their order. A record
-    whose identifier another one has is stored as `IDENTIFIER#2`, with a warning that counts them; equal
-    sequences are embedded as often as they come. A record that cannot be read, and a sequence that alone
-    takes more memory than there is, is left out, and listed in `<path>.failed.tsv` with its line and the
-    reason. The model runs in `eval` mode, as in `embed`; on CUDA one that is in it already is prepared by
-    `prepare_inference` first.
+    The same call after a kill, a full disk or a crash goes on where it was: what is done stays as it is, and
+    at most one window of records, which are about 16 batches, is embedded again. The store appears under its
+    name when the last protein is in it; until then its parts lie in `<path>.part`.
+
+    Records keep their order. A record whose identifier an earlier one has is stored as `IDENTIFIER#2`, with a
+    warning that counts such records; equal sequences are embedded as often as they come. A record that cannot
+    be read, and a sequence that alone takes more memory than there is, is left out and listed in
+    `<path>.failed.tsv` with its line and the reason. The model runs in `eval` mode, as in `embed`; on CUDA a
+    model that is in `eval` mode is prepared by `prepare_inference` first.
 
     Args:
         model: the chain.
-        proteins: `rd_torch.Fasta` or `rd_torch.Proteins`, or `(identifier, sequence)` pairs, `SeqRecord`s or
-            whatever else iterates over them; may be a generator, memory does not grow with their number.
-            Letters that are no residue are read as X, as in `embed`.
-        path: the store; its suffix tells the format.
+        proteins: `rd_torch.Fasta` or `rd_torch.Proteins`, or an iterable of `(identifier, sequence)` pairs or
+            `SeqRecord`s. It may be a generator: memory does not grow with the number of proteins. Letters
+            that are no residue are read as X, as in `embed`.
+        path: the store; its suffix names the format.
         form: `"h5"`, `"parquet"` or `"pt"`, in place of the suffix.
-        save_dtype: what the store holds; bfloat16 in `"pt"` alone.
-        name: what the model is called in the store.
-        progress: called with residues that are done, and whether they were so before.
-        **options: `pool`, `width`, `tokens_per_batch` and `windows` of `embed`; `strict`, to refuse letters
-            that are no residue and stop at the first record that cannot be read; `max_length`, residues at
-            which longer sequences are cut; `shard`, for several processes that are called alike but for it,
-            on machines that see one folder: `(3, 16)` or `"3/16"` embeds every 16th window from the third
-            on, `"auto"` asks Slurm's or torchrun's environment which, and `"finish"` embeds none and puts
-            the store together, which the last shard to end does by itself.
+        save_dtype: type of the numbers in the store; only `"pt"` takes bfloat16.
+        name: name of the model, for the store.
+        progress: function that is called with a number of residues that are done, and with True if an earlier
+            run did them, else False.
+        **options: `pool`, `width`, `tokens_per_batch` and `windows` are as in `embed`. If `strict` is true,
+            letters that are no residue are refused, and the run stops at the first record that cannot be
+            read. `max_length` is the number of residues to keep of each sequence. `shard` is for several
+            processes, on machines that see one folder, whose calls differ in it alone: `(3, 16)` or `"3/16"`
+            embeds every 16th window of records from the third on; `"auto"` takes the shard that Slurm or
+            torchrun gives this process; `"finish"` embeds nothing but puts the store together, as the last
+            shard to end does by itself.
 
     Returns:
-        The records that could not be embedded, by name: residues, reason, file and line of each. Of a shard
-        that was not the last to end, those of its windows.
+        The records that could not be embedded, by name, each with its residues, reason, file and line. A
+        shard that was not the last to end returns those of its own windows.
 
     Raises:
-        FileNotFoundError: when the folder is not there.
-        BlockingIOError: when another process writes the same store.
-        TypeError: for what does not iterate over records, as a table, strings or a path.
-        ValueError: for no proteins, a pool, width, dtype or format that does not exist, or a store that was
-            begun with other sequences, another model or other choices; when strict, for a record.
+        FileNotFoundError: if the folder of `path` is not there.
+        BlockingIOError: if another process writes the same store.
+        TypeError: for anything that does not iterate over records, such as a table, strings or a path.
+        ValueError: for no proteins; for a pool, width, dtype or format that does not exist; for a store that
+            was begun with other sequences, another model or other choices; and, if strict, for a record that
+            cannot be read.
 
     Examples:
         >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
@@ -182,50 +187,70 @@ def embed_to_store(
     """
     form_of_store = format_of(path, form)
     entries, corrections = entries_of(proteins, form_of_store.identifier), Corrections()
-    strict, max_length = options.pop("strict", False), options.pop("max_length", None)
-    shard = options.pop("shard", None)
+    shard = options.get("shard")
     only_finish = shard == "finish"
-    taken = None if shard is None or only_finish else Shard.of(shard)
-    given = options.get("tokens_per_batch")
-    budget, _ = plan_batches(model.family(options.get("width")).values(), given)
-    wanted = facts_of(model, name, save_dtype, budget, **cast(EmbedOptions, options))
-    with Work(Path(path), form_of_store, wanted, fixed_budget=given is not None, shard=taken) as work:
+    own_shard = None if shard is None or only_finish else Shard.of(shard)
+    asked_budget = options.get("tokens_per_batch")
+    budget, _ = plan_batches(model.family(options.get("width")).values(), asked_budget)
+    facts = facts_of(model, name, save_dtype, budget, **_embed_options(options))
+    is_fixed = asked_budget is not None
+    with Work(Path(path), form_of_store, facts, fixed_budget=is_fixed, shard=own_shard) as work:
         names = Names(work.format.key)
-        read = normalize_entries(entries, corrections, strict=strict, max_length=max_length)
+        read = normalize_entries(
+            entries,
+            corrections,
+            strict=options.get("strict", False),
+            max_length=options.get("max_length"),
+        )
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
         with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
-            compute = None if only_finish else embed_windows(model, work.facts)
+            compute = None if only_finish else window_embedder(model, work.facts)
             failures = work.fill(windows, compute, progress)
     corrections.warn()
-    warn_renamed(names.renamed)
+    warn_of_renamed(names.renamed)
     return failures
 
 
-def embed_windows(model: RDModel, facts: Facts) -> Compute[str]:
-    """What embeds a window of records for a store of these facts, batch by batch."""
-    prepare(model)
+def _embed_options(options: StoreOptions) -> EmbedOptions:
+    """Select the options that `embed` has too."""
+    return cast(
+        EmbedOptions, {key: each for key, each in options.items() if key in EmbedOptions.__annotations__}
+    )
+
+
+def window_embedder(model: RDModel, facts: Facts) -> Compute[str]:
+    """Make a function that embeds a window of records for a store.
+
+    Args:
+        model: the chain, which is prepared for inference where possible.
+        facts: the facts of the store.
+
+    Returns:
+        The function. It takes a window, and a dictionary to which it adds the places and reasons of records
+        that could not be embedded; it yields the places and embeddings of the others, batch by batch.
+    """
+    prepare_where_possible(model)
     pieces = None if facts.windows is None else Pieces(*facts.windows)
-    device = model.device
-    embedded = Embedder(model, facts.pool, facts.width, pieces, facts.tokens_per_batch, device)
+    embedder = Embedder(model, facts.pool, facts.width, pieces, facts.tokens_per_batch, model.device)
     dtype = getattr(torch, facts.save_dtype)
 
-    def batches(window: Window[str], failures: dict[int, str]) -> Iterator[list[Row]]:
-        """The rows of a window, batch by batch."""
+    def embed_window(window: Window[str], failures: dict[int, str]) -> Iterator[list[Row]]:
+        """Embed the records of a window that have no fault."""
         sound = {
             place: letters for place, letters in enumerate(window.contents) if place not in window.faults
         }
         with evaluating(model):
-            for rows in embedded(sound, failures):
+            for rows in embedder(sound, failures):
                 yield [(place, row.to(dtype)) for place, row in rows]
 
-    return batches
+    return embed_window
 
 
-def warn_renamed(records: int) -> None:
-    """Issues one warning that counts records which share an identifier, none where there are none."""
+def warn_of_renamed(records: int) -> None:
+    """Warn that so many records share an identifier with an earlier one, if any do."""
     if records:
         warnings.warn(
-            f"records whose identifier another one has, stored as IDENTIFIER#2 and so on: {records:,}",
+            f"records whose identifier an earlier record has, stored as IDENTIFIER#2 and so on: {records:,}",
             stacklevel=3,
         )
 
@@ -233,10 +258,20 @@ def warn_renamed(records: int) -> None:
 def facts_of(
     model: RDModel, name: str, save_dtype: SaveDtype, budget: int, **options: Unpack[EmbedOptions]
 ) -> Facts:
-    """What a store of the model's embeddings is of.
+    """State what a store of a model's embeddings holds.
+
+    Args:
+        model: the chain.
+        name: name of the model, for the store.
+        save_dtype: type of the numbers in the store.
+        budget: number of tokens that a batch holds at most.
+        **options: `pool`, `width` and `windows` as in `embed`.
+
+    Returns:
+        The facts of the store.
 
     Raises:
-        ValueError: for a pool or width that does not exist.
+        ValueError: for a `pool`, `width` or `windows` that does not exist.
     """
     pool, windows = pool_name(options.get("pool", "mean")), options.get("windows")
     prefixes = model.config.prefixes(options.get("width") or model.embed_dim)

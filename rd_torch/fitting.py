@@ -1,4 +1,4 @@
-"""Streams sequences through backbones, fills joint moments, solves the stages."""
+"""Fit a chain: stream sequences through backbones into joint moments, and solve the stages."""
 
 from __future__ import annotations
 
@@ -32,32 +32,35 @@ def fit(
     work_folder: str | Path | None = None,
     **options: Unpack[SolveOptions],
 ) -> RDModel:
-    """Fits a reverse-distilled chain in one pass over the sequences.
+    """Fit a reverse-distilled chain in one pass over the sequences.
 
     Args:
-        backbones: the family by level name, smallest first, on one device: `rd_torch.ESM2` or
-            `esm.ESM2`. Tensors are shared with the model that comes back.
-        sequences: amino-acid letters, in whatever `embed` takes them in; may be a generator, memory does not
-            grow with their number.
-        tokens_per_batch: tokens a batch holds at most, padding counted; by default what half of the
-            free memory takes. Halved, with a warning, when memory runs out all the same.
-        progress: called with residues that are done, and whether they were so before.
-        provenance: where backbones and sequences come from; saved with the model.
-        work_folder: where the moments are saved once a minute, when a window of about 16 batches is done.
-            A fit that is called with it again, after a kill, goes on from there, to the same bits; it is
-            left as it is, so that nothing is lost until the model is saved, and can be removed then.
-        **options: `added`, `regressor`, `alpha` and `predict_from` of `solve_stages`; other ones may be
-            taken when a fit goes on.
+        backbones: the family by level, smallest first, all on one device: `rd_torch.ESM2` or `esm.ESM2`
+            modules. The model that is returned shares their tensors.
+        sequences: amino-acid letters, in any container that `embed` takes. It may be a generator: memory does
+            not grow with the number of sequences.
+        tokens_per_batch: number of tokens, padding included, that a batch holds at most; by default as many
+            as half of the free memory takes. It is halved, with a warning, if memory runs out all the same.
+        progress: function that is called with a number of residues that are done, and with True if an earlier
+            run did them, else False.
+        provenance: where backbones and sequences come from; it is saved with the model.
+        work_folder: folder in which the moments are saved about once a minute, when a window of records,
+            which are about 16 batches, is done. The same call after a kill goes on from there, and gives the
+            same bits. The folder is left when the fit is finished, so that nothing is lost before the model
+            is saved; then it can be removed.
+        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`. A fit that goes on
+            may have other ones than when it was begun.
 
     Returns:
-        The fitted model in `eval` mode, but that `rd_torch.ESM2` backbones, which are parts of it, keep
-        theirs; while residues are embedded all are in `eval`. Its provenance counts sequences and residues.
+        The fitted model, with the numbers of sequences and residues in its provenance. It is in `eval` mode,
+        except that `rd_torch.ESM2` backbones, which become parts of it, keep the mode that they had.
 
     Raises:
-        BlockingIOError: when another process works in the folder.
-        ValueError: for fewer than two residues, options that cannot be, hidden states that are not finite,
-            or a folder that was begun with other backbones or sequences.
-        TypeError: for a backbone of another kind, or what holds no sequences.
+        FileNotFoundError: if the folder in which `work_folder` is to be made is not there.
+        BlockingIOError: if another process works in `work_folder`.
+        ValueError: for fewer than two residues, an option that does not exist, embeddings that are not
+            finite, or a folder that was begun with other backbones or sequences.
+        TypeError: for a backbone of another kind, or a container that holds no sequences.
 
     Examples:
         >>> backbones = rd_torch.RDModel.from_pretrained("esm2-rd-mini").backbones
@@ -88,7 +91,13 @@ def fit_entries(
     work_folder: str | Path | None = None,
     **options: Unpack[SolveOptions],
 ) -> RDModel:
-    """Fit a chain to records that are normalised and sound; arguments and errors are else those of `fit`."""
+    """Fit a chain to records that are normalised and have no fault; their identifiers are not used.
+
+    The other arguments, and the errors, are those of `fit`.
+
+    Returns:
+        The fitted model, as from `fit`.
+    """
     family = shared_family(backbones, **options)
     budget, device = plan_batches(family.values(), tokens_per_batch)
     with (
@@ -103,16 +112,23 @@ def fit_entries(
                 continue
             count = add_moments(family, sums.moments, window.contents, sums.tokens_per_batch, progress)
             sums.sequences += count
-            sums.add(window.number, window.checksum)
+            sums.mark_done(window.number, window.checksum)
         sums.finish(windows)
-        return sums.solved(provenance, **options)
+        return sums.solve(provenance, **options)
 
 
 def shared_family(backbones: Mapping[str, nn.Module], **options: Unpack[SolveOptions]) -> dict[str, ESM2]:
-    """The backbones as ours, tensors shared; options are checked against their widths.
+    """Make backbones of our own that share the tensors of the given ones, and check the options of a fit.
+
+    Args:
+        backbones: the family by level, smallest first, as in `fit`.
+        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`.
+
+    Returns:
+        The family by level.
 
     Raises:
-        ValueError: for options that cannot be.
+        ValueError: for an option that does not exist or does not fit the backbones' widths.
         TypeError: for a backbone of another kind.
     """
     family = {name: ESM2.sharing(module) for name, module in backbones.items()}
@@ -127,11 +143,22 @@ def add_moments(
     tokens_per_batch: int,
     progress: ProgressCallback = lambda residues, before: None,
 ) -> int:
-    """Adds the residues of normalised sequences to the family's joint moments; returns how many came."""
+    """Add the residues of sequences to the joint moments of a family.
+
+    Args:
+        family: the backbones by level, smallest first.
+        moments: the moments to add to.
+        sequences: residues alone, one letter each; they are read as they are needed.
+        tokens_per_batch: number of tokens, padding included, that a batch holds at most.
+        progress: function that is called with a number of residues that are done, and False.
+
+    Returns:
+        The number of sequences that were added.
+    """
     device = next(iter(family.values())).device
     count = 0
     with evaluating(*family.values()):
-        for batch in run_batches(partial(_residues, family), sequences, tokens_per_batch, device):
+        for batch in run_batches(partial(_embed_residues, family), sequences, tokens_per_batch, device):
             moments.update(batch.result)
             progress(len(batch.result), False)
             count += len(batch.indices)
@@ -139,8 +166,8 @@ def add_moments(
 
 
 @torch.no_grad()
-def _residues(family: Mapping[str, ESM2], tokens: Tensor) -> Tensor:
-    """`(residues, widths together)` raw embeddings of a batch, side by side."""
+def _embed_residues(family: Mapping[str, ESM2], tokens: Tensor) -> Tensor:
+    """Return `(residues, sum of widths)` raw embeddings of a batch's residues, by all backbones."""
     packing = Packing.of(is_real(tokens))
     residues = packing.pack(is_residue(tokens))
     return torch.cat([backbone(tokens, packing)[residues] for backbone in family.values()], dim=1)

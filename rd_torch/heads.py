@@ -241,8 +241,7 @@ class MatryoshkaHead(nn.Module):
         ValueError: for no heads, or two heads of the same width.
 
     Examples:
-        >>> heads = [rd_torch.ResidueHead(width, 1, task="regression") for width in (32, 128)]
-        >>> predictions = rd_torch.MatryoshkaHead(heads)(torch.randn(2, 10, 128), torch.ones(2, 10) > 0)
+        >>> head = rd_torch.MatryoshkaHead([rd_torch.ResidueHead(w, 1, task="regression") for w in (32, 128)])
     """
 
     def __init__(self, heads: Sequence[Head]) -> None:
@@ -289,8 +288,7 @@ def align_labels(labels: Sequence[Sequence[float] | Tensor], tokens: Tensor) -> 
     """
     rows = [torch.as_tensor(row) for row in labels]
     lengths = (is_real(tokens).sum(1) - SPECIAL_TOKENS).tolist()
-    got = [len(row) for row in rows]
-    if got != lengths:
+    if (got := [len(row) for row in rows]) != lengths:
         raise ValueError(f"expected one label for each residue, so {lengths} labels, got {got}")
     floating = any(row.is_floating_point() for row in rows)
     filling = torch.nan if floating else UNLABELLED

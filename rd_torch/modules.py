@@ -1,10 +1,10 @@
-"""What this package asks of any PyTorch module: where its tensors are, its mode, its typed parts.
+"""Functions for any PyTorch module: where its tensors are, what they hold, its mode, typed containers.
 
 Other libraries may keep tensors elsewhere, on a disk for example, and fetch them for each call. accelerate's
 `cpu_offload`, `disk_offload` and `dispatch_model` do so by hooks: between calls a parameter is on the meta
-device, with the right shape and dtype but without numbers. So only the module that owns a weight reads it, in
-its own `forward`; whatever else needs to know about weights asks here. Quantisers put other things than plain
-tensors into state dicts; `plain_parts` takes those apart.
+device, with the right shape and dtype but without numbers. Therefore only the module that owns a weight reads
+it, in its own `forward`, and all other code that needs to know about weights calls functions of this file.
+Quantisers put values into state dicts that are no plain tensors; `plain_parts` takes those apart.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ if TYPE_CHECKING:
 
         def __getitem__(self, index: int) -> Part: ...  # type: ignore[override]  # slices are not used
         def __iter__(self) -> Iterator[Part]: ...
-else:  # PyTorch's own classes, which other libraries look for
+else:  # not subclasses: other libraries look for PyTorch's own classes
     Modules, ModuleRow = nn.ModuleDict, nn.ModuleList
 
 
 def modules_of(parts: Mapping[str, Part]) -> Modules[Part]:
-    """Makes an `nn.ModuleDict` whose modules type checkers know."""
+    """Return an `nn.ModuleDict` of the modules, whose type a type checker knows."""
     return cast("Modules[Part]", nn.ModuleDict(parts))
 
 
 def row_of(parts: Iterable[Part]) -> ModuleRow[Part]:
-    """Makes an `nn.ModuleList` whose modules type checkers know."""
+    """Return an `nn.ModuleList` of the modules, whose type a type checker knows."""
     return cast("ModuleRow[Part]", nn.ModuleList(parts))
 
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Puts every module inside the given ones into `eval` mode, and back into its own mode at the end.
+    """Put modules and every module inside them into `eval` mode, and back into their own modes at the end.
 
     Backbones have no dropout of their own, but what other libraries put into them, such as LoRA, may have.
     """
@@ -67,9 +67,10 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device that a module takes its inputs on: of its first tensor that is somewhere.
+    """Return the device that a module takes its inputs on.
 
-    Where hooks keep all of them elsewhere, it is the device that the hooks fetch them to.
+    It is the device of the first tensor that is not on the meta device. Where hooks keep all tensors
+    elsewhere, it is the device that the hooks fetch them to.
     """
     for tensor in chain(module.parameters(), module.buffers()):
         if not tensor.is_meta:
@@ -82,30 +83,37 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def is_fetched(module: nn.Module) -> bool:
-    """Whether there are hooks that may fetch the module's tensors when it is called."""
+    """Return whether the module has hooks that may fetch its tensors when it is called."""
     return any(part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a state dict's value is a plain tensor: not a quantised or sharded one, or something else."""
+    """Return whether a value of a state dict is a plain tensor, neither quantised nor sharded."""
     return isinstance(value, Tensor) and not value.is_quantized and not hasattr(value, "__tensor_flatten__")
 
 
 def plain_parts(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The numbers of a state dict's value, as plain tensors by names of their own.
+    """Take a value of a state dict apart into plain tensors.
 
-    A plain tensor is its own part. Tensors of torchao's have several, and so have PyTorch's quantised ones
-    and what its quantised layers pack. What is no number is given as the bytes of what it is called: a dtype,
-    or how a tensor of torchao's treats what it is multiplied by.
+    A plain tensor is its own only part. torchao's tensors have several parts, and so have PyTorch's quantised
+    tensors and what its quantised layers pack. What is no tensor, such as a dtype or torchao's note of how
+    inputs are quantised, becomes the bytes of its text.
+
+    Args:
+        name: name of the value, with which the names of its parts begin.
+        value: the value.
+
+    Yields:
+        The name of each part, and the part.
     """
-    if hasattr(value, "full_tensor"):  # a shard of FSDP2's: every process has to take part
+    if hasattr(value, "full_tensor"):  # a shard of FSDP2, for which every process has to make this call
         value = value.full_tensor()
     if isinstance(value, tuple | list):
         for place, each in enumerate(value):
             yield from plain_parts(f"{name}.{place}", each)
     elif not isinstance(value, Tensor):
-        called = re.sub(r" at 0x[0-9a-f]+", "", str(value))  # places in memory are another run's
-        yield name, torch.tensor(list(called.encode()), dtype=torch.uint8)
+        text = re.sub(r" at 0x[0-9a-f]+", "", str(value))  # addresses in memory differ from run to run
+        yield name, torch.tensor(list(text.encode()), dtype=torch.uint8)
     elif value.is_quantized:
         yield f"{name}.integers", value.int_repr()
         if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
@@ -123,13 +131,13 @@ def plain_parts(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 class StateDict(Mapping[str, Tensor]):
-    """A module's state dict. What hooks of accelerate's keep elsewhere is fetched when it is asked for.
+    """A module's state dict. A tensor that accelerate's hooks keep elsewhere is fetched when it is read.
 
-    So no more than one module's tensors need be in memory at once.
+    Thus the tensors of no more than one module need to be in memory at a time.
 
     Args:
-        module: whose tensors.
-        keep: tells from its name whether a tensor is wanted.
+        module: the module.
+        keep: takes the name of a tensor and returns whether the state dict holds it; by default it holds all.
     """
 
     def __init__(self, module: nn.Module, keep: Callable[[str], bool] = lambda name: True) -> None:
@@ -143,37 +151,40 @@ class StateDict(Mapping[str, Tensor]):
         return len(self._state)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor of this name.
+        """Return the tensor of this name, fetched if need be.
 
         Raises:
             KeyError: for a name that is not there.
             ValueError: for a tensor that has no numbers anywhere.
         """
         tensor = self._state[name]
-        return self._fetched(name) if isinstance(tensor, Tensor) and tensor.is_meta else tensor
+        return self._fetch(name) if isinstance(tensor, Tensor) and tensor.is_meta else tensor
 
     def require_plain(self, place: str) -> None:
-        """Raises a ValueError unless all of it are plain tensors, which files of weights hold.
+        """Refuse to save values that are no plain tensors, because files of weights hold nothing else.
 
         Args:
-            place: whose state this is, for the message.
+            place: name of the module in the message, such as a level.
+
+        Raises:
+            ValueError: for the first value that is no plain tensor.
         """
         for name, value in self._state.items():
             if not is_plain(value):
                 kind = f"{type(value).__module__}.{type(value).__name__}"
                 raise ValueError(
-                    f"expected plain tensors to save, got {name} of {place} as a {kind}: save a quantised "
-                    "model as it was before, and quantise it again when it is loaded; a sharded one once it "
-                    "is whole; or keep what it is by torch.save(model.state_dict(), path)"
+                    f"expected plain tensors to save, got {name} of {place} as a {kind}: save the model "
+                    "before you quantise it, and quantise it again after loading; save a sharded model once "
+                    "it is whole; or keep the model as it is with torch.save(model.state_dict(), path)"
                 )
 
-    def _fetched(self, name: str) -> Tensor:
-        """The tensor from the innermost module whose hook has it."""
+    def _fetch(self, name: str) -> Tensor:
+        """Return the tensor from the innermost module whose hook has it."""
         path = name.split(".")
         for depth in reversed(range(len(path))):
             part = self._module.get_submodule(".".join(path[:depth]))
             if hasattr(part, "_hf_hook"):
-                from accelerate.utils import align_module_device  # it is there, since its hooks are
+                from accelerate.utils import align_module_device  # installed, because its hooks are here
 
                 with align_module_device(part, "cpu"):
                     tensor = part.state_dict()[".".join(path[depth:])]
@@ -183,13 +194,17 @@ class StateDict(Mapping[str, Tensor]):
 
 
 def digest_of(facts: object, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Digests facts, as JSON takes them, and every number of some state dicts.
+    """Digest facts and every number of some state dicts.
 
     Args:
-        facts: what the digest depends on besides the tensors.
-        tensors: state dicts by what stands before their names; a tensor is read when it is its turn.
+        facts: values, as JSON takes them, that the digest depends on besides the tensors.
+        tensors: state dicts, by a prefix for the names in each; a tensor is read only when its turn comes.
+
+    Returns:
+        32 hexadecimal digits.
     """
     digest = hashlib.sha256(json.dumps(facts).encode())
+    # Sorted, so that the order in which modules were registered does not count.
     names = [(f"{prefix}{name}", state, name) for prefix, state in tensors.items() for name in state]
     for whole, state, name in sorted(names, key=lambda item: item[0]):
         for part, tensor in plain_parts(whole, state[name]):
@@ -199,5 +214,5 @@ def digest_of(facts: object, tensors: Mapping[str, Mapping[str, Tensor]]) -> str
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's numbers as bytes, for digests."""
+    """Return the numbers of a tensor as bytes, for digests."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,7 +1,7 @@
-"""Exact streaming mean and covariance; knows nothing of proteins or models.
+"""Compute the mean and covariance of rows that stream by; nothing here knows of proteins or models.
 
-Batches are centred at their own mean before they are multiplied, and merged by the update of Chan,
-Golub and LeVeque (1979), so a mean far from zero costs no digits.
+Each batch is centred at its own mean before it is multiplied, and merged by the update of Chan, Golub
+and LeVeque (1979), so that a mean far from zero costs no digits.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from rd_torch import hardware
 
 
 class RunningMoments:
-    """Count, mean and centred products of rows that stream by, in float64.
+    """The count, mean and centred products, in float64, of rows that stream by.
 
-    Memory is `width * width * 8` bytes however many rows come.
+    They take `width * width * 8` bytes of memory, however many rows come.
 
     Args:
-        width: features of a row.
-        device: where the sums live; a device without float64 is replaced by the CPU.
+        width: number of features in a row.
+        device: device that holds the sums; a device without float64 is replaced by the CPU.
+
+    Attributes:
+        count: number of rows so far.
 
     Raises:
         ValueError: for a width below 1.
@@ -44,38 +47,53 @@ class RunningMoments:
 
     @property
     def width(self) -> int:
-        """Features of a row."""
+        """Number of features in a row."""
         return self._mean.shape[0]
 
     @property
     def mean(self) -> Tensor:
-        """`(width,)` mean of all rows so far; zeros before the first."""
-        return self._mean.clone()
+        """The `(width,)` mean of all rows so far; zeros before the first."""
+        return self._mean.clone()  # a copy, because `update` changes the sum in place
 
     @property
     def parts(self) -> tuple[int, Tensor, Tensor]:
-        """Rows so far, their `(width,)` mean, and their `(width, width)` centred products."""
+        """The number of rows so far, their `(width,)` mean and their `(width, width)` centred products."""
         return self.count, self._mean, self._scatter
 
     @classmethod
     def of(cls, count: int, mean: Tensor, scatter: Tensor) -> RunningMoments:
-        """Moments of the `parts` of others."""
+        """Make moments from the `parts` of others.
+
+        Args:
+            count: number of rows.
+            mean: `(width,)` mean of the rows, in float64.
+            scatter: `(width, width)` centred products of the rows, in float64.
+
+        Returns:
+            Moments that share these tensors.
+        """
         moments = cls(len(mean), mean.device)
         moments.count, moments._mean, moments._scatter = count, mean, scatter
         return moments
 
     def covariance(self) -> Tensor:
-        """`(width, width)` unbiased covariance of all rows so far.
+        """Compute the unbiased covariance of all rows so far.
+
+        Returns:
+            `(width, width)` in float64.
 
         Raises:
-            ValueError: with fewer than two rows, which have none.
+            ValueError: for fewer than two rows, which have no covariance.
         """
         if self.count < 2:
             raise ValueError(f"expected at least 2 rows for a covariance, got {self.count}")
         return self._scatter / (self.count - 1)
 
     def update(self, batch: Tensor) -> None:
-        """Adds `(rows, width)`; a batch without rows changes nothing.
+        """Add a batch of rows; a batch without rows changes nothing.
+
+        Args:
+            batch: `(rows, width)`, of any dtype and on any device.
 
         Raises:
             ValueError: for another shape, or values that are not finite.
@@ -93,7 +111,10 @@ class RunningMoments:
         self._shift_to(mean, len(rows))
 
     def merge(self, other: RunningMoments) -> None:
-        """Adds all rows that `other` has seen.
+        """Add all rows of other moments, as if they had streamed by here.
+
+        Args:
+            other: moments of the same width, on any device.
 
         Raises:
             ValueError: for another width.
@@ -105,7 +126,7 @@ class RunningMoments:
             self._shift_to(other._mean.to(self._mean.device), other.count)
 
     def _shift_to(self, mean: Tensor, count: int) -> None:
-        """Accounts for the distance between the mean so far and that of `count` new rows."""
+        """Account for the distance between the mean so far and the mean of `count` new rows."""
         total = self.count + count
         offset = mean - self._mean
         self._scatter.addr_(offset, offset, alpha=self.count * count / total)

@@ -1,4 +1,4 @@
-"""What a forward pass returns: tensors by attribute, and by fair-esm's keys."""
+"""`RDOutput`: what a forward pass returns, as attributes and under fair-esm's keys."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from torch.utils._pytree import register_pytree_node
 
 @dataclass(frozen=True)
 class RDOutput:
-    """What a forward pass returns; also read as `out["logits"]`, as fair-esm's dictionary is.
+    """The result of a forward pass; `out["logits"]` works too, as with fair-esm's dictionary.
 
     Attributes:
-        embeddings: `(batch, time, width)` nested embeddings, zeros at padding.
-        logits: `(batch, time, 33)` of the largest backbone that ran, zeros at padding; None where its
-            checkpoint has no language-model head.
-        residue_mask: `(batch, time)` True at amino acids: what to average over.
-        nested: `(batch, time, width)` what narrower levels are views of: the embeddings themselves,
-            unless the checkpoint's `special_rows` are the larger backbone's.
-        widths: the levels that ran and their nested widths.
-        num_layers: the key under which `representations` holds the whole returned tensor.
-        separate: embeddings of the levels by name where they are no prefixes (`method="naive"`).
-        repr_layers: the integers `representations` iterates over; None for all its keys.
-        attentions: `(batch, layers, heads, time, time)` of the largest backbone that ran, if asked for.
-        contacts: `(batch, residues, residues)` contact probabilities of it, if asked for.
+        embeddings: `(batch, time, width)` nested embeddings, with zeros at padding.
+        logits: `(batch, time, 33)` logits of the largest backbone that ran, with zeros at padding; None
+            where its checkpoint has no language-model head.
+        residue_mask: `(batch, time)`, True at amino acids, which are the positions to average over.
+        nested: `(batch, time, width)` tensor that narrower levels are views of. It is `embeddings`, unless
+            the checkpoint takes special rows from the larger backbone.
+        widths: name and nested width of each level that ran, smallest first.
+        num_layers: key under which `representations` holds the whole `embeddings`.
+        separate: `(batch, time, width)` embeddings of the levels, by name, where they are no prefixes of
+            each other (`method="naive"`); otherwise empty.
+        repr_layers: integers that `representations` iterates over; None for all its keys.
+        attentions: `(batch, layers, heads, time, time)` attention maps of the largest backbone that ran;
+            None unless asked for.
+        contacts: `(batch, residues, residues)` contact probabilities from that backbone; None unless asked
+            for.
 
     Examples:
         >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
@@ -52,7 +55,7 @@ class RDOutput:
 
     @property
     def representations(self) -> Representations:
-        """Views of the embeddings: by level name, and by `num_layers` the whole."""
+        """Views of the embeddings by level name, and the whole embeddings under `num_layers`."""
         width = self.embeddings.shape[-1]
         views: dict[str | int, Tensor] = {
             name: self.separate.get(name, self.nested)[..., :size]
@@ -65,34 +68,40 @@ class RDOutput:
         views[self.num_layers] = self.embeddings
         return Representations(views, self.repr_layers)
 
-    def _answers(self) -> dict[str, Any]:
+    def _as_dict(self) -> dict[str, Any]:
         names = ("embeddings", "logits", "residue_mask", "representations", "attentions", "contacts")
-        answers = {name: getattr(self, name) for name in names}
-        return {name: answer for name, answer in answers.items() if answer is not None}
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
 
     def keys(self) -> KeysView[str]:
-        """The names that `out[...]` answers to."""
-        return self._answers().keys()
+        """Return the keys that `out[...]` takes."""
+        return self._as_dict().keys()
 
     def __contains__(self, key: object) -> bool:
-        return key in self._answers()
+        return key in self._as_dict()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._answers())
+        return iter(self._as_dict())
 
     def __getitem__(self, key: str) -> Any:
-        answers = self._answers()
-        if key not in answers:
-            raise KeyError(f"expected one of {', '.join(answers)}, got {key!r}")
-        return answers[key]
+        values = self._as_dict()
+        if key not in values:
+            raise KeyError(f"expected one of {', '.join(values)}, got {key!r}")
+        return values[key]
 
 
 class Representations(Mapping[str | int, Tensor]):
-    """Embeddings by level name or layer number; iterates over the numbers asked for, if any were."""
+    """Embeddings by level name or layer number.
+
+    Args:
+        views: `(batch, time, width)` embeddings by level name and layer number.
+        repr_layers: layer numbers to iterate over; None to iterate over all keys. Other keys can be read
+            all the same.
+    """
 
     def __init__(self, views: dict[str | int, Tensor], repr_layers: tuple[int, ...] | None) -> None:
         self._views = views
-        self._listed = tuple(views) if repr_layers is None else repr_layers
+        self._shown = tuple(views) if repr_layers is None else repr_layers
 
     def __getitem__(self, key: str | int) -> Tensor:
         if key not in self._views:
@@ -101,44 +110,58 @@ class Representations(Mapping[str | int, Tensor]):
         return self._views[key]
 
     def __iter__(self) -> Iterator[str | int]:
-        return iter(self._listed)
+        return iter(self._shown)
 
     def __len__(self) -> int:
-        return len(self._listed)
+        return len(self._shown)
+
+
+def check_layers(repr_layers: Iterable[int] | None, num_layers: int) -> tuple[int, ...] | None:
+    """Return the layers asked for, each once; raise a ValueError for layers other than the last."""
+    if repr_layers is None:
+        return None
+    layers = tuple(dict.fromkeys(map(int, repr_layers)))
+    if set(layers) - {num_layers}:
+        raise ValueError(
+            f"expected repr_layers [{num_layers}] or none, got {list(layers)}: only the last layer "
+            "has a reverse-distilled form; ask model.backbones for hidden layers"
+        )
+    return layers
 
 
 _TENSORS: Final = ("embeddings", "logits", "residue_mask", "nested", "attentions", "contacts")
 
 
-def _parted(out: RDOutput) -> tuple[list[Any], list[Any]]:
-    """An output's tensors, each once, and the facts beside them, which a traced graph keeps as constants."""
+def _flatten(out: RDOutput) -> tuple[list[Any], list[Any]]:
+    """Return the tensors of an output, each once, and the facts beside them, kept in graphs as constants."""
     tensors = {name: tensor for name in _TENSORS if (tensor := getattr(out, name)) is not None}
     if out.nested is out.embeddings:
         del tensors["nested"]
     return [tensors, out.separate], [out.widths, out.num_layers, out.repr_layers]
 
 
-def _joined(parts: Iterable[Any], facts: list[Any]) -> RDOutput:
-    """The output of what `_parted` gives."""
+def _unflatten(parts: Iterable[Any], facts: list[Any]) -> RDOutput:
+    """Return the output that `_flatten` took apart."""
     tensors, separate = parts
     widths, num_layers, repr_layers = facts
-    given = {"logits": None, "nested": tensors["embeddings"], **tensors}
-    return RDOutput(**given, widths=widths, num_layers=num_layers, separate=separate, repr_layers=repr_layers)
+    held = {"logits": None, "nested": tensors["embeddings"], **tensors}
+    return RDOutput(**held, widths=widths, num_layers=num_layers, separate=separate, repr_layers=repr_layers)
 
 
-def _facts_of(text: str) -> list[Any]:
-    """The facts as they were before they were JSON, which knows no tuples."""
+def _parse_facts(text: str) -> list[Any]:
+    """Return the facts that `json.dumps` wrote, as tuples again, which JSON turns into lists."""
     widths, num_layers, repr_layers = json.loads(text)
     layers = None if repr_layers is None else tuple(repr_layers)
     return [tuple((name, size) for name, size in widths), num_layers, layers]
 
 
-# With constants or one tensor twice among a graph's outputs no ONNX file runs.
+# `torch.export.register_dataclass` would make outputs of a graph of the facts too, and two of a tensor that
+# stands twice in the dataclass. An ONNX file with such outputs does not run.
 register_pytree_node(
     RDOutput,
-    _parted,
-    _joined,
+    _flatten,
+    _unflatten,
     serialized_type_name="rd_torch.RDOutput",
     to_dumpable_context=json.dumps,
-    from_dumpable_context=_facts_of,
+    from_dumpable_context=_parse_facts,
 )

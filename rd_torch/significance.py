@@ -1,4 +1,4 @@
-"""Which principal components stand out of noise: the mathematics that `pcr` chooses them by."""
+"""Tell principal components from noise, which is how the regressor `pcr` chooses them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def significant_components(eigenvalues: Tensor, count: int) -> Tensor:
-    """Which principal components stand out of noise.
+    """Return a `(p,)` mask that is True at principal components which stand out from noise.
 
     A component counts when its variance exceeds `sigma^2 (1 + sqrt(p / n))^2`, the edge of the
     spectrum of pure noise (Johnstone 2001, doi:10.1214/aos/1009210544). `sigma^2` is the median of
@@ -16,11 +16,8 @@ def significant_components(eigenvalues: Tensor, count: int) -> Tensor:
     smallest quarter). If none counts, those that explain 95 % of the variance do.
 
     Args:
-        eigenvalues: `(p,)` of a covariance, rising.
-        count: rows n that it came from.
-
-    Returns:
-        `(p,)` bool.
+        eigenvalues: `(p,)` eigenvalues of a covariance, rising.
+        count: number n of rows that the covariance was computed from.
     """
     p = len(eigenvalues)
     edge = (1 + math.sqrt(p / count)) ** 2

@@ -30,15 +30,15 @@ A covariance in float64 knows its eigenvalues to about `width * 2e-16` of the la
 """
 
 CONSTANT_CUTOFF = 1e-13
-"""So do directions whose standard deviation is at most this share of the largest mean: a constant
-column, centred in float64, leaves rounding of that size."""
+"""Directions whose standard deviation is at most this share of the largest mean count as absent too: a
+constant column, centred in float64, leaves rounding of that size."""
 
 Filter = Callable[[Tensor], Tensor]
 Added: TypeAlias = Sequence[int] | int | Literal["all"] | None
 
 
 class SolveOptions(TypedDict, total=False):
-    """The options of `solve_stages`, which has their meaning and their defaults."""
+    """The options of `solve_stages`, where their meanings and defaults stand."""
 
     added: Added
     regressor: Regressor
@@ -56,7 +56,7 @@ def solve_stages(
     alpha: float = 1.0,
     predict_from: PredictFrom = "nested",
 ) -> list[Stage]:
-    """Solves all stages of a chain from one joint covariance.
+    """Solve all stages of a chain from one joint covariance.
 
     A stage regresses the next raw embedding y on the nested embedding x, then takes the principal
     directions of the residual. Regressors, with S the centred covariances and n rows:
@@ -66,36 +66,36 @@ def solve_stages(
       `sigma^2 (1 + sqrt(p / n))^2` (Johnstone 2001), see `significant_components`;
     - `"ridge"`: `(n - 1) S_xx` and `S_xy` as centred sums, `(S_xx + alpha I) W = S_xy`.
 
-    The intercept is free of any penalty. Signs are fixed: the entry of largest size in each direction
-    is positive.
+    The intercept has no penalty. The sign of a direction is fixed: its entry of largest size is positive.
 
     Args:
         moments: joint moments of the raw embeddings, concatenated in the order of `widths`.
-        widths: width of each raw embedding, by level name, or in order and then named 0, 1, 2, ...
-        levels: the sub-chain to solve, in order; by default all.
-        added: directions a stage adds: one number for each stage (or one for all of them), or
-            `"all"` for every direction of its larger embedding. By default as many as make the
-            nested width that of the larger embedding.
-        regressor: how y is predicted.
-        alpha: penalty of `"ridge"`; the others ignore it.
+        widths: width of each raw embedding by level name; or the widths in order, and then the levels
+            are named 0, 1, 2, ...
+        levels: names of the levels of the sub-chain to solve, in order; by default all.
+        added: number of directions that each stage adds: one number for each stage (or one for all of
+            them), or `"all"` for every direction of the larger embedding. By default as many as make
+            the nested embedding as wide as the larger one.
+        regressor: regression that predicts y, see above.
+        alpha: penalty of `"ridge"`, at least 0; the other regressors ignore it.
         predict_from: whether a stage predicts from the nested embedding (the paper's algorithm) or
             from the previous backbone's raw one.
 
     Returns:
-        One float64 stage fewer than levels, in order; a single level needs none.
+        Float64 stages in order, one fewer than levels.
 
     Raises:
-        ValueError: for moments of fewer than two rows or another width, levels that are not there or
-            not in order, or a number of directions that cannot be.
+        ValueError: for moments of fewer than two rows or another width, unknown or unordered levels, or an
+            option that cannot be.
 
     Examples:
         >>> moments = rd_torch.RunningMoments(5)  # of residues by the raw features of two backbones
         >>> moments.update(torch.randn(1_000, 5))
         >>> (stage,) = rd_torch.solve_stages(moments, {"small": 2, "large": 3}, regressor="ols")
     """
-    columns, sizes = _chain(moments, widths, levels)
+    columns, sizes = _choose_columns(moments, widths, levels)
     counts = check_options(sizes, added=added, regressor=regressor, alpha=alpha, predict_from=predict_from)
-    covariance, raw, means = _joint(moments, columns, sizes)
+    covariance, raw, means = _split_joint(moments, columns, sizes)
     nested, nested_mean = raw[0], means[0]
     stages = []
     for k, count in enumerate(counts, start=1):
@@ -103,11 +103,12 @@ def solve_stages(
             (nested, nested_mean) if predict_from == "nested" else (raw[k - 1], means[k - 1])
         )
         constant = _constant_variance(means[:k])
-        W = _regression(source, raw[k], covariance, _inverse(regressor, alpha, moments.count, constant))
-        miss = raw[k] - source @ W
-        V, explained = _directions(miss, raw[k], covariance, count, _constant_variance(means[k : k + 1]))
+        W = _regress(source, raw[k], covariance, _make_inverse(regressor, alpha, moments.count, constant))
+        residual = raw[k] - source @ W
+        constant = _constant_variance(means[k : k + 1])
+        V, explained = _find_directions(residual, raw[k], covariance, count, constant)
         stages.append(Stage(W, means[k] - source_mean @ W, torch.zeros_like(means[k]), V, explained))
-        nested = torch.cat((nested, miss @ V), dim=1)
+        nested = torch.cat((nested, residual @ V), dim=1)
         nested_mean = torch.cat((nested_mean, nested_mean.new_zeros(count)))
     return stages
 
@@ -118,48 +119,47 @@ def concat_pca(
     *,
     levels: Sequence[Hashable] | None = None,
 ) -> list[ConcatPCA]:
-    """Solves the baseline of a chain, concatenation and principal components, from the same moments.
+    """Solve the baseline of a chain, concatenation and principal components, from the same moments.
 
     A level's embedding is `([output of the level before, larger] - mean) components`, as wide as the
-    larger embedding; the first level's is its own raw one. `RDModel` takes the stages as it takes those of
-    `solve_stages`. Signs are fixed: the entry of largest size in each direction is positive.
+    larger embedding; that of the first level is its raw embedding. `RDModel` takes these stages as it takes
+    those of `solve_stages`. The sign of a direction is fixed: its entry of largest size is positive.
 
     Args:
         moments: joint moments of the raw embeddings, concatenated in the order of `widths`.
-        widths: width of each raw embedding, by level name, or in order and then named 0, 1, 2, ...
-        levels: the sub-chain to solve, in order; by default all.
+        widths: widths of the raw embeddings, as in `solve_stages`.
+        levels: names of the levels of the sub-chain to solve, in order; by default all.
 
     Returns:
-        One float64 stage fewer than levels, in order; a single level needs none.
+        Float64 stages in order, one fewer than levels.
 
     Raises:
-        ValueError: for moments of fewer than two rows or another width, or levels that are not there or
-            not in order.
+        ValueError: for moments of fewer than two rows or another width, or unknown or unordered levels.
 
     Examples:
         >>> moments = rd_torch.RunningMoments(5)
         >>> moments.update(torch.randn(1_000, 5))
         >>> (stage,) = rd_torch.concat_pca(moments, {"small": 2, "large": 3})
     """
-    columns, sizes = _chain(moments, widths, levels)
-    covariance, raw, means = _joint(moments, columns, sizes)
+    columns, sizes = _choose_columns(moments, widths, levels)
+    covariance, raw, means = _split_joint(moments, columns, sizes)
     output, mean = raw[0], means[0]
     stages = []
     for k, width in enumerate(sizes[1:], start=1):
         both, both_mean = torch.cat((output, raw[k]), dim=1), torch.cat((mean, means[k]))
         variances, components = principal_directions(both.T @ covariance @ both, width)
         total = float(variances.sum())
-        there = total > _constant_variance(means[: k + 1]) * len(both_mean)
-        kept = float(variances[:width].sum()) / total if there else 1.0
+        varies = total > _constant_variance(means[: k + 1]) * len(both_mean)
+        kept = float(variances[:width].sum()) / total if varies else 1.0
         stages.append(ConcatPCA(both_mean, components, Explained(r2=None, kept=kept)))
         output, mean = both @ components, mean.new_zeros(width)
     return stages
 
 
-def _chain(
+def _choose_columns(
     moments: RunningMoments, widths: Mapping[str, int] | Sequence[int], levels: Sequence[Hashable] | None
 ) -> tuple[Tensor, list[int]]:
-    """Columns of the joint moments that belong to the chain, level after level, and its raw widths."""
+    """Return the columns of the joint moments that the chain takes, level after level, and its raw widths."""
     named: dict[Hashable, int] = dict(widths.items() if isinstance(widths, Mapping) else enumerate(widths))
     chain = list(named) if levels is None else list(levels)
     if sum(named.values()) != moments.width:
@@ -177,10 +177,10 @@ def _chain(
     return torch.cat([blocks[place] for place in places]), [named[level] for level in chain]
 
 
-def _joint(
+def _split_joint(
     moments: RunningMoments, columns: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """The chain's covariance; each level's raw embedding as a map of them all side by side, and its mean."""
+    """Return the chain's covariance, and for each level the map from all raw embeddings, and the mean."""
     covariance = moments.covariance()[columns[:, None], columns]
     identity = torch.eye(len(columns), dtype=torch.float64, device=columns.device)
     return covariance, identity.split(list(sizes), dim=1), moments.mean[columns].split(list(sizes))
@@ -194,11 +194,11 @@ SOLVE_DEFAULTS: Final[SolveOptions] = {
 
 
 def check_options(sizes: Sequence[int], **options: Unpack[SolveOptions]) -> list[int]:
-    """Checks options of `solve_stages` before there are moments; returns how many directions each stage adds.
+    """Return how many directions each stage adds, after a check of the options that needs no moments.
 
     Args:
         sizes: raw widths of the chain's backbones, in order.
-        **options: what is not given has its default.
+        **options: options of `solve_stages`; those left out have their defaults.
 
     Raises:
         ValueError: for options that cannot be.
@@ -216,7 +216,7 @@ def check_options(sizes: Sequence[int], **options: Unpack[SolveOptions]) -> list
         check_choice("added", added, ("all",))
         return larger
     least = 0
-    if added is None:
+    if added is None:  # least 1: where widths do not grow, there is no default
         least, added = 1, [q - p for p, q in pairwise(sizes)]
     counts = [added] * len(larger) if isinstance(added, int | Integral) else list(added)
     whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in counts)
@@ -229,8 +229,8 @@ def check_options(sizes: Sequence[int], **options: Unpack[SolveOptions]) -> list
     return [int(n) for n in counts]
 
 
-def _regression(source: Tensor, larger: Tensor, covariance: Tensor, weigh: Filter) -> Tensor:
-    """W of the larger embedding on the source, both given as maps of the concatenated raw ones."""
+def _regress(source: Tensor, larger: Tensor, covariance: Tensor, weigh: Filter) -> Tensor:
+    """Return W of the larger embedding on the source, both given as maps from the concatenated raw ones."""
     source_covariance = source.T @ covariance @ source
     eigenvalues, vectors = torch.linalg.eigh(source_covariance)
     cross = source.T @ covariance @ larger
@@ -238,31 +238,31 @@ def _regression(source: Tensor, larger: Tensor, covariance: Tensor, weigh: Filte
 
 
 def _constant_variance(means: Sequence[Tensor]) -> float:
-    """The variance up to which columns of these means count as constant."""
+    """Return the variance up to which columns with these means count as constant."""
     return float(torch.cat(list(means)).abs().max() * CONSTANT_CUTOFF) ** 2
 
 
-def _inverse(regressor: Regressor, alpha: float, count: int, constant: float) -> Filter:
-    """What stands for `1 / eigenvalue` in the inverse of the source's covariance."""
+def _make_inverse(regressor: Regressor, alpha: float, count: int, constant: float) -> Filter:
+    """Return what stands for `1 / eigenvalue` in the inverse of the source's covariance."""
     penalty = alpha / (count - 1) if regressor == "ridge" else 0.0
 
     def weigh(eigenvalues: Tensor) -> Tensor:
-        """The inverse of each eigenvalue that counts, zero for the others."""
-        there = eigenvalues + penalty > max(RELATIVE_CUTOFF * float(eigenvalues[-1]), constant)
+        """Return the inverse of each eigenvalue that counts, and zero for the others."""
+        counting = eigenvalues + penalty > max(RELATIVE_CUTOFF * float(eigenvalues[-1]), constant)
         if regressor == "pcr":
-            there &= significant_components(eigenvalues, count)
+            counting &= significant_components(eigenvalues, count)
         inverse = torch.zeros_like(eigenvalues)
-        inverse[there] = 1 / (eigenvalues[there] + penalty)
+        inverse[counting] = 1 / (eigenvalues[counting] + penalty)
         return inverse
 
     return weigh
 
 
-def _directions(
-    miss: Tensor, larger: Tensor, covariance: Tensor, count: int, constant: float
+def _find_directions(
+    residual: Tensor, larger: Tensor, covariance: Tensor, count: int, constant: float
 ) -> tuple[Tensor, Explained]:
-    """The leading directions of the residual, and what prediction and directions explain."""
-    variances, V = principal_directions(miss.T @ covariance @ miss, count)
+    """Return the leading directions of the residual, and what prediction and directions explain."""
+    variances, V = principal_directions(residual.T @ covariance @ residual, count)
     total = float(torch.trace(larger.T @ covariance @ larger))
     missed = float(variances.sum())
     explained = Explained(
@@ -273,7 +273,7 @@ def _directions(
 
 
 def principal_directions(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """All principal variances, falling, and the `count` leading directions, signs fixed."""
+    """Return all principal variances, falling, and the `count` leading directions, with their signs fixed."""
     eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     V = vectors.flip(1)[:, :count]
     peaks = V.gather(0, V.abs().argmax(0, keepdim=True)) if count else V[:1]

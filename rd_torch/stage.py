@@ -23,17 +23,19 @@ from rd_torch.modules import Modules
 
 
 class Maps(nn.Module):
-    """Frozen tensors: buffers that are saved, moved and differentiated through, never in a half type.
+    """The base class of stages: it holds their tensors as buffers, which no conversion puts into a half type.
+
+    Buffers are frozen, but saved, moved and differentiated through.
 
     Args:
-        explained: what the maps explained on the data they were fitted on, where that is known.
-        **parts: the tensors, all of one dtype.
+        explained: what the stage explained of the data it was fitted on; None where that is not known.
+        **parts: the tensors by name, all of one dtype.
 
     Attributes:
-        method: the method of a chain of such stages.
+        method: name, in a config, of the method that such stages belong to.
 
     Raises:
-        ValueError: when dtypes differ.
+        ValueError: for tensors of different dtypes.
     """
 
     method: ClassVar[Method]
@@ -49,22 +51,25 @@ class Maps(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The tensors' dtype, which is the output's."""
+        """Dtype of the tensors, and of the embedding that comes out."""
         return next(self.buffers()).dtype
 
     def width_after(self, width: int) -> int:
-        """Width of what comes out for an embedding of the given width."""
+        """Return the width of the embedding that comes out where one of this width comes in."""
         raise NotImplementedError
 
     @classmethod
     def shapes(cls, nested: int, larger: int, source: int, added: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors, by name, of a step from `nested` to `nested + added` features.
+        """Return the shapes that the tensors of a stage must have.
 
         Args:
-            nested: features of the embedding that comes in.
-            larger: features of the next backbone's embedding.
-            source: features that W acts on.
-            added: features that come out more than come in.
+            nested: width of the embedding that comes in.
+            larger: width of the next backbone's embedding.
+            source: width of the embedding that W acts on.
+            added: number of features by which the embedding that comes out is wider.
+
+        Returns:
+            The shapes by name of the tensor.
         """
         raise NotImplementedError
 
@@ -75,19 +80,19 @@ class Maps(nn.Module):
 
 
 class Stage(Maps):
-    """Widens a nested embedding of width p by `added` features from a larger one of width q.
+    """A step that widens a nested embedding of width p by `added` features from a larger one of width q.
 
-    It computes in the maps' dtype whatever dtype comes in, because it subtracts nearly equal vectors.
+    It subtracts nearly equal vectors, and therefore computes in the dtype of its tensors whatever comes in.
 
     Args:
-        W: `(source width, q)` regression of the larger embedding on the source.
-        b: `(q,)` its intercept.
+        W: `(source width, q)` coefficients of the regression of the larger embedding on the source.
+        b: `(q,)` intercept of the regression.
         m: `(q,)` mean of the residual.
-        V: `(q, added)` orthonormal directions, the one of most residual variance first.
-        explained: what the stage explained on the data it was fitted on, where that is known.
+        V: `(q, added)` orthonormal directions, that of the largest residual variance first.
+        explained: what the stage explained of the data it was fitted on; None where that is not known.
 
     Raises:
-        ValueError: when the shapes do not fit together, or dtypes differ.
+        ValueError: for shapes that do not fit together, or tensors of different dtypes.
 
     Examples:
         >>> p, q, added = 2, 3, 1
@@ -116,31 +121,31 @@ class Stage(Maps):
 
     @classmethod
     def shapes(cls, nested: int, larger: int, source: int, added: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of W, b, m and V."""
+        """Return the shapes of W, b, m and V."""
         return {"W": (source, larger), "b": (larger,), "m": (larger,), "V": (larger, added)}
 
     @property
     def added(self) -> int:
-        """Number of features the stage adds."""
+        """Number of features that the stage adds."""
         return self.V.shape[1]
 
     def width_after(self, width: int) -> int:
-        """Width of what comes out for a nested embedding of the given width."""
+        """Return the width of the embedding that comes out where a nested one of this width comes in."""
         return width + self.added
 
     def forward(self, nested: Tensor, larger: Tensor, source: Tensor | None = None) -> Tensor:
-        """`[nested, z]` in the maps' dtype.
+        """Widen a nested embedding.
 
         Args:
-            nested: `(..., p)` the embedding to widen.
-            larger: `(..., q)` the next backbone's embedding of the same tokens.
-            source: `(..., source width)` what W acts on; by default `nested`.
+            nested: `(..., p)` embedding to widen.
+            larger: `(..., q)` embedding of the same tokens by the next backbone.
+            source: `(..., source width)` embedding that W acts on; by default `nested`.
 
         Returns:
-            `(..., p + added)`.
+            `[nested, z]`, `(..., p + added)`, in the dtype of the stage's tensors.
 
         Raises:
-            ValueError: when the widths are not the maps'.
+            ValueError: for widths other than those of the stage's tensors.
         """
         source = nested if source is None else source
         if source.shape[-1] != self.W.shape[0] or larger.shape[-1] != self.W.shape[1]:
@@ -154,23 +159,23 @@ class Stage(Maps):
             return torch.cat((nested, torch.matmul(residual, self.V)), dim=-1)
 
     def extra_repr(self) -> str:
-        """Widths, for printing."""
+        """Return the widths, for printing."""
         return f"source={self.W.shape[0]}, larger={self.W.shape[1]}, added={self.added}"
 
 
 class ConcatPCA(Maps):
-    """The baseline: principal components of two embeddings side by side.
+    """A step of the baseline, which takes principal components of two embeddings side by side.
 
-    The output is `([nested, larger] - mean) components`, of which no part is a shorter chain's
-    embedding. The call is a stage's.
+    The output is `([nested, larger] - mean) components`. No part of it is the embedding of a shorter chain.
+    It is called as a `Stage` is.
 
     Args:
-        mean: `(p + q,)` mean of the two side by side.
-        components: `(p + q, width)` orthonormal directions, the one of most variance first.
-        explained: its `kept` is the share of the variance that the directions keep.
+        mean: `(p + q,)` mean of the two embeddings side by side.
+        components: `(p + q, width)` orthonormal directions, that of the largest variance first.
+        explained: `kept` is the share of the variance that the directions keep; None where it is not known.
 
     Raises:
-        ValueError: when the shapes do not fit together, or dtypes differ.
+        ValueError: for shapes that do not fit together, or tensors of different dtypes.
 
     Examples:
         >>> stage = rd_torch.ConcatPCA(mean=torch.zeros(3), components=torch.eye(3)[:, 1:])
@@ -192,26 +197,26 @@ class ConcatPCA(Maps):
 
     @classmethod
     def shapes(cls, nested: int, larger: int, source: int, added: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the mean and the components; the baseline has no use for `source`."""
+        """Return the shapes of the mean and the components, which do not depend on `source`."""
         return {"mean": (nested + larger,), "components": (nested + larger, nested + added)}
 
     def width_after(self, width: int) -> int:
-        """Width of what comes out, whatever comes in."""
+        """Return the width of the embedding that comes out, which does not depend on what comes in."""
         return self.components.shape[1]
 
     def forward(self, nested: Tensor, larger: Tensor, source: Tensor | None = None) -> Tensor:
-        """The components in the maps' dtype.
+        """Take the principal components of two embeddings side by side.
 
         Args:
-            nested: `(..., p)` the output of the level before.
-            larger: `(..., q)` the next backbone's embedding of the same tokens.
-            source: of no use here.
+            nested: `(..., p)` output of the level before.
+            larger: `(..., q)` embedding of the same tokens by the next backbone.
+            source: ignored; it is here so that both kinds of stages are called alike.
 
         Returns:
-            `(..., width)`.
+            `(..., width)` in the dtype of the stage's tensors.
 
         Raises:
-            ValueError: when the widths are not the maps'.
+            ValueError: for widths whose sum is not that of the mean.
         """
         if nested.shape[-1] + larger.shape[-1] != self.mean.shape[0]:
             raise ValueError(
@@ -223,18 +228,18 @@ class ConcatPCA(Maps):
             return torch.matmul(both - self.mean, self.components)
 
     def extra_repr(self) -> str:
-        """Widths, for printing."""
+        """Return the widths, for printing."""
         return f"both={self.components.shape[0]}, width={self.components.shape[1]}"
 
 
 STAGES: Final[Mapping[Method, type[Stage] | type[ConcatPCA]]] = {
     kind.method: kind for kind in (Stage, ConcatPCA)
 }
-"""The class of a chain's stages by its method."""
+"""The class of a chain's stages, by the chain's method."""
 
 
 def map_shapes(config: RDConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of each stage's tensors, by name, by the level that the stage leads to."""
+    """Return the shapes of each stage's tensors, by the level that the stage leads to, then by name."""
     shapes = {}
     for (smaller, larger), added in zip(pairwise(config.levels), config.added, strict=True):
         nested = config.widths[smaller.name]
@@ -244,7 +249,7 @@ def map_shapes(config: RDConfig) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def stages_of(config: RDConfig, maps: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Maps]:
-    """Makes the stages of a config from their tensors, by the level that each leads to."""
+    """Return the stages of a config, made from their tensors, by the level that each leads to."""
     return {
         level.name: STAGES[config.method](**maps[level.name], explained=explained)
         for level, explained in zip(config.levels[1:], config.explained, strict=True)
@@ -252,15 +257,15 @@ def stages_of(config: RDConfig, maps: Mapping[str, Mapping[str, Tensor]]) -> dic
 
 
 def nest(raw: Mapping[str, Tensor], stages: Modules[Maps], predict_from: PredictFrom) -> dict[str, Tensor]:
-    """Runs a chain's stages over raw embeddings.
+    """Run the stages of a chain over raw embeddings.
 
     Args:
-        raw: `(..., width)` by level, smallest first.
-        stages: by the level that they lead to.
-        predict_from: what W acts on.
+        raw: `(..., width)` raw embeddings by level, smallest first.
+        stages: stages by the level that each leads to.
+        predict_from: whether W acts on the nested embedding or on the previous backbone's raw one.
 
     Returns:
-        `(..., nested width)`: what comes out at each level.
+        `(..., nested width)` embeddings by level.
     """
     (name, previous), *rest = raw.items()
     nested = previous.to(at_least_float32(previous.dtype))

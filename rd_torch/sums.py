@@ -1,4 +1,4 @@
-"""`Sums`: the joint moments of a family, the windows that are in them, and a file of both."""
+"""`Sums`: the joint moments of a family, which windows of sequences are in them, and a file of both."""
 
 from __future__ import annotations
 
@@ -24,63 +24,74 @@ from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions, solve_stages
 from rd_torch.store import Window
 
 SECONDS_BETWEEN_SAVES: Final = 60
-"""At most so often are moments saved: those of the whole ESM-2 family are 865 MB."""
+"""Least number of seconds between two saves: the moments of all sizes of ESM-2 take 865 MB."""
 
 MOMENTS: Final = "moments.safetensors"
+"""Name of the file that holds the moments, and in its metadata the facts of which windows are in them."""
 
 
 @dataclass(frozen=True)
-class Summed:
-    """Which windows of sequences are in moments.
+class SummedWindows:
+    """Which windows of sequences the moments count.
 
     Attributes:
-        checksums: of those that are, by number.
-        place: the folder where that is saved, if any.
+        checksums: checksums of these windows, by the windows' numbers.
+        folder: the folder where they are saved, if any.
     """
 
     checksums: dict[int, str]
-    place: Path | None = None
+    folder: Path | None = None
 
     def __contains__(self, window: Window[str]) -> bool:
-        """Whether a window is among them; raises a ValueError for one of other sequences."""
+        """Return whether the moments count a window.
+
+        Raises:
+            ValueError: if they count other sequences under its number.
+        """
         found = self.checksums.get(window.number)
         if found not in (None, window.checksum):
-            raise self._refused("others")
+            raise self._other_sequences("others")
         return found is not None
 
-    def require(self, windows: int) -> None:
-        """Raises a ValueError where more windows are among them than there are."""
-        if any(number >= windows for number in self.checksums):
-            raise self._refused("fewer")
+    def require_no_more_than(self, windows: int) -> None:
+        """Require that the moments count no window beyond the first `windows`.
 
-    def _refused(self, got: str) -> ValueError:
+        Raises:
+            ValueError: if they do: the sequences are fewer than those that were counted.
+        """
+        if any(number >= windows for number in self.checksums):
+            raise self._other_sequences("fewer")
+
+    def _other_sequences(self, got: str) -> ValueError:
+        """Return the error for sequences that are not those with which the fit was begun."""
         return ValueError(
-            f"expected the sequences with which the fit in {self.place} was begun, got {got}: take those, or "
-            "remove that folder"
+            f"expected the sequences with which the fit in {self.folder} was begun, got {got}: take those, "
+            "or remove the folder"
         )
 
 
 class Sums:
-    """The joint moments of a family, and which windows of sequences are in them.
+    """The joint moments of a family, and which windows of sequences they count.
 
-    With a folder both are one file in it, which a later process goes on from.
+    With a folder both are saved to one file in it, from which a later process goes on.
 
     Args:
-        family: its backbones.
-        tokens_per_batch: the budget that windows are cut by; the recorded one counts in its place.
-        device: where the moments are.
-        folder: made if need be, and held under a lock.
-        fixed_budget: whether the budget must be the recorded one.
+        family: the backbones by level.
+        tokens_per_batch: number of tokens in a batch, by which windows are cut.
+        device: device to put the moments on.
+        folder: the folder; it is made if it does not exist, and locked while this object is in use.
+        fixed_budget: if true, refuse a folder that was begun with another `tokens_per_batch`; if false, use
+            the one that it was begun with.
 
     Attributes:
-        moments: of all residues so far.
-        sequences: how many that were.
-        done: the windows that are in them.
+        moments: moments of all residues that were counted.
+        sequences: number of sequences that these residues are from.
+        done: the windows that the moments count.
 
     Raises:
-        FileNotFoundError: when there is no place for the folder.
-        BlockingIOError: when another process works in it.
-        ValueError: for a folder that was begun with another family or budget, or does not read.
+        FileNotFoundError: if the folder in which `folder` is to be made is not there.
+        BlockingIOError: if another process works in the folder.
+        ValueError: for a folder that was begun with another family or budget, or cannot be read.
     """
 
     def __init__(
@@ -95,7 +106,7 @@ class Sums:
         self.family, self.tokens_per_batch = family, tokens_per_batch
         self.moments = RunningMoments(sum(backbone.embed_dim for backbone in family.values()), device)
         self.sequences = 0
-        self.done = Summed({})
+        self.done = SummedWindows({})
         self._saved = time.monotonic()
         self._file: Path | None = None
         self._lock: Lock | None = None
@@ -107,24 +118,26 @@ class Sums:
             self._file = folder / MOMENTS
             self._fingerprint = _fingerprint(family)
             if self._file.exists():
-                self._go_on(self._file, fixed_budget)
+                self._resume(self._file, fixed_budget)
             else:
                 self._save()
 
-    def _go_on(self, file: Path, fixed_budget: bool) -> None:
-        """Takes up what is saved."""
+    def _resume(self, file: Path, fixed_budget: bool) -> None:
+        """Go on from what is saved; raise a ValueError if that is of something else, or cannot be read."""
         try:
             with safe_open(file, framework="pt") as saved:
                 facts = json.loads(saved.metadata()["facts"])
                 mean, scatter = (saved.get_tensor(name).clone() for name in ("mean", "scatter"))
         except SafetensorError as error:
-            raise ValueError(f"expected moments in {file}, got what does not read: remove it") from error
-        ours = self._facts()
+            raise ValueError(
+                f"expected moments in {file}, got a file that cannot be read: remove it"
+            ) from error
+        current = self._facts()
         for name in ("levels", "fingerprint"):
-            if facts[name] != ours[name]:
+            if facts[name] != current[name]:
                 raise ValueError(
                     f"expected the {name} {facts[name]}, with which {file.parent} was begun, got "
-                    f"{ours[name]}: take the same backbones, or remove the folder"
+                    f"{current[name]}: take the same backbones, or remove the folder"
                 )
         if fixed_budget and facts["tokens_per_batch"] != self.tokens_per_batch:
             raise ValueError(
@@ -134,25 +147,34 @@ class Sums:
         device = self.moments.mean.device
         self.moments = RunningMoments.of(facts["residues"], mean.to(device), scatter.to(device))
         self.sequences, self.tokens_per_batch = facts["sequences"], facts["tokens_per_batch"]
-        self.done = Summed({int(number): each for number, each in facts["done"].items()}, file.parent)
+        checksums = {int(number): checksum for number, checksum in facts["done"].items()}
+        self.done = SummedWindows(checksums, file.parent)
 
-    def add(self, number: int, checksum: str) -> None:
-        """Notes a window that moments and sequences count by now; saves everything now and then."""
+    def mark_done(self, number: int, checksum: str) -> None:
+        """Note that the moments count a window now, and save them if the last save is long ago.
+
+        Args:
+            number: the window's number.
+            checksum: the window's checksum.
+        """
         self.done.checksums[number] = checksum
         if time.monotonic() - self._saved >= SECONDS_BETWEEN_SAVES:
             self._save()
 
     def finish(self, windows: int) -> None:
-        """Saves the moments of so many windows.
+        """Save the moments when all windows are counted.
+
+        Args:
+            windows: number of windows that the sequences make.
 
         Raises:
             ValueError: for fewer windows than the folder was begun with.
         """
-        self.done.require(windows)
+        self.done.require_no_more_than(windows)
         self._save()
 
     def _facts(self) -> dict[str, Any]:
-        """What the moments are of."""
+        """Return what is saved beside the moments: what they are of, and which windows they count."""
         return {
             "levels": {name: backbone.embed_dim for name, backbone in self.family.items()},
             "fingerprint": self._fingerprint,
@@ -164,7 +186,7 @@ class Sums:
         }
 
     def _save(self) -> None:
-        """Writes everything to the file, where there is one."""
+        """Write everything to the file, if there is one."""
         if self._file is not None:
             _, mean, scatter = self.moments.parts
             tensors = {"mean": mean.cpu(), "scatter": scatter.cpu()}
@@ -172,8 +194,17 @@ class Sums:
             write_whole(self._file, lambda part: save_file(tensors, part, metadata))
         self._saved = time.monotonic()
 
-    def solved(self, provenance: Mapping[str, Any] | None, **options: Unpack[SolveOptions]) -> RDModel:
-        """The model of the family and its moments, in `eval` mode."""
+    def solve(self, provenance: Mapping[str, Any] | None, **options: Unpack[SolveOptions]) -> RDModel:
+        """Solve the stages from the moments.
+
+        Args:
+            provenance: where backbones and sequences come from; the numbers of sequences and residues and the
+                options are added to it.
+            **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`.
+
+        Returns:
+            The model, in `eval` mode.
+        """
         widths = {name: backbone.embed_dim for name, backbone in self.family.items()}
         stages = solve_stages(self.moments, widths, **options)
         chosen: SolveOptions = {"regressor": SOLVE_DEFAULTS["regressor"], **options}
@@ -186,25 +217,26 @@ class Sums:
         ).eval()
 
     def __enter__(self) -> Self:
+        """Return the sums themselves."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives the lock back; what is saved stays for the next time, unless it is nothing."""
+        """Release the lock. What is saved stays for the next process, unless no window is counted yet."""
         if self._lock:
             self._lock.release()
         if self._file and not self.done.checksums:
-            clear(self._file.parent)
+            clear_folder(self._file.parent)
 
 
-def clear(folder: Path) -> None:
-    """Removes what a fit left in its folder, and the folder where nothing else is in it."""
+def clear_folder(folder: Path) -> None:
+    """Remove the files that a fit left in its folder, and the folder if nothing else is in it."""
     (folder / MOMENTS).unlink(missing_ok=True)
     (folder / LOCK).unlink(missing_ok=True)
-    with suppress(OSError):  # other things are in it
+    with suppress(OSError):  # other files are in the folder
         folder.rmdir()
 
 
 def _fingerprint(family: Mapping[str, ESM2]) -> str:
-    """A digest of every number that raw embeddings depend on."""
+    """Return a digest of every number that raw embeddings depend on."""
     heads = [backbone.attention_heads for backbone in family.values()]
     return digest_of(heads, {f"{name}.": backbone.embedding_tensors() for name, backbone in family.items()})

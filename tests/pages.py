@@ -119,7 +119,7 @@ def execute(page, folder, *, leave_out=()):
                 printed = run_python(block, page, names)
             elif block.language == "sh":
                 lines = block.text.replace("\\\n", " ").splitlines()
-                printed = "".join(run_line(line) for line in lines if not line.startswith(leave_out or "#"))
+                printed = "".join(run_line(line) for line in lines if not line.startswith(leave_out))
             elif block.title == PRINTS:
                 require_alike(printed, block.text, f"{name_of(page)}:{block.line}")
     return names

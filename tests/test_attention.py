@@ -79,9 +79,11 @@ def test_attention_is_the_formula(path, lengths, dtype):
 def test_blocks_of_any_size_give_the_same(monkeypatch, size, block):
     lengths = [90, 41, 2]
     q, k, v = heads(lengths, torch.bfloat16, size)
-    whole = attention._by_blocks(q, k, v, packing_of(lengths))
+    whole = attention._attend_by_blocks(q, k, v, packing_of(lengths))
     monkeypatch.setattr(attention, "BLOCK", block)
-    torch.testing.assert_close(attention._by_blocks(q, k, v, packing_of(lengths)), whole, atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        attention._attend_by_blocks(q, k, v, packing_of(lengths)), whole, atol=1e-2, rtol=0
+    )
     torch.testing.assert_close(whole.double(), exact(q, k, v, lengths), atol=3e-2, rtol=0)
 
 
@@ -167,8 +169,8 @@ def test_varlen_attention_is_the_formula_and_its_gradients_are_the_reference_pat
     assert hardware.has_varlen(parts[0].device, dtype, size)
     grads = []
     for kernel in (
-        attention._by_buckets,
-        lambda *call: attend_varlen(*call[:3], packing.boundaries, packing.longest),
+        attention._attend_by_buckets,
+        lambda *call: attend_varlen(*call[:3], packing.edge_tensor, packing.longest),
     ):
         q, k, v = (part.clone().requires_grad_() for part in parts)
         out = kernel(q, k, v, packing)
@@ -181,7 +183,7 @@ def test_varlen_attention_is_the_formula_and_its_gradients_are_the_reference_pat
 def test_frozen_heads_take_the_blocks_of_inference_in_the_middle_of_training(monkeypatch):
     monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda device: True)
     calls = []
-    monkeypatch.setattr(attention, "_by_blocks", lambda q, *_: calls.append(1) or q)
+    monkeypatch.setattr(attention, "_attend_by_blocks", lambda q, *_: calls.append(1) or q)
     packing = Packing.of(torch.ones(2, 5, dtype=torch.bool))
     frozen = torch.randn(10, 2, 16, dtype=torch.bfloat16)
     attend(frozen, frozen, frozen, packing)

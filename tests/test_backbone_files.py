@@ -3,7 +3,6 @@
 import json
 import pickle
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from helpers import tokens_of
 from safetensors.torch import load_file
 
 import rd_torch
+from benchmarks.speed import loading
 
 SHAPE = (2, 64, 4)
 
@@ -331,11 +331,8 @@ def test_nothing_there_is_said(tmp_path):
 
 @pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
-def test_loading_takes_little_memory_and_less_time_than_fair_esm(tmp_path, monkeypatch):
+def test_loading_takes_little_memory_and_less_time_than_fair_esm(tmp_path):
     """The benchmark of 650M in small; `benchmarks/results/loading.json` has the real one."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    import loading
-
     for row in loading.measure(tmp_path, rounds=1, shape=(6, 960, 20)):
         if row["library"] == "rd_torch":
             assert row["share of the tensors"] <= 1.3

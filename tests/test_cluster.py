@@ -30,7 +30,7 @@ from rd_torch.store.folder import Folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:letters that are no residue"),
-    pytest.mark.filterwarnings("ignore:records whose identifier another one has"),
+    pytest.mark.filterwarnings("ignore:records whose identifier an earlier record has"),
 ]
 
 BUDGET = 8
@@ -277,7 +277,11 @@ def refused(result):
         ("out.h5", ON_ONE, "expected .parquet or .pt, and pooling, on a cluster, got .h5 and --pool mean"),
         ("out.pt", (*ON_ONE, "--pool", "none"), "pooling, on a cluster, got .pt and --pool none"),
         ("out.pt", ("--workers", 2), "expected --cluster with --workers, --worker-cpus and --worker-gpus"),
-        ("out.pt", ("--cluster", "--device", "cpu"), "--device or --cluster, got both: --worker-gpus 0"),
+        (
+            "out.pt",
+            ("--cluster", "--device", "cpu"),
+            "--device or --cluster, got both: to compute on CPUs, give --worker-gpus 0",
+        ),
         ("out.pt", ("--cluster", "--worker-cpus", 99), "a machine with 99 CPUs and 0 GPUs for a worker"),
     ],
 )

@@ -293,8 +293,12 @@ AA, BB = np.zeros((3, 32), np.float32), np.zeros((3, 48), np.float32)
     ("first", "second", "message"),
     [
         ({"P1": B}, {"P1": B}, "width 32 at level 28K, got 48 in .*28K.h5: name each file by the level"),
-        ({"P1": A, "P2": A}, {"P1": B}, "got 'P2' in .*28K.h5 but not in .*90K.h5 .1 such.: embed these"),
-        ({"P1": A}, {"P1": B, "P3": B, "P2": B}, "got 'P2' in .*90K.h5 but not in .*28K.h5 .2 such.: embed"),
+        ({"P1": A, "P2": A}, {"P1": B}, "got 'P2' in .*28K.h5 but not in .*90K.h5 .1 in all.: embed these"),
+        (
+            {"P1": A},
+            {"P1": B, "P3": B, "P2": B},
+            "got 'P2' in .*90K.h5 but not in .*28K.h5 .2 in all.: embed",
+        ),
         ({"P1": AA}, {"P1": B}, "one vector a residue in every file, .* got one vector a protein in .*90K"),
         ({"P1": AA}, {"P1": BB[:2]}, "residues of 'P1' in every file, got 3 in .*28K.* and 2 in .*90K"),
         (
@@ -332,7 +336,7 @@ def test_nested_embeddings_are_not_taken_for_raw_ones(mini, nesting, raw, tmp_pa
 
 def test_names_that_the_format_cannot_tell_apart_are_numbered(nesting, tmp_path):
     put(tmp_path / "28K.h5", {"p1": A, "P1": A + 1})
-    with pytest.warns(UserWarning, match="another one has in pt, stored as IDENTIFIER#2 and so on: 1"):
+    with pytest.warns(UserWarning, match="an earlier record has in pt, stored as IDENTIFIER#2 and so on: 1"):
         combine_stores(nesting, {"28K": tmp_path / "28K.h5"}, tmp_path / "out.pt")
     with open_store(tmp_path / "out.pt") as store:
         assert store["P1"][0] == 1

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_demo_prints_every_protein_and_draws_both_levels(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "demo.py", "--output", tmp_path]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    command = [sys.executable, "-m", "benchmarks.demo", "--output", tmp_path]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
     for protein in Fasta(ROOT / "benchmarks" / "demo.fasta"):
         assert any(line.startswith(protein.identifier.split("|")[-1]) for line in printed.splitlines())
     assert [line.split()[:2] for line in printed.splitlines()[-6:-2]] == [

@@ -45,17 +45,17 @@ def counter(monkeypatch):
     """Counts compilations instead of generating code, and forgets them afterwards."""
     counts, compile_ = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda part, **options: compile_(part, backend=counts, **options))
-    engine._fused.cache_clear()
+    engine._compile_parts.cache_clear()
     torch.compiler.reset()
     yield counts
-    engine._fused.cache_clear()
+    engine._compile_parts.cache_clear()
     torch.compiler.reset()
 
 
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The parts as they are: for what does not depend on the compiler."""
-    monkeypatch.setattr(engine, "_fused", lambda: (TransformerLayer.heads, TransformerLayer.finish))
+    monkeypatch.setattr(engine, "_compile_parts", lambda: (TransformerLayer.begin, TransformerLayer.finish))
 
 
 def test_every_length_runs_what_was_compiled_once_a_width(counter):
@@ -97,7 +97,7 @@ def test_few_shapes_serve_all_sizes():
 
 
 def reference_varlen(q, k, v, edges, longest):
-    """Attention between boundaries; sequences may be empty."""
+    """Attention between edges; sequences may be empty."""
     parts = [part.tensor_split(edges[1:-1].long().cpu()) for part in (q, k, v)]
     assert edges.diff().max() <= longest
     mixed = [
@@ -113,14 +113,14 @@ def test_a_slot_gives_each_batch_its_own_results_whatever_was_in_it_before(monke
     model = small_model()
     backbone = model.backbones["c"]
     prepared = Engine({"c": backbone})
-    prepared._heads, prepared._finish = type(backbone.layers[0]).heads, type(backbone.layers[0]).finish
+    prepared._begin, prepared._finish = TransformerLayer.begin, TransformerLayer.finish
     slot = None
     for batch in [BATCHES[3], *BATCHES, BATCHES[0]]:
         tokens = tokens_of(*batch)
         packing = packing_of(tokens)
         inputs = Inputs(*token_dropout(tokens, packing, torch.float32), packing.positions, None)
         slot = slot or Slot(Shape(512, 16, 512), inputs)
-        slot.fill(inputs, packing.boundaries)
+        slot.fill(inputs, packing.edge_tensor)
         with torch.no_grad():
             fixed = prepared._run(slot.inputs, 1)["c"]
             expected = backbone(tokens, packing)
@@ -263,7 +263,7 @@ BROKEN = {
         fail(torch.OutOfMemoryError("CUDA out of memory.")),
         "OutOfMemoryError: CUDA out of memory",
     ),
-    "no words": (fail(AssertionError()), "because it fails with AssertionError; the model runs on"),
+    "no words": (fail(AssertionError()), "because it fails with AssertionError; the model runs without it"),
 }
 
 
@@ -278,9 +278,11 @@ def test_a_broken_engine_is_left_out_with_one_warning_and_the_reference_runs(
     run = Engine._run
     change = partial(change, kept={}) if change is keep_the_first else change
     monkeypatch.setattr(Engine, "_run", lambda *call: change(run(*call)))
-    with pytest.warns(UserWarning, match=message) as said:
+    with pytest.warns(UserWarning, match=message) as warned:
         on_engine(model)
-    assert str(said[0].message).startswith("the prepared path is not used on this device, because ")
+    assert str(warned[0].message).startswith(
+        "the fast path (prepare_inference) is not used on this device, because "
+    )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
@@ -315,9 +317,9 @@ def test_an_engine_that_fails_later_gives_way_to_the_reference(uncompiled, on_en
         expected = model(tokens).embeddings
         on_engine(model)
         monkeypatch.setattr(Engine, "_run", fail(RuntimeError("illegal access")))
-        with pytest.warns(UserWarning, match="it fails with RuntimeError: illegal access") as said:
+        with pytest.warns(UserWarning, match="it fails with RuntimeError: illegal access") as warned:
             got = [model(tokens).embeddings for _ in range(3)]
-    assert len(said) == 1
+    assert len(warned) == 1
     assert all(torch.equal(each, expected) for each in got)
 
 
@@ -404,9 +406,9 @@ def test_memory_that_runs_out_later_is_said_so_that_batches_are_halved(uncompile
 
     monkeypatch.setattr(Engine, "_run", scarce)
     sequences = ["MKVLA" * 5] * 8
-    with pytest.warns(UserWarning, match="too many for the memory") as said:
+    with pytest.warns(UserWarning, match="too many for the memory") as warned:
         vectors = embed(model, sequences, tokens_per_batch=200)
-    assert {str(each.message)[:10] for each in said} <= {
+    assert {str(each.message)[:10] for each in warned} <= {
         "216 tokens",
         "189 tokens",
         "108 tokens",

@@ -1,8 +1,9 @@
 """The shipped family: what it is, and its losses measured again."""
 
 import json
+import lzma
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def make():
     sys.path.insert(0, str(FOLDER))
     try:
         import make as module
+        import train  # noqa: F401  # for the test that trains, when the folder can no more be imported from
     finally:
         sys.path.remove(str(FOLDER))
     return module
@@ -91,6 +93,35 @@ def test_training_resumes_where_it_stopped(make, data, tmp_path, monkeypatch):
     whole, parts = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "parts"))
     assert whole["step"] == parts["step"] > 4
     assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the recipe needs a newer PyTorch, with Muon")
+def test_the_recipe_makes_a_checkpoint_in_small(make, data, tmp_path, monkeypatch):
+    import train
+
+    from rd_torch.reading import Fasta
+
+    for kind in ("train", "valid"):
+        proteins = islice(Fasta(data / f"natural50_{kind}.fasta.xz"), 40)
+        with lzma.open(tmp_path / f"natural50_{kind}.fasta.xz", "wt") as file:
+            file.write("".join(f">{each.identifier}\n{each.sequence[:60]}\n" for each in proteins))
+    made = tmp_path / "made"
+    made.mkdir()
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
+    monkeypatch.setattr(make, "HERE", made)
+    for module in (train, make):
+        monkeypatch.setattr(module, "TOKENS", 1_024)
+    folders = ["--data", str(tmp_path), "--state", str(tmp_path)]
+    for name in NAMES:
+        monkeypatch.setattr(sys, "argv", ["train.py", *folders, "--level", name])
+        train.main()
+    monkeypatch.setattr(sys, "argv", ["make.py", *folders])
+    make.main()
+    assert list(rd_torch.RDModel.from_pretrained(made).config.widths) == NAMES
+    losses = json.loads((made / "losses.json").read_text())
+    assert {name: (each["tokens"], each.keys()) for name, each in losses.items()} == {
+        name: (1_024, LOSSES[name].keys()) for name in NAMES
+    }
 
 
 def test_command_embeds_a_thousand_validation_proteins(data, tmp_path):

@@ -353,7 +353,7 @@ def test_moments_that_do_not_read_are_refused(saving, tmp_path):
     path = tmp_path / "work" / "moments.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(
-        ValueError, match=r"expected moments in .*moments.safetensors, got what does not read: rem"
+        ValueError, match=r"expected moments in .*moments.safetensors, got a file that cannot be read: rem"
     ):
         fit(own_family(), SEQUENCES, work_folder=tmp_path / "work")
 

@@ -205,7 +205,7 @@ def test_what_was_begun_from_a_pipe_goes_on_with_the_same_proteins_piped_again(c
     command = ["embed", "-", "-o", str(tmp_path / "out.h5"), "--model", checkpoint]
     text = (FOLDER / "plain.fasta").read_bytes()
     result = CliRunner().invoke(main, command, input=text)
-    assert "to go on after a kill, pipe the same proteins in again" in result.stderr
+    assert "If this is interrupted, pipe the same ones in again." in result.stderr
     assert CliRunner().invoke(main, command, input=text).exit_code == 0
     other = CliRunner().invoke(main, command, input=text.replace(b"MQIF", b"MQIY"))
     assert other.exit_code == 1

@@ -154,7 +154,7 @@ def test_numbers_that_are_not_finite_are_refused(model, nesting, tmp_path):
     rows = raw(model, "a")
     rows["P5"] = rows["P5"] * np.nan
     inputs = {"a": numbered(tmp_path / "a.h5", rows)}
-    with pytest.raises(ValueError, match="expected finite numbers, got NaN or infinite ones of 'P5'"):
+    with pytest.raises(ValueError, match="expected finite numbers, got NaN or infinity for 'P5'"):
         combine_stores(nesting, inputs, tmp_path / "out.h5")
 
 

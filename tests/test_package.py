@@ -80,30 +80,48 @@ def test_the_wheel_embeds_in_an_empty_environment(wheel, tmp_path):
     assert printed.endswith("128 (128,)\n")
 
 
+def modules_of(requirements):
+    """Names under which the packages of requirements are imported."""
+    names = {re.split(r"[\[=>]", each)[0] for each in requirements}
+    modules = {"fair-esm": "esm", "scikit-learn": "sklearn"}
+    return {modules.get(name, name) for name in names}
+
+
+def libraries_imported_by(*folders):
+    """Packages of others that the files of folders import at any depth."""
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    names = set()
+    for node in (node for path in files for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    beside = {path.stem for path in files if not (path.parent / "__init__.py").exists()}
+    ours = {"rd_torch", "benchmarks"} | beside
+    return {name.split(".")[0] for name in names} - ours - sys.stdlib_module_names
+
+
 def test_lower_bounds_are_what_the_oldest_environment_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].values()
     bounds = [*project["project"]["dependencies"], *(bound for extra in extras for bound in extra)]
     bounds = [bound.replace(">=", "==") for bound in bounds]
     assert set(bounds) < set(project["dependency-groups"]["oldest"])
-    names = {re.split(r"[\[=>]", bound)[0] for bound in bounds}
-    imports = {
-        name.split(".")[0]
-        for path in (ROOT / "rd_torch").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        for name in (
-            [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else [a.name for a in getattr(node, "names", [])]
-            if isinstance(node, ast.Import)
-            else []
-        )
-    }
-    modules = {"fair-esm": "esm"}
-    used = {modules.get(name, name) for name in names}
+    used = modules_of(bounds) - {"onnx", "onnxscript"}  # which torch.onnx imports
     theirs = {"transformers", "accelerate"}  # imported where a user's own code has them
-    used -= {"onnx", "onnxscript"}  # which torch.onnx imports
-    assert used == {name for name in imports if name not in sys.stdlib_module_names} - {"rd_torch"} - theirs
+    assert used == libraries_imported_by(ROOT / "rd_torch") - theirs
+
+
+def test_benchmarks_and_recipes_declare_what_they_import():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = project["dependency-groups"]
+    imported = libraries_imported_by(ROOT / "benchmarks", ROOT / "checkpoints")
+    group = modules_of(groups["benchmarks"])
+    optional = {"faesm"}  # compared with where somebody has installed it
+    assert imported - optional <= group | modules_of(project["project"]["dependencies"])
+    assert group - imported == {"onnx", "onnxscript", "onnxruntime"}  # which `rd_torch.export` needs
+    assert {"include-group": "benchmarks"} in groups["dev"]
+    assert group <= modules_of(groups["oldest"])
 
 
 def test_the_documentation_installs_everything_but_fair_esm_beside_the_other_esm():

@@ -173,5 +173,5 @@ def test_combined_stores_say_which_proteins_were_windowed(model, tmp_path):
             store["long"], rd_torch.embed(model, [LONG], windows=(20, 5))[0], atol=2e-5
         )
     mixed = inputs | {"b": tmp_path / "b-whole.h5"}
-    with pytest.raises(ValueError, match=r"of the same --windows, got \(20, 5\) at level a, None at"):
+    with pytest.raises(ValueError, match=r"with the same --windows, got \(20, 5\) at level a, None at"):
         rd_torch.combine_stores(nesting, mixed, tmp_path / "mixed.h5")

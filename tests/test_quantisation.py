@@ -171,7 +171,7 @@ def test_what_is_saved_is_the_model_or_nothing(quantise, exact, tmp_path):
     for storage in ("included", "referenced"):
         with pytest.raises(
             ValueError,
-            match=r"expected plain tensors to save, got layers.0.* as a .*: save a quantised model as it",
+            match=r"expected plain tensors to save, got layers.0.* as a .*: save the model before you",
         ):
             model.save_pretrained(tmp_path / "model", backbones=storage)
     again = quantise(RDModel.from_pretrained(tmp_path / "model"))

@@ -1,4 +1,4 @@
-"""`benchmarks/scaling.py` in small: finds what was planted, nothing in noise, sees no test half, resumes."""
+"""`benchmarks/scaling/` in small: finds what was planted, nothing in noise, sees no test half, resumes."""
 
 import csv
 import gzip
@@ -6,23 +6,56 @@ import json
 import lzma
 import sys
 from itertools import chain, islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import rd_torch
+from benchmarks.scaling import probes, scaling
+from benchmarks.scaling.cache import Cache, Scores
+from benchmarks.scaling.data import (
+    MUTATIONS,
+    TASKS,
+    DataSet,
+    halves,
+    melting_set,
+    mutate,
+    mutation_sets,
+    proteingym_assays,
+    read_sets,
+    structure_set,
+)
+from benchmarks.scaling.maps import (
+    ALL,
+    APPROACHES,
+    OLS,
+    PCR,
+    PLAIN,
+    ROTATED,
+    Affine,
+    Place,
+    all_maps,
+    angles_at_random,
+    angles_between,
+    explained_by_prefix,
+    places,
+    principal_angles,
+    solved_maps,
+)
+from benchmarks.scaling.probes import Rows
+from benchmarks.scaling.study import Fit, Sample, Study, cut_at, disjoint_samples
+from benchmarks.scaling.tables import LEAST_SETS, Record, all_win_rows, angle_row, means_of
+from benchmarks.scaling.wins import interval, win_matrix, win_rows, wins
 from rd_torch import Fasta, RDModel, RunningMoments, solve_stages
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 WIDTHS = {"a": 6, "b": 10, "c": 14}
 TOTAL = sum(WIDTHS.values())
 
 
 @pytest.fixture(autouse=True)
-def modules(monkeypatch):
-    """The scripts can be imported; products this small take one thread, on a busy machine above all."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def one_thread():
+    """Products this small take one thread, on a busy machine above all."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,8 +92,6 @@ class Drawn:
 
 def study_of(folder, labels):
     """A study of data sets whose labels a function gives, from their raw embeddings and number."""
-    from scaling_data import MUTATIONS, DataSet, halves
-    from scaling_study import Sample, Study
 
     sets = [
         DataSet(str(number), MUTATIONS[1], [str(number)], labels(draw(240, number), number), [halves(240, 0)])
@@ -72,9 +103,6 @@ def study_of(folder, labels):
 
 def measured(folder, labels):
     """Scores by data set and place with the linear head, and the maps."""
-    from scaling_maps import all_maps
-    from scaling_study import Fit
-    from scaling_tables import means_of
 
     study, sample = study_of(folder, labels)
     maps = all_maps(study.moments(sample), WIDTHS)
@@ -83,9 +111,6 @@ def measured(folder, labels):
 
 
 def test_random_labels_give_no_correlation_and_win_shares_near_one_half(tmp_path):
-    from scaling_maps import places
-    from scaling_wins import win_rows
-
     means, _ = measured(tmp_path, lambda rows, number: np.random.default_rng([number]).normal(size=len(rows)))
     for place in places(WIDTHS):
         assert abs(np.mean([scores[place] for scores in means.values()])) < 0.05
@@ -100,8 +125,6 @@ def test_random_labels_give_no_correlation_and_win_shares_near_one_half(tmp_path
 
 
 def test_a_signal_in_the_added_block_alone_is_found_by_wider_and_not_by_narrower(tmp_path):
-    from scaling_maps import OLS, PLAIN, Place, solved_maps
-
     added = solved_maps(OLS, moments_of(draw(2_000, 1_000)), WIDTHS)[Place(OLS, "c")]
     planted = added.matrix[:, WIDTHS["b"] :].sum(1).numpy()
     means, _ = measured(tmp_path, lambda rows, number: rows @ planted)
@@ -113,16 +136,12 @@ def test_a_signal_in_the_added_block_alone_is_found_by_wider_and_not_by_narrower
 
 
 def test_scores_of_other_labels_are_not_taken_for_these(tmp_path):
-    from scaling_maps import PLAIN, Place
-
     measured(tmp_path, lambda rows, number: np.random.default_rng([number]).normal(size=len(rows)))
     means, _ = measured(tmp_path, lambda rows, number: rows[:, 0])
     assert min(scores[Place(PLAIN, "a")] for scores in means.values()) > 0.99
 
 
 def test_a_samples_moments_are_those_of_all_its_parts(tmp_path):
-    from scaling_study import Sample
-
     study, _ = study_of(tmp_path, lambda rows, number: rows[:, 0])
     moments = study.moments(Sample("some", (["M"] * 30, ["M"] * 20)))
     together = moments_of(np.concatenate((draw(30, 1_000), draw(20, 1_000))))
@@ -131,8 +150,6 @@ def test_a_samples_moments_are_those_of_all_its_parts(tmp_path):
 
 
 def test_wins_are_counted_with_ties_as_halves_and_intervals_keep_pairs_together():
-    from scaling_wins import interval, win_matrix, wins
-
     assert wins(np.array([[0.1, -0.1, 0.0]])).tolist() == [[1.0, 0.0, 0.5]]
     assert interval(np.ones((5, 2))) == (1.0, 1.0)
     paired = np.array([[1.0, 0.0]] * 7)
@@ -144,17 +161,12 @@ def test_wins_are_counted_with_ties_as_halves_and_intervals_keep_pairs_together(
 
 
 def test_a_data_sets_score_is_the_mean_over_its_splits_in_the_tasks_first_metric():
-    from scaling_tables import Record, means_of
-
     scores = [{"accuracy": share, "macro AUPR": 0.9} for share in (0.2, 0.3, 0.7)]
     records = [Record("", "plain", "a", 6, "one", "some", "linear", *each) for each in enumerate(scores)]
     assert means_of(records) == {"one": {("plain", "a"): pytest.approx(0.4)}}
 
 
 def test_the_first_of_a_comparison_is_the_one_that_wins():
-    from scaling_maps import APPROACHES, places
-    from scaling_wins import win_rows
-
     def score(place):  # later approaches and wider levels are better
         return APPROACHES.index(place.approach) + list(WIDTHS).index(place.level) / 10
 
@@ -166,7 +178,6 @@ def test_the_first_of_a_comparison_is_the_one_that_wins():
 
 def chosen_penalties(judge):
     """Penalties where the half that judges has labels of the other half's kind, and where it has noise."""
-    from probes import Rows
 
     rows, rng = torch.from_numpy(draw(120, 5)), np.random.default_rng(1)
     labels = rows[:, 0] + 0.1 * torch.from_numpy(rng.normal(size=120))
@@ -176,15 +187,11 @@ def chosen_penalties(judge):
 
 
 def test_the_penalty_does_not_see_the_half_that_judges():
-    import probes
-
     one, other = chosen_penalties(probes.judge)
     assert one == other
 
 
 def test_a_penalty_that_sees_the_half_that_judges_is_caught():
-    import probes
-
     def leaking(head, taught, judged, classes, seed):
         everything = probes.Rows(*map(torch.cat, zip(taught, judged, strict=True)))
         return probes.judge(head, everything, judged, classes, seed)
@@ -195,8 +202,6 @@ def test_a_penalty_that_sees_the_half_that_judges_is_caught():
 
 @pytest.mark.parametrize("rows", [20, 29, 30, 31, 200])
 def test_the_penalty_is_the_one_of_least_generalised_cross_validation_error(rows):
-    import probes
-
     X, rng = draw(rows, 3), np.random.default_rng(0)
     y = X[:, 0] + 2 * rng.normal(size=rows) + 7
     ridge = probes.fit_ridge(torch.from_numpy(X), torch.from_numpy(y))
@@ -213,8 +218,6 @@ def test_the_penalty_is_the_one_of_least_generalised_cross_validation_error(rows
 
 @pytest.mark.parametrize("shape", [(50, 30), (20, 30)])
 def test_without_a_penalty_ridge_is_the_least_squares_solution_of_minimum_norm(shape):
-    import probes
-
     X = np.random.default_rng(0).normal(size=shape)
     X[:, 1] = X[:, 0]
     y = np.random.default_rng(1).normal(size=shape[0])
@@ -224,8 +227,6 @@ def test_without_a_penalty_ridge_is_the_least_squares_solution_of_minimum_norm(s
 
 
 def test_features_are_standardised_by_the_rows_that_teach_and_constant_ones_vanish():
-    import probes
-
     known = torch.tensor([[1.0, 0.1, 5.0], [3.0, 0.1, 7.0]], dtype=torch.float64)
     unknown = torch.tensor([[5.0, 9.0, 6.0]], dtype=torch.float64)
     taught, judged = probes.standardise(known, unknown)
@@ -235,8 +236,6 @@ def test_features_are_standardised_by_the_rows_that_teach_and_constant_ones_vani
 
 
 def test_the_mlp_finds_what_no_line_does_and_leaves_the_random_numbers_alone():
-    import probes
-
     features = torch.from_numpy(np.random.default_rng(0).normal(size=(1_200, 4)))
 
     def scores(head, labels, classes):
@@ -256,8 +255,6 @@ def test_the_mlp_finds_what_no_line_does_and_leaves_the_random_numbers_alone():
 
 
 def test_the_mlp_stops_when_rows_that_it_was_not_taught_get_worse():
-    import probes
-
     features = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 4)))
     labels = torch.cat((features[:400, 0], -features[400:, 0]))
     _, found = probes.small_mlp(features, labels, features, 0, 0)
@@ -265,8 +262,6 @@ def test_the_mlp_stops_when_rows_that_it_was_not_taught_get_worse():
 
 
 def test_every_approach_is_what_its_stages_make_of_raw_embeddings():
-    from scaling_maps import APPROACHES, PCR, PLAIN, ROTATED, Place, all_maps, places
-
     rows, raw = draw(2_000, 1_000), torch.from_numpy(draw(50, 1))
     maps = all_maps(moments_of(rows), WIDTHS)
     assert list(maps) == places(WIDTHS)
@@ -287,9 +282,6 @@ def test_every_approach_is_what_its_stages_make_of_raw_embeddings():
 
 
 def test_all_added_with_least_squares_scores_as_the_concatenation_does_without_a_penalty():
-    import probes
-    from scaling_maps import ALL, Affine, Place, solved_maps
-
     rows = torch.from_numpy(draw(300, 2))
     labels = rows[:, ::5].sum(1) + torch.from_numpy(np.random.default_rng(0).normal(size=300))
     nested = solved_maps(ALL, moments_of(draw(2_000, 1_000)), WIDTHS)[Place(ALL, "c")]
@@ -302,9 +294,6 @@ def test_all_added_with_least_squares_scores_as_the_concatenation_does_without_a
 
 
 def test_principal_angles_are_those_between_the_planes():
-    from scaling_maps import angles_at_random, angles_between, principal_angles
-    from scaling_tables import angle_row
-
     turn = torch.tensor(30.0, dtype=torch.float64).deg2rad()
     one = torch.eye(4, dtype=torch.float64)[:, :2]
     other = torch.stack((one[:, 0], turn.cos() * one[:, 1] + turn.sin() * torch.eye(4).double()[:, 2]), dim=1)
@@ -320,8 +309,6 @@ def test_principal_angles_are_those_between_the_planes():
 
 
 def test_what_the_first_features_explain_is_their_regressions_share_of_the_variance():
-    from scaling_maps import PCR, Place, explained_by_prefix, solved_maps
-
     rows = draw(2_000, 1_000)
     matrix = solved_maps(PCR, moments_of(rows), WIDTHS)[Place(PCR, "c")].matrix
     explained = explained_by_prefix(matrix, moments_of(rows).covariance())
@@ -333,8 +320,6 @@ def test_what_the_first_features_explain_is_their_regressions_share_of_the_varia
 
 
 def test_scores_are_kept_line_by_line_and_a_torn_line_is_dropped(tmp_path):
-    from scaling_cache import Scores
-
     path = tmp_path / "scores.jsonl"
     scores = Scores(path)
     scores.add({"split": 0, "head": "linear"}, {"Spearman": 0.5})
@@ -390,19 +375,16 @@ def small(tmp_path, data):
 @pytest.fixture
 def run(small, tmp_path, monkeypatch):
     """Runs the script on the small folder; its tables and every score."""
-    import probes
-    import scaling
-    import scaling_data
 
     monkeypatch.setattr(probes, "EPOCHS", 1)
-    monkeypatch.setattr(scaling_data, "SPLITS", 2)
+    monkeypatch.setattr("benchmarks.scaling.data.SPLITS", 2)
 
     def go(cache):
         output = tmp_path / "output"
         output.mkdir(exist_ok=True)
         folders = {"--data": small, "--cache": tmp_path / cache, "--output": output}
         places = [str(word) for pair in folders.items() for word in pair]
-        monkeypatch.setattr(sys, "argv", ["scaling.py", "--level", "207K", "--sizes", "4", "10", *places])
+        monkeypatch.setattr(sys, "argv", [scaling.__file__, "--level", "207K", "--sizes", "4", "10", *places])
         scaling.main()
         tables = {
             kind: json.loads((output / f"scaling_{kind}.json").read_text())["rows"]
@@ -445,9 +427,6 @@ def check_tables(tables, every):
 
 
 def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run, monkeypatch):
-    import scaling_cache
-    import scaling_study
-
     whole, every, output = run("whole")
     splits, places = 2 * 2 + 2 + 1, 3 * 2 + 2 * 4
     assert len(every) == splits * (places * 2 + 2 * 5 * 2)
@@ -471,7 +450,7 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
     for name in ("scores", "wins", "variance"):
         assert (output / f"scaling_{name}.png").stat().st_size > 20_000
 
-    add, calls = scaling_cache.Scores.add, []
+    add, calls = Scores.add, []
 
     def cut_off(self, *arguments):
         add(self, *arguments)
@@ -479,7 +458,7 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
         if len(calls) % 150 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(scaling_cache.Scores, "add", cut_off)
+    monkeypatch.setattr(Scores, "add", cut_off)
     for _ in range(len(every) // 150):
         with pytest.raises(KeyboardInterrupt):
             run("cut")
@@ -489,18 +468,13 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
     def never(*arguments, **options):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(scaling_study, "judge", never)
-    monkeypatch.setattr(scaling_cache, "add_moments", never)
-    monkeypatch.setattr(scaling_cache.rd_torch, "embed_to_store", never)
+    monkeypatch.setattr("benchmarks.scaling.study.judge", never)
+    monkeypatch.setattr("benchmarks.scaling.cache.add_moments", never)
+    monkeypatch.setattr(rd_torch, "embed_to_store", never)
     assert run("cut")[:2] == (whole, every)
 
 
 def test_raw_embeddings_stand_side_by_side_as_each_backbone_gives_them(tmp_path):
-    from scaling_cache import Cache
-    from scaling_data import DataSet
-
-    import rd_torch
-
     model = RDModel.from_pretrained("esm2-rd-mini", level="207K")
     sequences = ["MKTAYIAKQRQISFVKSHFSRQ", "ACDEFGHIKLMNPQRSTVWY", "MX"]
     cache = Cache(tmp_path, model)
@@ -520,8 +494,6 @@ def test_raw_embeddings_stand_side_by_side_as_each_backbone_gives_them(tmp_path)
 
 
 def test_samples_are_disjoint_and_hold_nothing_that_is_asked_about(small):
-    from scaling_study import cut_at, disjoint_samples
-
     path = small / "natural50_train.fasta.xz"
     everything = [each.sequence for each in Fasta(path)]
     asked = set(everything[:10])
@@ -535,8 +507,6 @@ def test_samples_are_disjoint_and_hold_nothing_that_is_asked_about(small):
 
 
 def test_halves_are_halves_and_structure_is_judged_by_other_proteins(small):
-    from scaling_data import halves, melting_set, read_sets, structure_set
-
     one, other = halves(101, 3)
     assert sorted([*one, *other]) == list(range(101))
     assert abs(len(one) - len(other)) == 1
@@ -561,8 +531,6 @@ def test_halves_are_halves_and_structure_is_judged_by_other_proteins(small):
 
 
 def test_proteingyms_files_are_read_and_split_by_mutations(tmp_path, capsys):
-    from scaling_data import mutation_sets, proteingym_assays
-
     singles = [[f"A{k}G", f"M{k}", k] for k in range(120)]
     triples = [["A1G:C2D:E3F:G4H", "MM", k] for k in range(100)]
     columns = ["mutant", "mutated_sequence", "DMS_score"]
@@ -592,8 +560,6 @@ def test_proteingyms_files_are_read_and_split_by_mutations(tmp_path, capsys):
     ],
 )
 def test_a_folder_that_is_not_proteingyms_is_refused(tmp_path, files, message):
-    from scaling_data import proteingym_assays
-
     for name, text in files.items():
         (tmp_path / f"{name}.csv").write_text(text)
     with pytest.raises(SystemExit, match=message):
@@ -609,26 +575,20 @@ def test_a_folder_that_is_not_proteingyms_is_refused(tmp_path, files, message):
     ],
 )
 def test_a_mutant_of_another_wild_type_is_refused(mutant, message):
-    from scaling_data import mutate
-
     assert mutate("MKV", "K2R:V3A") == "MRA"
     with pytest.raises(ValueError, match=message):
         mutate("MKV", mutant)
 
 
 def test_a_chain_of_one_level_is_refused(small, monkeypatch):
-    import scaling
-
-    monkeypatch.setattr(sys, "argv", ["scaling.py", "--data", str(small), "--level", "28K", "--sizes", "4"])
+    monkeypatch.setattr(
+        sys, "argv", [scaling.__file__, "--data", str(small), "--level", "28K", "--sizes", "4"]
+    )
     with pytest.raises(SystemExit, match="expected a chain of two levels or more, got 28K alone"):
         scaling.main()
 
 
 def test_a_group_of_few_data_sets_has_no_shares_of_its_own():
-    from scaling_data import MUTATIONS, TASKS
-    from scaling_maps import places
-    from scaling_tables import LEAST_SETS, Record, all_win_rows
-
     def records(task, count):
         return [
             Record("", *place, 1, f"{task} {number}", task, head, 0, {"Spearman": 0.5})
@@ -646,10 +606,6 @@ def test_a_group_of_few_data_sets_has_no_shares_of_its_own():
 
 
 def test_data_that_is_not_enough_is_refused(small, monkeypatch):
-    import scaling
-    from scaling_data import read_sets
-    from scaling_study import disjoint_samples
-
     with pytest.raises(SystemExit, match=r"expected 5 samples of 13 sequences in .*, got 60 sequences"):
         disjoint_samples(small / "natural50_train.fasta.xz", set(), 13)
     (small / "dms" / "other.csv.gz").touch()
@@ -664,13 +620,13 @@ def test_data_that_is_not_enough_is_refused(small, monkeypatch):
     with pytest.raises(SystemExit, match="expected at least 100 --variants of a data set, got 99"):
         read_sets(small, None, 99)
     for sizes in (["5", "4"], ["4", "4"], ["0", "4"]):
-        monkeypatch.setattr(sys, "argv", ["scaling.py", "--sizes", *sizes])
+        monkeypatch.setattr(sys, "argv", [scaling.__file__, "--sizes", *sizes])
         with pytest.raises(
             SystemExit, match=f"expected rising --sizes, each at least 1, got {' '.join(sizes)}"
         ):
             scaling.main()
     monkeypatch.delenv("RD_TORCH_DATA")
-    monkeypatch.setattr(sys, "argv", ["scaling.py"])
+    monkeypatch.setattr(sys, "argv", [scaling.__file__])
     with pytest.raises(
         SystemExit, match="expected the folder of the protein data in --data or RD_TORCH_DATA"
     ):

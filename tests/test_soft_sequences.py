@@ -182,7 +182,7 @@ BAD = {
     ),
     "zeros at padding": (
         one_hot(tokens_of("MK")) * torch.tensor([1.0, 1, 1, 0])[:, None],
-        "padding 1 at <pad>",
+        "padding probability 1 at <pad>",
     ),
     "a negative entry": (
         one_hot(tokens_of("MK")) + 0.1 * (one_hot(torch.tensor([5])) - one_hot(torch.tensor([6]))),
@@ -194,7 +194,7 @@ BAD = {
     ),
     "ids as floats": (
         tokens_of("MK").float(),
-        r"shape \(batch, time, 33\), got \(1, 4\): token ids want .long",
+        r"shape \(batch, time, 33\), got \(1, 4\): convert token ids with .long",
     ),
     "another alphabet": (torch.full((1, 4, 20), 0.05), r"\(batch, time, 33\), got \(1, 4, 20\)"),
 }

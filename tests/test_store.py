@@ -243,7 +243,7 @@ def test_records_with_nasty_names_stay_inside_and_apart(mini, tmp_path, suffix):
     folder = tmp_path / "inside"
     folder.mkdir()
     proteins = [Protein(name, "MK" + "A" * i) for i, name in enumerate(NASTY)]
-    with pytest.warns(UserWarning, match="another one has") if suffix == "pt" else nullcontext():
+    with pytest.warns(UserWarning, match="an earlier record has") if suffix == "pt" else nullcontext():
         embed_to_store(mini, proteins, folder / f"out.{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == ["inside"]
     assert [path.name for path in folder.iterdir()] == [f"out.{suffix}"]

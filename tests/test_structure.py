@@ -71,6 +71,49 @@ def test_within_a_folder_each_file_imports_only_from_files_above_it(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_folder_is_entered_by_its_face(path):
+    for (package, *inside), name in imports(path):
+        if (PACKAGE / package).is_dir() and room(path) != f"{package}/" and path.name != "__init__.py":
+            assert not inside, f"{name} of {package}/{inside[0]}.py is not in the face of {package}/"
+            face = importlib.import_module(f"rd_torch.{package}")
+            assert not name or name in face.__all__
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+QUESTIONS = re.findall(r"^\| ([^|]+\?) \| ([^|]+) \|$", CONTRIBUTING, re.M)
+
+
+def names_in(path):
+    """What a file defines: functions, classes, their methods, constants."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign | ast.Assign):
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), re.findall(r"`(\w+)`\s+in\s+`(rd_torch/[\w/]+\.py)`", CONTRIBUTING)
+)
+def test_what_contributors_are_told_of_is_there(name, place):
+    assert name in names_in(ROOT / place)
+
+
+@pytest.mark.parametrize(("question", "answer"), QUESTIONS, ids=[question for question, _ in QUESTIONS])
+def test_the_answers_to_contributors_are_true(question, answer):
+    assert len(QUESTIONS) >= 10
+    places = re.findall(r"`(rd_torch/[\w/]+(?:\.py)?)`", answer)
+    assert places
+    assert all((ROOT / place).exists() for place in places)
+    for importer, imported in re.findall(r"`rd_torch/(\S+)` may not import `rd_torch/(\S+)`", answer):
+        assert ROOMS.index(importer) < ROOMS.index(imported)
+    for imported in re.findall(r"no other file may import `rd_torch/(\S+)`", answer):
+        others = [path for path in FILES if room(path) != imported]
+        assert not any(imported in imported_rooms(path) for path in others)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_files_and_functions_keep_their_size(path):
     text = (PACKAGE / path).read_text()
     assert len(text.splitlines()) <= 300
@@ -78,6 +121,58 @@ def test_files_and_functions_keep_their_size(path):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             assert not body or node.end_lineno - body[0].lineno < 40, node.name
+
+
+MEASURING = sorted(path for name in ("benchmarks", "checkpoints") for path in (ROOT / name).rglob("*.py"))
+
+
+def is_script(path):
+    return 'if __name__ == "__main__"' in path.read_text()
+
+
+def arguments_of(function):
+    given = function.args
+    names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+@pytest.mark.parametrize("path", MEASURING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_benchmarks_and_recipes_keep_their_size(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            assert not body or node.end_lineno - body[0].lineno < 40, node.name
+            assert len(arguments_of(node)) <= 7, node.name
+
+
+def files_imported_by(path):
+    """Files of `benchmarks/` and `checkpoints/` that a file of them imports at any depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for place in (ROOT, path.parent):
+            files = (place / f"{name.replace('.', '/')}.py" for name in names)
+            yield from (file for file in files if file in MEASURING)
+
+
+@pytest.mark.parametrize("path", MEASURING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_imports_a_script(path):
+    assert not [file for file in files_imported_by(path) if is_script(file)]
+
+
+def test_scripts_and_what_they_import_are_found():
+    speed = ROOT / "benchmarks" / "speed"
+    assert is_script(speed / "memory.py")
+    assert not is_script(speed / "meter.py")
+    assert speed / "meter.py" in files_imported_by(speed / "memory.py")
+    recipe = ROOT / "checkpoints" / "esm2-rd-mini"
+    assert recipe / "recipe.py" in files_imported_by(recipe / "train.py")
 
 
 def test_importing_changes_nothing_global():

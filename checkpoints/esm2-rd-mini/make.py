@@ -2,9 +2,9 @@
 
     python checkpoints/esm2-rd-mini/make.py --data DATA --state STATE
 
-reads what `train.py` left in STATE and writes config, maps, backbones and `losses.json` beside this
-file. A loss is the cross-entropy in nats over 15 % of the residues, chosen at random: 80 % of them
-shown as `<mask>`, 10 % as a random residue, 10 % as they are; whole sequences, nothing cropped.
+reads what `train.py` left in STATE and writes config, maps, backbones and `losses.json` beside this file. A
+loss is the cross-entropy in nats over 15 % of the residues, chosen at random: 80 % of them are shown as
+`<mask>`, 10 % as a random residue, 10 % as they are. Sequences are whole; nothing is cropped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from train import LEVELS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, new_parser, read_sequences
+from recipe import LEVELS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, new_parser, read_sequences
 
 from rd_torch import fit
 from rd_torch.backbone import ESM2, tokenize
@@ -31,7 +31,15 @@ CREDIT = "natural50: UniProt and STRING (CC BY 4.0), PDB (CC0), RefSeq; one prot
 
 @torch.no_grad()
 def measure(model: ESM2, sequences: Sequence[str], seed: int) -> float:
-    """Mean masked-residue loss in nats over whole sequences, each with masks of its own in any batch."""
+    """Return the mean masked-residue loss in nats over whole sequences.
+
+    A sequence has the same masks in whatever batch it comes.
+
+    Args:
+        model: The backbone.
+        sequences: The sequences.
+        seed: Seed of the masks.
+    """
     total, count = 0.0, 0
     for batch in cut_batches(sequences, 8_192):
         tokens = tokenize([sequence for _, sequence in batch])
@@ -46,7 +54,14 @@ def measure(model: ESM2, sequences: Sequence[str], seed: int) -> float:
 
 
 def load(state: Path) -> tuple[dict[str, ESM2], dict[str, dict[str, object]]]:
-    """The trained backbones, and how each was trained."""
+    """Return the trained backbones, and how each was trained.
+
+    Args:
+        state: Folder that `train.py` has filled.
+
+    Raises:
+        ValueError: If a level has not been trained to the end.
+    """
     backbones, runs = {}, {}
     for name, level in LEVELS.items():
         saved = torch.load(state / f"{name}.pt", weights_only=True)
@@ -64,7 +79,10 @@ def load(state: Path) -> tuple[dict[str, ESM2], dict[str, dict[str, object]]]:
 
 
 def losses(backbones: Mapping[str, ESM2], sequences: Sequence[str]) -> dict[str, dict[str, object]]:
-    """Validation losses of every level: the mean of three mask seeds, each seed, and a small part."""
+    """Return the validation losses of every level.
+
+    They are the mean over three seeds of the masks, the loss of each seed, and that of a small part.
+    """
     found: dict[str, dict[str, object]] = {}
     for name, backbone in backbones.items():
         by_seed = [measure(backbone, sequences, seed) for seed in MASK_SEEDS]
@@ -73,11 +91,12 @@ def losses(backbones: Mapping[str, ESM2], sequences: Sequence[str]) -> dict[str,
             "by_mask_seed": [round(loss, 4) for loss in by_seed],
             f"first_{PART}_sequences_seed_0": round(measure(backbone, sequences[:PART], 0), 4),
         }
-        print(name, found[name], flush=True)
+        print(f"Level {name} has the losses {found[name]}.", flush=True)
     return found
 
 
 def main() -> None:
+    """Run the command line."""
     arguments = new_parser(__doc__).parse_args()
     backbones, runs = load(arguments.state)
     found = losses(backbones, read_sequences(arguments.data / "natural50_valid.fasta.xz"))

@@ -1,4 +1,4 @@
-"""One backbone, from token ids to final hidden states: everything between a batch and its raw embeddings."""
+"""One backbone: everything between a batch of token ids and its raw embeddings, the final hidden states."""
 
 from rd_torch.backbone.attention import inverse_frequencies
 from rd_torch.backbone.esm2 import EMBEDDING, ESM2, MEAN_SHARE_KEPT, MissingHead

@@ -1,4 +1,4 @@
-"""Attention within each sequence of a packing, by the fastest kernel that the device has for it.
+"""Compute attention within each sequence of a packing, by the fastest kernel that the device has for it.
 
 | where | kernel |
 |---|---|
@@ -6,7 +6,7 @@
 | CPU with AVX512-BF16, bfloat16, no graph recorded | matrix products on blocks of scores that fit a cache |
 | everywhere else, and the reference | scaled dot-product attention on buckets of similar length |
 
-All of them take packed `(tokens, heads, size)` tensors and give one back.
+Each kernel takes packed `(tokens, heads, size)` tensors and returns one.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ from rd_torch.backbone.precision import apply_outside_half, at_least_float32
 
 Rotation = tuple[Tensor, Tensor]
 
-# Scores that are computed at a time on the CPU: 4 MiB in bfloat16, which a last-level cache holds.
+# Number of scores that the CPU computes at a time: a choice, 4 MiB in bfloat16, which last-level caches hold.
 BLOCK: Final = 1 << 21
 
 
 def inverse_frequencies(head_size: int) -> Tensor:
-    """Fresh frequencies of the angles, `10,000 ** -(k / head_size)` for every even k: `(head_size / 2,)`."""
+    """Return fresh inverse frequencies, `10,000 ** -(k / head_size)` for every even k: `(head_size / 2,)`."""
     return torch.tensor([10_000.0 ** -(k / head_size) for k in range(0, head_size, 2)], dtype=torch.float32)
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles of rotary position embeddings (Su et al., arXiv 2104.09864).
+    """The angles of rotary position embeddings (Su et al., arXiv 2104.09864).
 
-    The inverse frequencies are a buffer because they belong to the checkpoint: the published ones
-    carry the rounding of half-precision training, and fresh ones shift cosines by up to 0.2.
+    The inverse frequencies are a buffer, because they belong to the checkpoint: published ones carry the
+    rounding of half-precision training, and fresh ones would shift cosines by up to 0.2.
+
+    Args:
+        head_size: number of features in an attention head.
     """
 
     inv_freq: Tensor
@@ -52,14 +55,14 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, positions: Tensor) -> Rotation:
-        """Cosines and signed sines of `(tokens,)` positions, each `(tokens, 1, head_size)`."""
+        """Return cosines and signed sines of `(tokens,)` positions, each `(tokens, 1, head_size)`."""
         angles = positions[:, None, None].to(self.inv_freq.dtype) * self.inv_freq
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Rotates `(tokens, heads, size)`: feature i of the first half pairs with i of the second."""
+    """Return `(tokens, heads, size)` rotated; feature i of the first half pairs with i of the second."""
     cos, sin = rotation
     exact = heads.to(cos.dtype)
     first, second = exact.chunk(2, dim=-1)
@@ -67,26 +70,37 @@ def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """`softmax(q k' / sqrt(size)) v` within each sequence: `(tokens, heads, size)` in and out."""
+    """Return `softmax(q k' / sqrt(size)) v` within each sequence: `(tokens, heads, size)` in and out."""
     if not packing.longest:  # padded, or without any token
-        return _by_buckets(q, k, v, packing)
+        return _attend_by_buckets(q, k, v, packing)
     kernel = hardware.attention_kernel(q.device, q.dtype, q.shape[-1])
     if kernel == "varlen":
-        return attend_varlen(q, k, v, packing.boundaries, packing.longest)
+        return attend_varlen(q, k, v, packing.edge_tensor, packing.longest)
     if kernel == "blocks" and not is_recorded(q, k, v):
-        return _by_blocks(q, k, v, packing)
-    return _by_buckets(q, k, v, packing)
+        return _attend_by_blocks(q, k, v, packing)
+    return _attend_by_buckets(q, k, v, packing)
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int) -> Tensor:
-    """`attend` by `varlen_attn`: int32 edges of the sequences, and a bound of their lengths."""
+    """Compute attention by `varlen_attn`.
+
+    Args:
+        q: `(tokens, heads, size)` queries.
+        k: `(tokens, heads, size)` keys.
+        v: `(tokens, heads, size)` values.
+        edges: `(sequences + 1,)` int32 edges of the sequences, as `Packing.edge_tensor` has them.
+        longest: a number that no length of a sequence exceeds.
+
+    Returns:
+        `(tokens, heads, size)`.
+    """
     kernel = hardware.varlen_attn()
     assert kernel is not None
     return kernel(q, k, v, edges, edges, longest, longest)
 
 
-def _by_buckets(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """One call a bucket, with a mask only where its lengths differ."""
+def _attend_by_buckets(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """Return attention by one call for each bucket, with a mask only where lengths differ."""
     mixed = [
         bucket.gather(
             functional.scaled_dot_product_attention(
@@ -98,11 +112,11 @@ def _by_buckets(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     return torch.cat(mixed) if mixed else q
 
 
-def _by_blocks(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """Sequence by sequence, a few heads (of long sequences: a few rows of one head) at a time.
+def _attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """Return attention sequence by sequence, a few heads at a time (of long ones a few rows of one head).
 
-    Twice as fast as PyTorch's own kernel for bfloat16 on CPUs that multiply in it. Scores are rounded
-    to bfloat16; the softmax runs in float32.
+    In bfloat16, on CPUs that multiply in it, this was measured twice as fast as PyTorch's own kernel
+    (`benchmarks/README.md`). Scores are rounded to bfloat16; the softmax runs in float32.
     """
     mixed = torch.empty_like(q)
     scale, unused = q.shape[-1] ** -0.5, q.new_empty(())
@@ -115,16 +129,16 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
             for row in range(0, length, rows):
                 block = queries[some, row : row + rows]
                 scores = torch.baddbmm(unused, block, keys[some].mT, beta=0, alpha=scale)
-                torch.softmax(scores, -1, out=scores)  # in place: fresh memory costs as much
+                torch.softmax(scores, -1, out=scores)  # in place: fresh memory costs as much time again
                 out[some, row : row + rows] = torch.bmm(scores, values[some])
     return mixed
 
 
 def attention_maps(q: Tensor, k: Tensor, packing: Packing) -> Tensor:
-    """Attention of packed `q` to packed `k`, `(batch, heads, time, time)`, zeros at padding."""
+    """Return attention maps of packed `q` to packed `k`, `(batch, heads, time, time)`, zeros at padding."""
     padded_q, padded_k = packing.unpack(q), packing.unpack(k)
     scores = torch.einsum("bihd,bjhd->bhij", padded_q * q.shape[-1] ** -0.5, padded_k)
     keys, queries = packing.real[:, None, None, :], packing.real[:, None, :, None]
-    lowest = torch.finfo(scores.dtype).min
+    lowest = torch.finfo(scores.dtype).min  # not -inf, whose softmax is NaN where a row is all padding
     maps = scores.masked_fill(~keys, lowest).softmax(-1, dtype=at_least_float32(scores.dtype))
     return maps.to(scores.dtype).masked_fill(~(keys & queries), 0)

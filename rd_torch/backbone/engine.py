@@ -1,9 +1,9 @@
-"""Inference on a GPU for changing lengths: fused parts, fixed packed sizes, CUDA graphs, two streams.
+"""Run a chain's backbones fast on a GPU, for batches of changing lengths.
 
-What a layer does token by token is compiled once a width, for any number of tokens; attention stays one
-call of `varlen_attn`. Batches so small that launching kernels would take as long as running them are padded
-to one of a few packed shapes and replayed as CUDA graphs. Smaller backbones run on a stream of their own
-beside the largest. The modules stay as they are; everything derived lives here.
+What a layer does token by token is compiled once for each width, for any number of tokens; attention stays
+one call of `varlen_attn`. Batches so small that launching kernels would take as long as running them are
+filled up to one of a few packed shapes, and replayed as CUDA graphs. Smaller backbones run on a stream of
+their own beside the largest. The modules stay as they are; whatever is derived from them lives here.
 """
 
 from __future__ import annotations
@@ -25,20 +25,46 @@ from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import at_least_float32
 from rd_torch.config import ALPHABET
 
+# The numbers below are choices, which no benchmark has tried yet. Others would change speed and memory alone.
+
 GRAPH_TOKENS: Final = 16_384
-"""Packed tokens up to which graphs pay: above, kernels run longer than it takes to launch them."""
+"""Most packed tokens of a batch that is replayed as a graph.
+
+Kernels of larger batches run longer than it takes to launch them, so that a graph would gain nothing. The
+buffers that graphs write raw embeddings to have as many rows.
+"""
 
 LEAST_SIZE: Final = 256
+"""Smallest packed size, which smaller batches share, because so few tokens hardly keep a GPU busy anyway."""
+
 STEPS_PER_DOUBLING: Final = 8
+"""Number of packed sizes between a power of two and the next.
+
+With eight, what fills a batch above `LEAST_SIZE` is less than an eighth of it, and there are 49 sizes up to
+`GRAPH_TOKENS`. More steps would fill less, but record more graphs, each of which takes time and memory.
+"""
+
 LEAST_SEQUENCES: Final = 16
+"""Smallest number of sequences in a shape; others are powers of two, for an empty sequence costs little."""
+
 LEAST_LONGEST: Final = 128
+"""Smallest bound of the lengths in a shape; others are powers of two, for a loose bound costs little."""
 
 MOST_RECORDINGS: Final = 32
-"""Graphs that are kept; beyond that the one that was used longest ago goes."""
+"""Most graphs that are kept; the one that was used longest ago makes room for the next.
+
+Graphs share their working memory, but each holds a slot and takes memory of the driver's.
+"""
 
 
 class Shape(NamedTuple):
-    """A fixed packed shape: what a graph is recorded for."""
+    """A fixed packed shape, for which a graph is recorded.
+
+    Attributes:
+        tokens: number of packed tokens.
+        sequences: number of sequences, some of which are empty.
+        longest: bound of the sequences' lengths.
+    """
 
     tokens: int
     sequences: int
@@ -46,9 +72,9 @@ class Shape(NamedTuple):
 
 
 def shape_for(packing: Packing) -> Shape:
-    """The fixed shape that holds a batch: eight packed sizes a doubling, powers of two else.
+    """Return the smallest fixed shape that holds a batch.
 
-    What fills the packed tokens counts as one more sequence.
+    The tokens that fill the shape up are one more sequence, so that no real token attends to them.
     """
     tokens = packing.edges[-1]
     step = max(LEAST_SIZE, _power_of_two(tokens) // 2) // STEPS_PER_DOUBLING
@@ -57,27 +83,27 @@ def shape_for(packing: Packing) -> Shape:
     return Shape(size, sequences, max(LEAST_LONGEST, _power_of_two(max(packing.longest, size - tokens))))
 
 
-@cache
-def _fused() -> tuple[Callable[..., Heads], Callable[..., tuple[Tensor]]]:
-    """The token-wise parts of a layer, compiled: once a width, for whatever engine asks."""
-    heads = torch.compile(TransformerLayer.heads, dynamic=True)
-    return heads, torch.compile(TransformerLayer.finish, dynamic=True)
+@cache  # so that all engines share what is compiled
+def _compile_parts() -> tuple[Callable[..., Heads], Callable[..., tuple[Tensor]]]:
+    """Return the token-wise parts of a layer, which PyTorch compiles once for each width."""
+    begin = torch.compile(TransformerLayer.begin, dynamic=True)
+    return begin, torch.compile(TransformerLayer.finish, dynamic=True)
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two that is no less."""
+    """Return the smallest power of two that is not below a number."""
     return 1 << max(0, number - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every backbone needs of a batch.
+    """The part of a batch that all backbones read.
 
     Attributes:
         ids: `(tokens,)` token ids.
         scale: `(tokens,)` factors of token dropout.
-        positions: `(tokens,)` columns.
-        mix: attention over `q, k, v` of the batch.
+        positions: `(tokens,)` columns of the tokens.
+        mix: function of `q, k, v` that computes attention within the sequences of the batch.
     """
 
     ids: Tensor
@@ -87,11 +113,11 @@ class Inputs:
 
 
 class Slot:
-    """Tensors of a fixed shape that batches are copied into.
+    """Tensors of a fixed shape, at addresses that stay, into which batches are copied for a graph to read.
 
     Args:
-        shape: the shape.
-        inputs: the first batch, for dtypes and device.
+        shape: shape of the tensors.
+        inputs: any batch; the tensors have its dtypes and device.
     """
 
     def __init__(self, shape: Shape, inputs: Inputs) -> None:
@@ -103,44 +129,51 @@ class Slot:
         self.inputs = Inputs(self._ids, self._scale, self._positions, mix)
 
     def fill(self, inputs: Inputs, edges: Tensor) -> None:
-        """Copies a batch in; behind it stands one sequence of padding, then empty ones."""
+        """Copy a batch in; after it stand one sequence of padding and then empty sequences.
+
+        Args:
+            inputs: batch, of no more tokens than the slot has.
+            edges: `(sequences + 1,)` edges of its sequences.
+        """
         size = len(self._ids)
-        for fixed, given, filling in (
+        for fixed, new, filling in (
             (self._ids, inputs.ids, ALPHABET.padding_idx),
             (self._scale, inputs.scale, 0),
             (self._positions, inputs.positions, 0),
             (self._edges, edges, size),
         ):
-            fixed[: len(given)].copy_(given)
-            fixed[len(given) :].fill_(filling)
+            fixed[: len(new)].copy_(new)
+            fixed[len(new) :].fill_(filling)
 
 
 class Recording(NamedTuple):
-    """A CUDA graph and the tensors that it reads."""
+    """A CUDA graph, and the slot that it reads."""
 
     slot: Slot
     graph: torch.cuda.CUDAGraph
 
 
 class Engine:
-    """Runs a chain's backbones without gradients, faster than the modules do by themselves.
+    """A function that runs a chain's backbones without gradients, faster than the modules run by themselves.
 
-    Results are the modules' own up to the rounding of fused arithmetic, and the same bits for the same
-    batch whichever levels run.
+    Results are those of the modules up to the rounding of fused arithmetic. The same batch gives the same
+    bits, whichever levels run.
 
     Args:
-        family: the backbones by level, smallest first, on one device.
+        family: backbones by level, smallest first, on one device.
     """
 
     def __init__(self, family: Mapping[str, ESM2]) -> None:
         self._family = dict(family)
-        self._heads, self._finish = _fused()
+        self._begin, self._finish = _compile_parts()
         weight = next(iter(family.values())).embed_tokens.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._recordings: OrderedDict[tuple[Shape, int], Recording] = OrderedDict()
         if self._device.type == "cuda":
             self._side = torch.cuda.Stream(self._device)
         if self._records:
+            # All graphs share one memory pool, so that a replay overwrites what another graph left there.
+            # Each graph therefore ends by copying its results into these buffers, which lie outside the pool.
             self._pool = torch.cuda.graph_pool_handle()
             self._hidden = {
                 level: torch.empty(GRAPH_TOKENS, backbone.embed_dim, device=self._device)
@@ -148,55 +181,69 @@ class Engine:
             }
 
     @torch.inference_mode()
-    def __call__(self, tokens: Tensor, packing: Packing, levels: int) -> dict[str, Tensor]:
-        """Packed raw embeddings of the first `levels` backbones, valid until the next call."""
+    def __call__(self, tokens: Tensor, packing: Packing, count: int) -> dict[str, Tensor]:
+        """Run the first backbones of the family.
+
+        Args:
+            tokens: `(batch, time)` ids.
+            packing: packing of the tokens that are no padding.
+            count: number of backbones to run.
+
+        Returns:
+            `(tokens, width)` packed raw embeddings by level, which the next call overwrites.
+        """
         ids, scale = token_dropout(tokens, packing, at_least_float32(self._dtype))
         inputs = Inputs(ids, scale, packing.positions, partial(attend, packing=packing))
         if not self._records or not 0 < len(ids) <= GRAPH_TOKENS:
-            return self._run(inputs, levels)
+            return self._run(inputs, count)
         shape = shape_for(packing)
         try:
-            recording = self._recordings.pop((shape, levels), None) or self._record(
-                shape, inputs, packing, levels
+            recording = self._recordings.pop((shape, count), None) or self._record(
+                shape, inputs, packing, count
             )
-        except torch.OutOfMemoryError:  # of graphs' own memory: without any the batch may fit
+        except torch.OutOfMemoryError:  # graphs have memory of their own; without them the batch may fit
             self._recordings.clear()
-            return self._run(inputs, levels)
-        self._recordings[shape, levels] = recording
+            return self._run(inputs, count)
+        self._recordings[shape, count] = recording  # at the end of the order, as the last one used
         if len(self._recordings) > MOST_RECORDINGS:
             self._recordings.popitem(last=False)
-        recording.slot.fill(inputs, packing.boundaries)
+        recording.slot.fill(inputs, packing.edge_tensor)
         recording.graph.replay()
-        return {level: self._hidden[level][: len(ids)] for level in list(self._family)[:levels]}
+        return {level: self._hidden[level][: len(ids)] for level in list(self._family)[:count]}
 
     @property
     def _records(self) -> bool:
-        """Whether small batches are replayed as graphs: where attention needs nothing from the host."""
+        """Whether small batches are replayed as graphs: where attention needs nothing from the CPU."""
         sizes = (each.embed_dim // each.attention_heads for each in self._family.values())
         return all(hardware.has_varlen(self._device, self._dtype, size) for size in sizes)
 
-    def _record(self, shape: Shape, inputs: Inputs, packing: Packing, levels: int) -> Recording:
-        """Records the shape as a graph, after a run that compiles what is not compiled yet."""
+    def _record(self, shape: Shape, inputs: Inputs, packing: Packing, count: int) -> Recording:
+        """Return a new recording of the first backbones for a shape.
+
+        They run once before, to compile what is not compiled yet: a compiler must not run while a graph is
+        recorded. PyTorch asks for a stream of its own for that run. It waits for the copies into the slot,
+        and recording waits for it.
+        """
         slot = Slot(shape, inputs)
-        slot.fill(inputs, packing.boundaries)
+        slot.fill(inputs, packing.edge_tensor)
         warming, main = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         warming.wait_stream(main)
         with torch.cuda.stream(warming):
-            self._run(slot.inputs, levels)
+            self._run(slot.inputs, count)
         main.wait_stream(warming)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            for level, hidden in self._run(slot.inputs, levels).items():
+            for level, hidden in self._run(slot.inputs, count).items():
                 self._hidden[level][: shape.tokens].copy_(hidden)
         return Recording(slot, graph)
 
-    def _run(self, inputs: Inputs, levels: int) -> dict[str, Tensor]:
-        """The first backbones; on a GPU the smaller ones beside the largest.
+    def _run(self, inputs: Inputs, count: int) -> dict[str, Tensor]:
+        """Return raw embeddings of the first backbones; on a GPU the smaller ones run beside the largest.
 
-        The side stream waits for the main one at every start, so memory that it lent to the main
-        stream is not used again before its turn.
+        The side stream waits for the main stream before it starts. Without that, PyTorch's allocator could
+        give the side stream the memory of its last results again while the main stream still reads them.
         """
-        *smaller, largest = list(self._family)[:levels]
+        *smaller, largest = list(self._family)[:count]
         if not smaller or self._device.type != "cuda":
             return {level: self._run_one(level, inputs) for level in (*smaller, largest)}
         main = torch.cuda.current_stream(self._device)
@@ -208,11 +255,11 @@ class Engine:
         return raw
 
     def _run_one(self, level: str, inputs: Inputs) -> Tensor:
-        """One backbone's final hidden states."""
+        """Return one backbone's final hidden states."""
         backbone = self._family[level]
         x = backbone.embedded(inputs.ids, inputs.scale)
         rotation = backbone.rotation(inputs.positions)
         for layer in backbone.layers:
-            q, k, v = self._heads(layer, x, *rotation)
+            q, k, v = self._begin(layer, x, *rotation)
             (x,) = self._finish(layer, x, inputs.mix(q, k, v))
         return backbone.emb_layer_norm_after(x)

@@ -1,6 +1,6 @@
-"""One backbone: ESM-2 as a plain module over packed tokens.
+"""`ESM2`: one backbone as a plain module over packed tokens.
 
-Parameter names are fair-esm's, so that its state dicts load unchanged; numerics are fair-esm's too
+Parameters have fair-esm's names, so that its state dicts load unchanged, and numerics are fair-esm's too
 (Lin et al., Science 2023, doi:10.1126/science.ade2574). Three things differ: no work is done on padding,
 attention maps are built only when asked for, and the residual stream is float32 where weights are half.
 """
@@ -22,11 +22,12 @@ from rd_torch.backbone.precision import ResidualNorm, at_least_float32
 from rd_torch.config import ALPHABET, Level, Reference
 from rd_torch.modules import StateDict, device_of, is_fetched, row_of
 
-# Training masked 15 % of the residues and blanked 80 % of those: the share of the embedding that
-# token dropout left on average, to which every sequence is scaled back.
+# Training turned 80 % of 15 % of the residues into `<mask>`, whose embeddings token dropout set to zero. This
+# share was left on average, and the embeddings of every sequence are scaled to it.
 MEAN_SHARE_KEPT = 1 - 0.15 * 0.8
 
-# Tokens of a soft sequence that count as not masked at the least, where all but nothing is at `<mask>`.
+# Least number of tokens of a soft sequence that count as not masked: a choice, so that a sequence which is
+# `<mask>` all over does not divide by zero.
 LEAST_KEPT = 1e-6
 
 EMBEDDING = "embed_tokens.weight"
@@ -35,14 +36,20 @@ _FAIR_ESMS = ("esm.model.esm2", "ESM2")
 
 
 def token_dropout(tokens: Tensor, packing: Packing, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What token dropout makes of a batch: packed tokens, and the factor of each one's embedding.
+    """Apply token dropout, which ESM-2 does at inference too, to a batch.
 
-    `<mask>` enters as zeros. The rest is scaled by 0.88 over the share of the sequence's tokens that are
-    not masked, computed in `dtype`. Of distributions, `(batch, time, 33)`, the share at `<mask>` enters as
-    zeros and counts as masked.
+    The embedding of `<mask>` becomes zeros. Others are multiplied by 0.88 over the share of the sequence's
+    tokens that are not masked. In a distribution the probability of `<mask>` counts as that much of a masked
+    token.
+
+    Args:
+        tokens: `(batch, time)` ids, or `(batch, time, 33)` distributions.
+        packing: packing of the tokens that are no padding.
+        dtype: dtype to compute in.
 
     Returns:
-        `(tokens,)` ids, or `(tokens, 33)` distributions in `dtype` without what is at `<mask>`; `(tokens,)`.
+        `(tokens,)` packed ids, or `(tokens, 33)` packed distributions in `dtype` with zeros at `<mask>`; and
+        the `(tokens,)` factors of their embeddings.
     """
     packed = packing.pack(tokens)
     count = packing.real.sum(1)
@@ -57,8 +64,8 @@ def token_dropout(tokens: Tensor, packing: Packing, dtype: torch.dtype) -> tuple
     return packed, scale[packing.sequence].masked_fill(packed == ALPHABET.mask_idx, 0)
 
 
-def _own_angles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every layer's `inv_freq`, in float32 at least and, where layers share one, a copy each."""
+def _copy_angles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the `inv_freq` of every layer, in float32 at least, and copied where layers share it."""
     angles: dict[str, Tensor] = {}
     for name, inv_freq in tensors.items():
         if name.endswith("rot_emb.inv_freq"):
@@ -69,7 +76,7 @@ def _own_angles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _drop_twin(module: nn.Module, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
-    """Takes out of what is loaded the language-model head's weight, which is the embeddings' second name."""
+    """Remove the language-model head's weight from a state dict: it is the embedding under a second name."""
     *_, errors = others
     twin = state.get(f"{prefix}lm_head.weight")
     if twin is None or not cast(ESM2, module).has_lm_head:
@@ -83,33 +90,33 @@ def _drop_twin(module: nn.Module, state: dict[str, Tensor], prefix: str, *others
 
 
 def _is_fair_esms(module: object) -> bool:
-    """Whether this is an `esm.ESM2` object; told by name, so that nothing called `esm` need be installed."""
+    """Return whether a module is an `esm.ESM2`, by its class's name, so that `esm` need not be installed."""
     return any((kind.__module__, kind.__name__) == _FAIR_ESMS for kind in type(module).__mro__)
 
 
 class MissingHead(nn.Module):
-    """Stands where a checkpoint has no head, and says so to whoever asks for it."""
+    """A module in place of a head that the checkpoint does not have; a call of it is an error."""
 
     def forward(self, *_: object) -> Tensor:
-        """Raises a RuntimeError."""
+        """Raise a RuntimeError."""
         raise RuntimeError(
-            "expected a backbone with this head, got one whose checkpoint has none: load ESM-2's own "
-            "file, for fair-esm's beside its `-contact-regression.pt`"
+            "expected a backbone with this head, got one whose checkpoint has none: load ESM-2's own file; a "
+            "file of fair-esm's needs its `-contact-regression.pt` beside it"
         )
 
 
 class ESM2(nn.Module):
-    """An ESM-2 encoder of any size: token ids in, final hidden states of the real tokens out.
+    """An ESM-2 encoder of any size, from token ids to final hidden states of the real tokens.
 
     Args:
-        num_layers: transformer layers.
-        embed_dim: features a token.
-        attention_heads: heads a layer.
+        num_layers: number of transformer layers.
+        embed_dim: number of features of a token.
+        attention_heads: number of attention heads in each layer.
 
     Attributes:
-        reference: where the weights lie on the Hub, if they came from there.
-        checkpointing: whether layers are computed again in the backward pass, in place of keeping what
-            they made on the way.
+        reference: where the weights lie on the Hub; None where they did not come from there.
+        checkpointing: whether the backward pass computes layers again, so that their activations are not
+            kept.
 
     Examples:
         >>> backbone = rd_torch.ESM2(num_layers=2, embed_dim=32, attention_heads=4)  # random weights
@@ -125,7 +132,7 @@ class ESM2(nn.Module):
         self.attention_heads = attention_heads
         self.reference: Reference | None = None
         self.checkpointing = False
-        # without padding_idx, which would keep the language-model head's gradient from one row of the table
+        # Without padding_idx, which would keep the language-model head's gradient from one row of the table.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(len(ALPHABET), embed_dim), freeze=False)
         if not self.embed_tokens.weight.is_meta:  # where normal_ would import the compiler for a second
             nn.init.normal_(self.embed_tokens.weight)
@@ -139,20 +146,26 @@ class ESM2(nn.Module):
 
     @classmethod
     def from_tensors(cls, level: Level, tensors: Mapping[str, Tensor]) -> ESM2:
-        """A module around the given tensors under fair-esm's names, which it shares, not copies.
+        """Make a backbone around tensors, which are shared, not copied.
 
-        A head that the tensors lack altogether is a `MissingHead`.
+        Args:
+            level: shape of the backbone.
+            tensors: tensors under fair-esm's names. If those of a head are all missing, the head becomes a
+                `MissingHead`.
+
+        Returns:
+            The backbone.
 
         Raises:
-            ValueError: when names or shapes are not the level's, or layers disagree on their angles.
+            ValueError: for names or shapes that are not the level's, or layers whose angles differ.
         """
-        with torch.device("meta"):
+        with torch.device("meta"):  # without memory, which the tensors bring
             module = cls(level.num_layers, level.width, level.attention_heads)
         module.reference = level.reference
         for head in ("lm_head", "contact_head"):
             if not any(name.startswith(f"{head}.") for name in tensors):
                 setattr(module, head, MissingHead())
-        angles = _own_angles(tensors)
+        angles = _copy_angles(tensors)
         if len({tuple(inv_freq.tolist()) for inv_freq in angles.values()}) > 1:
             raise ValueError(f"expected one inv_freq for all layers of level {level.name}, got several")
         try:
@@ -163,11 +176,14 @@ class ESM2(nn.Module):
 
     @classmethod
     def sharing(cls, module: nn.Module) -> ESM2:
-        """The module itself, or one of ours around the tensors of an `esm.ESM2` object.
+        """Return the module itself if it is an `ESM2`, or one that shares the tensors of an `esm.ESM2`.
+
+        Args:
+            module: backbone of either kind.
 
         Raises:
             TypeError: for a module of another kind.
-            ValueError: for one without token dropout, which is not ESM-2's.
+            ValueError: for an `esm.ESM2` without token dropout, which ESM-2 was trained with.
         """
         if isinstance(module, cls):
             return module
@@ -184,7 +200,7 @@ class ESM2(nn.Module):
         return ours
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Ties the language-model head to whatever comes in the embedding's place, such as an adapter."""
+        """Tie the language-model head to whatever takes the embedding's place, such as an adapter."""
         super().__setattr__(name, value)
         if name == "embed_tokens" and isinstance(head := self._modules.get("lm_head"), LMHead):
             head.tie(value)
@@ -195,30 +211,37 @@ class ESM2(nn.Module):
         return not isinstance(self.lm_head, MissingHead)
 
     def tensors(self) -> StateDict:
-        """All tensors by fair-esm's names, but for `lm_head.weight`, which is `embed_tokens.weight`."""
+        """Return all tensors by fair-esm's names; `lm_head.weight` is `embed_tokens.weight` and left out."""
         return StateDict(self)
 
     def freeze_heads(self) -> None:
-        """Stops the heads from training, but for the weight that is tied to the embeddings."""
+        """Stop the heads from training; the weight that is tied to the embedding still trains."""
         for head in (self.lm_head, self.contact_head):
             head.requires_grad_(False)
 
     def embedding_tensors(self) -> StateDict:
-        """The tensors that embeddings depend on, by fair-esm's names: all but the heads'."""
+        """Return the tensors that embeddings depend on, by fair-esm's names: all but those of the heads."""
         return StateDict(self, lambda name: not name.startswith(("lm_head.", "contact_head.")))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype, which the norms keep where others are quantised."""
+        """Dtype of the weights, read from a norm, because norms keep it where other layers are quantised."""
         return self.emb_layer_norm_after.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Device that token ids must be on."""
         return device_of(self)
 
     def require_device_of(self, tokens: Tensor) -> None:
-        """Raises a ValueError unless the weights are where the tokens are."""
+        """Refuse tokens that are on another device than the weights.
+
+        Args:
+            tokens: ids or distributions.
+
+        Raises:
+            ValueError: for tokens on another device.
+        """
         device = device_of(self)
         if tokens.device != device and not (device.type == "meta" and is_fetched(self)):
             raise ValueError(
@@ -227,19 +250,19 @@ class ESM2(nn.Module):
             )
 
     def forward(self, tokens: Tensor, packing: Packing, sink: AttentionSink | None = None) -> Tensor:
-        """Runs all layers and the last LayerNorm.
+        """Run all layers and the last LayerNorm.
 
         Args:
             tokens: `(batch, time)` integer ids of fair-esm's alphabet, or `(batch, time, 33)` distributions.
-            packing: the packing of the tokens that are no padding.
-            sink: called once a layer with its `(batch, heads, time, time)` attention maps.
+            packing: packing of the tokens that are no padding.
+            sink: function that is called with the `(batch, heads, time, time)` attention maps of each layer.
 
         Returns:
-            `(tokens, width)` final hidden states in packed order, in float32 for half-precision
-            weights; `packing.unpack` pads them.
+            `(tokens, width)` final hidden states in packed order, in float32 where weights are in a half
+            type; `packing.unpack` pads them.
         """
         rotation = self.rotation(packing.positions)
-        exact = rotation[0].dtype  # angles are never in a half type, and asking them reads no weight
+        exact = rotation[0].dtype  # that of the angles: it is no half type, and no weight is read for it
         x = self.embedded(*token_dropout(tokens, packing, exact))
         checkpointed = self.checkpointing and torch.is_grad_enabled() and sink is None
         for layer in self.layers:
@@ -250,7 +273,12 @@ class ESM2(nn.Module):
         return self.emb_layer_norm_after(x)
 
     def embedded(self, packed: Tensor, scale: Tensor) -> Tensor:
-        """`(tokens, width)` the residual stream's beginning; arguments as `token_dropout` gives them."""
+        """Return the `(tokens, width)` residual stream before the first layer.
+
+        Args:
+            packed: `(tokens,)` ids, or `(tokens, 33)` distributions, as `token_dropout` returns them.
+            scale: `(tokens,)` factors of the embeddings.
+        """
         if not packed.is_floating_point():
             rows = self.embed_tokens(packed)
             return rows.to(at_least_float32(rows.dtype)) * scale[:, None]
@@ -259,9 +287,9 @@ class ESM2(nn.Module):
             return torch.matmul(packed, table.to(packed.dtype)) * scale[:, None]
 
     def rotation(self, positions: Tensor) -> Rotation:
-        """Cosines and signed sines of `(tokens,)` positions."""
+        """Return cosines and signed sines of `(tokens,)` positions, which are the same in all layers."""
         return self.layers[0].self_attn.rot_emb(positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The language-model head's logits, `(..., 33)`, of final hidden states."""
+        """Return `(..., 33)` logits of `(..., width)` final hidden states, by the language-model head."""
         return self.lm_head(hidden)

@@ -1,9 +1,9 @@
-"""Padded `(batch, time)` to packed `(tokens,)` and back: no work is done on padding.
+"""Pack padded `(batch, time)` tokens into `(tokens,)` and unpack them, so that no work is done on padding.
 
 Packed tokens stand sequence after sequence, longest first, so that sequences of similar length
 are neighbours and attention can run on whole buckets of them. One packing serves every backbone
-of a chain. While tracing (`torch.compile`, `torch.export`) shapes must not depend on values: the
-packing is then *padded*, every position counts as a token and a mask keeps attention off padding.
+of a chain. While tracing (`torch.compile`, `torch.export`) shapes must not depend on values. Then the
+packing is *padded*: every position counts as a token, and a mask keeps attention off padding.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-# A sequence joins a bucket while it is at least this share of the bucket's longest: attention does
-# at most 1 / 0.85^2 times the work on padding, and a batch needs few calls.
+# A sequence joins a bucket while it is at least this share of the bucket's longest. A choice between work on
+# padding, with which attention does at most 1 / 0.85^2 = 1.4 times the needed work, and the number of calls.
 SHORTEST_SHARE = 0.85
 
-# Features in a chunk of tokens: what a layer makes of them stays in a CPU's cache. At least 256 tokens,
-# so that its matrix products read the weights seldom, in multiples of what vector units take at a time.
+# Features in a chunk of tokens: 1,024 tokens of the 650M backbone, which were measured faster than 512. Their
+# feed-forward block takes 20 MiB in float32, which many a CPU's cache can hold.
 CHUNK_FEATURES = 1024 * 1280
+
+# Least number of tokens in a chunk, however wide they are. A choice: with fewer tokens a matrix product reads
+# all weights for little work.
 CHUNK_TOKENS = 256
+
+# The number of tokens in a chunk is a multiple of this: AVX512 takes so many float32 numbers at once.
 CHUNK_MULTIPLE = 16
 
 
@@ -34,14 +39,14 @@ class Bucket:
     """Neighbouring sequences that share one attention call.
 
     Attributes:
-        start: first packed token of the bucket.
-        stop: packed token behind its last.
-        rows: number of sequences n.
-        length: tokens of its longest sequence.
-        slots: `(n * length,)` packed token of each slot, relative to `start`; None where the packed
-            tokens are the slots.
+        start: index of the first packed token of the bucket.
+        stop: index of the packed token after its last.
+        rows: number n of sequences.
+        length: number of tokens in the longest sequence. Each sequence has so many slots.
+        slots: `(n * length,)` index of the packed token in each slot, counted from `start`; None where all
+            sequences are equally long, so that packed tokens and slots are the same.
         kept: `(stop - start,)` slot of each packed token; None likewise.
-        mask: `(n, 1, 1, length)` True at slots that hold a token; None where all do.
+        mask: `(n, 1, 1, length)`, True at slots that hold a token; None where all do.
     """
 
     start: int
@@ -53,14 +58,14 @@ class Bucket:
     mask: Tensor | None = None
 
     def spread(self, packed: Tensor) -> Tensor:
-        """`(tokens, heads, size)` of the whole batch to this bucket's `(n, heads, length, size)`."""
+        """Return this bucket's part of `(tokens, heads, size)`, spread to `(n, heads, length, size)`."""
         here = packed[self.start : self.stop]
         if self.slots is not None:
-            here = here.index_select(0, self.slots)  # whose gradient is cheaper than of here[...]
+            here = here.index_select(0, self.slots)  # its gradient is cheaper than that of here[self.slots]
         return here.unflatten(0, (self.rows, self.length)).transpose(1, 2)
 
     def gather(self, spread: Tensor) -> Tensor:
-        """`(n, heads, length, size)` back to this bucket's packed `(stop - start, heads, size)`."""
+        """Return `(n, heads, length, size)` gathered to the bucket's `(stop - start, heads, size)` tokens."""
         slots = spread.transpose(1, 2).flatten(0, 1)
         return slots if self.kept is None else slots.index_select(0, self.kept)
 
@@ -70,15 +75,15 @@ class Packing:
     """Where the real tokens of a padded batch stand, and how attention groups them.
 
     Attributes:
-        shape: `(batch, time)` of the padded batch.
-        real: `(batch, time)` True at tokens that are not padding.
-        index: `(tokens,)` flat place in the padded batch of each packed token; None when the
-            packing is padded and every place counts.
-        positions: `(tokens,)` column of each token: 0 at the first, padding counted, as fair-esm.
+        shape: `(batch, time)`, the shape of the padded batch.
+        real: `(batch, time)`, True at tokens that are not padding.
+        index: `(tokens,)` place of each packed token in the flattened padded batch; None where the packing
+            is padded and every place counts.
+        positions: `(tokens,)` column of each token, counted from 0 and with padding, as in fair-esm.
         sequence: `(tokens,)` row of each token.
-        edges: packed token at which each sequence begins, and the number of all behind them; empty
-            when the packing is padded.
-        longest: tokens of the longest sequence; 0 when the packing is padded or holds no token.
+        edges: index of the packed token at which each sequence begins, and the number of tokens after them;
+            empty where the packing is padded.
+        longest: number of tokens in the longest sequence; 0 where the packing is padded or has no token.
     """
 
     shape: tuple[int, int]
@@ -91,7 +96,7 @@ class Packing:
 
     @classmethod
     def of(cls, real: Tensor) -> Packing:
-        """Packs the places where `real`, `(batch, time)` bool, is True."""
+        """Return the packing of the places where `real`, a `(batch, time)` mask, is True."""
         if torch.compiler.is_compiling():
             return cls.padded(real)
         counts = real.sum(1)
@@ -99,7 +104,7 @@ class Packing:
         places = torch.arange(real.numel(), device=real.device).view(real.shape)
         index = places[order][real[order]]
         batch, time = real.shape
-        lengths = _listed(counts[order])
+        lengths = _to_list(counts[order])
         return cls(
             shape=(batch, time),
             real=real,
@@ -112,7 +117,7 @@ class Packing:
 
     @classmethod
     def padded(cls, real: Tensor) -> Packing:
-        """The packing that keeps every place of the batch, padding too, behind a mask."""
+        """Return the packing that keeps every place of the batch, with a mask for padding."""
         batch, time = real.shape
         places = torch.arange(time, device=real.device)
         rows = torch.arange(batch, device=real.device)
@@ -120,31 +125,32 @@ class Packing:
             shape=(batch, time),
             real=real,
             index=None,
+            # Expanded and not repeated, which PyTorch 2.11 would export for a batch of this size alone.
             positions=places.expand(batch, time).flatten(),
             sequence=rows[:, None].expand(batch, time).flatten(),
         )
 
     @cached_property
-    def boundaries(self) -> Tensor:
-        """`(sequences + 1,)` the edges as an int32 tensor, as kernels want them."""
+    def edge_tensor(self) -> Tensor:
+        """The edges as a `(sequences + 1,)` int32 tensor, which kernels take."""
         return torch.tensor(self.edges, dtype=torch.int32).to(self.real.device, non_blocking=True)
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """The groups of similar length for attention, in packed order; when padded one, with a mask."""
+        """The groups of similar length for attention, in packed order; a padded packing has one, masked."""
         if self.index is None:
             batch, time = self.shape
             return (Bucket(0, batch * time, batch, time, mask=self.real[:, None, None, :]),)
-        return self._cut_buckets
+        return self._packed_buckets
 
-    @cached_property
-    def _cut_buckets(self) -> tuple[Bucket, ...]:
+    @cached_property  # once a batch: every layer of every backbone asks
+    def _packed_buckets(self) -> tuple[Bucket, ...]:
         lengths = [stop - start for start, stop in pairwise(self.edges)]
         return _cut_buckets(lengths, self.real.device)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Packing:
-        """The same on another device, as whatever spreads layers over devices asks of their inputs."""
-        device = torch.empty(0, device=device).device
+        """Return the same packing on another device, as code that spreads layers over devices expects."""
+        device = torch.empty(0, device=device).device  # gives "cuda" its number
         if device == self.real.device:
             return self
         moved = self._moved.get(device)
@@ -162,12 +168,12 @@ class Packing:
         return {}
 
     def pack(self, padded: Tensor) -> Tensor:
-        """`(batch, time, ...)` to `(tokens, ...)`."""
+        """Return the `(tokens, ...)` of `(batch, time, ...)` that count."""
         flat = padded.flatten(0, 1)
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """`(tokens, ...)` to `(batch, time, ...)` where the padded batch is, zeros at padding."""
+        """Return `(tokens, ...)` as `(batch, time, ...)`, on the batch's device and with zeros at padding."""
         packed = packed.to(self.real.device)
         batch, time = self.shape
         if self.index is None:
@@ -178,8 +184,8 @@ class Packing:
         return flat.index_copy(0, self.index, packed).unflatten(0, (batch, time))
 
 
-def _listed(numbers: Tensor) -> list[int]:
-    """A tensor's whole numbers, also within `torch.func`, where older versions have no `tolist`."""
+def _to_list(numbers: Tensor) -> list[int]:
+    """Return a tensor's whole numbers, also within `torch.func`, where PyTorch 2.6 and 2.8 lack `tolist`."""
     try:
         return cast(list[int], numbers.tolist())
     except RuntimeError:
@@ -187,7 +193,7 @@ def _listed(numbers: Tensor) -> list[int]:
 
 
 def _cut_buckets(lengths: Sequence[int], device: torch.device) -> tuple[Bucket, ...]:
-    """Cuts falling lengths into buckets of sequences that are nearly as long as each one's first."""
+    """Return buckets of sequences of falling lengths, each nearly as long as the first in its bucket."""
     buckets: list[Bucket] = []
     first = start = 0
     while first < len(lengths):
@@ -195,14 +201,14 @@ def _cut_buckets(lengths: Sequence[int], device: torch.device) -> tuple[Bucket, 
         last = first
         while last < len(lengths) and lengths[last] >= SHORTEST_SHARE * longest:
             last += 1
-        buckets.append(_bucket(lengths[first:last], start, device))
+        buckets.append(_make_bucket(lengths[first:last], start, device))
         start = buckets[-1].stop
         first = last
     return tuple(buckets)
 
 
-def _bucket(lengths: Sequence[int], start: int, device: torch.device) -> Bucket:
-    """One bucket of sequences of the given falling lengths, whose first token is `start`."""
+def _make_bucket(lengths: Sequence[int], start: int, device: torch.device) -> Bucket:
+    """Return the bucket of sequences of these falling lengths, whose first packed token is `start`."""
     rows, length, stop = len(lengths), lengths[0], start + sum(lengths)
     if lengths[-1] == length:
         return Bucket(start, stop, rows, length)
@@ -216,22 +222,26 @@ def _bucket(lengths: Sequence[int], start: int, device: torch.device) -> Bucket:
 
 
 def is_recorded(*tensors: Tensor) -> bool:
-    """Whether autograd records what is computed of these tensors."""
+    """Return whether autograd records what is computed from these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def in_chunks(
     function: Callable[..., tuple[Tensor, ...]], *packed: Tensor, unless: Callable[[], bool] = lambda: False
 ) -> tuple[Tensor, ...]:
-    """Applies a function that treats each packed token by itself, on a CPU chunk by chunk.
+    """Apply a function that treats each packed token by itself, on a CPU chunk by chunk.
 
-    What it makes on the way then stays in the cache and takes memory for one chunk. Where a graph is
-    recorded or traced that would gain nothing, and the function is applied at once.
+    What the function computes on the way then stays in the cache, and takes the memory of one chunk. Where a
+    graph is recorded or traced that would gain nothing, and the function is applied to all tokens at once.
 
     Args:
-        function: packed tensors in, a tuple of packed tensors out.
-        *packed: tensors of the same number of tokens; the first tells the width.
-        unless: asked where there is more than one chunk; if true, the function is applied at once.
+        function: function that takes packed tensors and returns a tuple of packed tensors.
+        *packed: tensors of the same number of tokens; the first one has the width that sizes chunks.
+        unless: function that is called where there would be several chunks; if it returns true, all tokens
+            go at once.
+
+    Returns:
+        What the function returns for all tokens together.
     """
     first = packed[0]
     if first.device.type != "cpu" or torch.compiler.is_compiling() or is_recorded(*packed):

@@ -1,4 +1,4 @@
-"""What half precision must not touch: angles, maps, the residual stream."""
+"""Keep half precision away from what it would spoil: angles, maps and the residual stream."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rd_torch.hardware import FULL, HALF
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself, or float32 for a half type.
+    """Return the dtype itself, or float32 for a half type.
 
     Raises:
         TypeError: for a dtype that no backbone can have.
@@ -24,29 +24,34 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def apply_outside_half(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Applies a module-wide conversion to a tensor that no half type may touch.
+    """Apply a conversion of a whole module, such as `.half()`, to a tensor that no half type may touch.
 
-    Devices, `float32` and `float64` pass; smaller types become `float32`, so that `.half().float()`
-    gives the same bits back.
+    Args:
+        fn: conversion, as `nn.Module._apply` passes it.
+        tensor: tensor to convert.
+
+    Returns:
+        The tensor where and what the conversion makes it, but in float32 where the conversion would make it
+        smaller, so that `.half().float()` gives the same bits back.
     """
     applied = fn(tensor)
     if applied.is_floating_point() and applied.element_size() < torch.float32.itemsize:
-        return tensor.to(applied.device, torch.float32)
+        return tensor.to(applied.device, torch.float32)  # from `tensor`, for `applied` is rounded already
     return applied
 
 
 class ResidualNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its input: the residual stream's, which no half type may round."""
+    """A LayerNorm in the dtype of its input, which is the residual stream and must not be rounded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(tokens, width)` to the same."""
+        """Return `(tokens, width)` normalised, in the dtype of `x`."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class BranchNorm(ResidualNorm):
-    """The same at the beginning of a layer's branch, which goes on in the weights' dtype."""
+    """The same LayerNorm at the beginning of a layer's branch, which goes on in the dtype of the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(tokens, width)` to the same in the weights' dtype."""
+        """Return `(tokens, width)` normalised, in the dtype of the weights."""
         return super().forward(x).to(self.weight.dtype)

@@ -1,9 +1,9 @@
-"""What `prepare_inference` makes of a chain: an engine that has given the reference's numbers here, or none.
+"""Prepare a chain for inference: make an engine, and use it only if it gives the modules' numbers.
 
 The engine's kernels are generated, fused and recorded on the device at hand, by compilers and drivers that
-nobody could try beforehand. So it runs two probe batches first, beside the modules themselves, which are the
-reference; what it says may be further from them only as half precision is from float32. An engine that says
-something else, or fails in whatever way, is left out with one warning.
+nobody could try beforehand. So the engine first runs two probe batches beside the modules themselves, which
+are the reference. Its embeddings may differ from theirs as much as half precision differs from float32. An
+engine whose embeddings differ more, or that fails in whatever way, is left out with one warning.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PROBES: Final = (
     (UBIQUITIN * 3, "M", UBIQUITIN[20:60], UBIQUITIN, "XBUZO", UBIQUITIN[::-1] * 2),
     (UBIQUITIN[::-1] * 3, "G", UBIQUITIN[10:50], UBIQUITIN[::-1], "OUXZB", UBIQUITIN * 2),
 )
-"""Two batches of unequal lengths, the same in both, so that the second is a replay of the first's graph."""
+"""Two batches of the same unequal lengths, so that the second one replays the graph of the first."""
 
 
 class Limit(NamedTuple):
-    """How far an embedding may be from the reference's over a batch.
+    """How far embeddings of a batch may be from the reference's.
 
     Attributes:
         error: mean of the absolute differences, in standard deviations of the reference's features.
-        cosine: smallest cosine of a token's two embeddings, both less the reference's mean.
+        cosine: smallest cosine between a token's two embeddings, after the reference's mean is subtracted.
     """
 
     error: float
@@ -50,13 +50,14 @@ LIMITS: Final = {
     torch.float32: Limit(2e-5, 0.9999999),
     torch.float64: Limit(2e-5, 0.9999999),
 }
-"""By the backbones' dtype: what half precision with a float32 residual stream costs at the most.
+"""The largest error and smallest cosine that count as rounding, by the backbones' dtype.
 
-The half types' are the worst of any level in `benchmarks/results/half_precision_*.json`.
+Those of half types are the worst that any level had, with a float32 residual stream, in
+`benchmarks/results/half_precision_*.json`. For float32 the error is what all tests allow it (2e-5), and the
+cosine a choice.
 """
 
-
-PLAIN: Final = frozenset(
+OWN_MODULES: Final = frozenset(
     {
         ESM2,
         TransformerLayer,
@@ -69,46 +70,54 @@ PLAIN: Final = frozenset(
         nn.ModuleList,
     }
 )
-"""The modules that the engine knows: others may do what it would leave out or freeze into a graph."""
+"""The classes of ESM-2's own modules; an engine might skip what others do, or freeze it into a graph."""
 
 
 def obstacle(family: Mapping[str, ESM2]) -> str | None:
-    """What the engine would pass over in the backbones: modules of other kinds, hooks; None where nothing.
+    """Return what in the backbones an engine or an exported file would not follow, as a sentence.
 
-    An adapter of PEFT's can be switched off without any tensor changing, which a recorded graph would not
-    notice; hooks would not run.
+    These are hooks, which would not run, and modules that are not ESM-2's own. An adapter of PEFT, for
+    example, can be switched off while all tensors stay the same, which a recorded graph would not notice.
+
+    Args:
+        family: backbones by level.
+
+    Returns:
+        A sentence that names the first such module, without a capital and a full stop; None where there is
+        none.
     """
     for level, backbone in family.items():
-        for name, module in _running(backbone):
+        for name, module in _encoder_modules(backbone):
             place = f"{level}.{name}".rstrip(".")
             kind = type(module)
-            if kind not in PLAIN:
+            if kind not in OWN_MODULES:
                 return f"{place} is a {kind.__module__}.{kind.__name__}, not one of ESM-2's own modules"
             if _is_hooked(module):
                 return f"{place} has hooks"
     return None
 
 
-def _running(backbone: ESM2) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a backbone that run for its embedding, by name: all but its heads."""
+def _encoder_modules(backbone: ESM2) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the names and modules of a backbone that run for its embedding, which are all but its heads."""
     for name, module in backbone.named_modules():
         if not name.startswith(("lm_head", "contact_head")):
             yield name, module
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether something else than the class's own `forward` runs when the module is called."""
+    """Return whether a call of the module runs anything else than the `forward` of its class."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 class Prepared:
-    """A chain's backbones, and the engine that may run in their place while they stay as they are.
+    """The engine of a chain's backbones, if there is one, and whether it may still run in their place.
 
     Args:
-        family: the backbones by level, smallest first, on one device.
+        family: backbones by level, smallest first, on one device.
     """
 
     def __init__(self, family: Mapping[str, ESM2]) -> None:
+        # Modules and tensors, and the dictionaries that hold them, where `is_current` looks for others.
         self._parts = [
             (container, name, part)
             for backbone in family.values()
@@ -118,7 +127,7 @@ class Prepared:
         ]
         self._tensors = [part for _, _, part in self._parts if isinstance(part, Tensor)]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        self._modules = [module for backbone in family.values() for _, module in _running(backbone)]
+        self._modules = [module for backbone in family.values() for _, module in _encoder_modules(backbone)]
         self._engine: Engine | None = None
         reason = obstacle(family)
         if reason is None:
@@ -134,9 +143,9 @@ class Prepared:
 
     @property
     def is_current(self) -> bool:
-        """Whether modules and tensors are what and where they were: graphs would not notice others.
+        """Whether modules and tensors are those that the engine was made from, where they were then.
 
-        Nor would hooks run that somebody has registered since.
+        A graph would go on with the old ones. Hooks that somebody has registered since would not run.
         """
         if self._engine is not None and any(map(_is_hooked, self._modules)):
             return False
@@ -145,8 +154,16 @@ class Prepared:
             container.get(name) is part for container, name, part in self._parts
         )
 
-    def __call__(self, tokens: Tensor, packing: Packing, levels: int) -> dict[str, Tensor] | None:
-        """Packed raw embeddings of the first `levels` backbones; None where the reference has to run.
+    def __call__(self, tokens: Tensor, packing: Packing, count: int) -> dict[str, Tensor] | None:
+        """Run the first backbones of the family, if there is an engine.
+
+        Args:
+            tokens: `(batch, time)` ids.
+            packing: packing of the tokens that are no padding.
+            count: number of backbones to run.
+
+        Returns:
+            `(tokens, width)` packed raw embeddings by level; None where the modules have to run.
 
         Raises:
             torch.OutOfMemoryError: for a batch that the device has no memory for.
@@ -154,10 +171,10 @@ class Prepared:
         if self._engine is None:
             return None
         try:
-            return self._engine(tokens, packing, levels)
+            return self._engine(tokens, packing, count)
         except torch.OutOfMemoryError:
-            raise  # smaller batches are the cure, as on the reference path
-        except Exception as error:  # as above
+            raise  # the caller halves the batch, as on the reference path
+        except Exception as error:  # as above; what fails once is not tried again
             self._engine = None
             _warn_of(_in_one_line(error))
             return None
@@ -165,18 +182,26 @@ class Prepared:
 
 @torch.inference_mode()
 def difference_from_reference(engine: Engine, family: Mapping[str, ESM2]) -> str | None:
-    """Runs the probes on both paths; says where they differ, and None where they do not."""
+    """Run the probes on both paths, and compare the embeddings.
+
+    Args:
+        engine: engine to try.
+        family: backbones by level, which are the reference.
+
+    Returns:
+        A sentence that says where the two differ too much; None where they do not.
+    """
     weight = next(iter(family.values())).embed_tokens.weight
     limit = LIMITS[weight.dtype]
     if weight.dtype == torch.float32 and not hardware.has_exact_float32(weight.device):
-        limit = LIMITS[torch.float16]  # of as many bits as TF32
+        limit = LIMITS[torch.float16]  # TF32 has as many bits as float16
     for probe in PROBES:
         tokens = tokenize(probe).to(weight.device)
         packing = Packing.of(is_real(tokens))
         got = engine(tokens, packing, len(family))
         for level, backbone in family.items():
             error, cosine = _compare(got[level], backbone(tokens, packing))
-            if not (error <= limit.error and cosine >= limit.cosine):
+            if not (error <= limit.error and cosine >= limit.cosine):  # so put that NaN fails too
                 return (
                     f"at level {level} it is {error:.2g} standard deviations from the reference on average, "
                     f"with a smallest cosine of {cosine:.4f}, where {limit.error:.2g} and {limit.cosine:.4f} "
@@ -186,7 +211,7 @@ def difference_from_reference(engine: Engine, family: Mapping[str, ESM2]) -> str
 
 
 def _compare(got: Tensor, expected: Tensor) -> Limit:
-    """The distance of two `(tokens, width)` embeddings, computed in float64 on the CPU."""
+    """Return the distance of two `(tokens, width)` embeddings, computed in float64 on the CPU."""
     got, expected = got.cpu().double(), expected.cpu().double()
     centre, unit = expected.mean(0), expected.var(0).mean().sqrt()
     cosines = torch.cosine_similarity(got - centre, expected - centre, dim=-1)
@@ -194,14 +219,14 @@ def _compare(got: Tensor, expected: Tensor) -> Limit:
 
 
 def _in_one_line(error: Exception) -> str:
-    """The error's kind and the first line of what it says."""
-    said = str(error).strip().splitlines()
-    return f"it fails with {type(error).__name__}" + (f": {said[0]}" if said else "")
+    """Return a sentence with the error's class and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"it fails with {type(error).__name__}" + (f": {lines[0]}" if lines else "")
 
 
 def _warn_of(reason: str) -> None:
     warnings.warn(
-        f"the prepared path is not used on this device, because {reason}; the model runs on the reference "
-        "path, whose results are right",
+        f"the fast path (prepare_inference) is not used on this device, because {reason}; the model runs "
+        "without it, and its results are right",
         stacklevel=4,
     )

@@ -126,7 +126,7 @@ def fit(
     from rd_torch.choices import check_choice
     from rd_torch.cli.progress import ResidueBar
     from rd_torch.disk import part_folder
-    from rd_torch.sums import clear
+    from rd_torch.sums import clear_folder
 
     counts = parse_added(added)
     proteins = take_proteins(paths, options)
@@ -158,7 +158,7 @@ def fit(
                 {level: family[level] for level in wanted}, proteins, strict, left_out, **options
             )
     chain.save_pretrained(output)
-    clear(work_folder)
+    clear_folder(work_folder)
     print_levels(chain.config)
     click.echo(f"Wrote the chain to {output}.", err=True)
     _list_failures(left_out, output)

@@ -111,4 +111,4 @@ def fit_dataset(
     )
     for row in run(dataset, begin, workers, ROWS_PER_BATCH):
         merge_moments(sums, row)
-    return sums.solved(provenance, **options)
+    return sums.solve(provenance, **options)

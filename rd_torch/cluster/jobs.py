@@ -20,7 +20,7 @@ from rd_torch.cluster.steps import (
     merge_moments,
 )
 from rd_torch.cluster.workers import AS_MANY_AS_FIT, Workers, run, stream
-from rd_torch.embedding import EmbedOptions, facts_of, warn_renamed
+from rd_torch.embedding import EmbedOptions, facts_of, warn_of_renamed
 from rd_torch.fitting import shared_family
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
@@ -198,7 +198,7 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
         if left_out is not None:
             left_out += sorted(lost, key=lambda entry: (entry.source, entry.line))
         sums.finish(last["number"] + 1)
-        return sums.solved(provenance, **options)
+        return sums.solve(provenance, **options)
 
 
 def _add_window(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
@@ -206,7 +206,7 @@ def _add_window(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:
     lost += [Entry(*entry) for entry in json.loads(str(row["left_out"]))]
     if not row["before"]:
         merge_moments(sums, row)
-        sums.add(row["number"], row["checksum"])
+        sums.mark_done(row["number"], row["checksum"])
 
 
 def _follow(
@@ -222,6 +222,6 @@ def _follow(
             last = row
             progress.reach(row["read"], row["fraction"])
         progress(row["residues"], row["before"])
-    warn_renamed(last["renamed"])
+    warn_of_renamed(last["renamed"])
     Corrections(*last["corrections"]).warn()
     return last

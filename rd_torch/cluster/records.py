@@ -14,7 +14,7 @@ from rd_torch.letters import Corrections
 from rd_torch.reading import Proteins
 from rd_torch.sequences import Entry, keep_sound, normalize_entries
 from rd_torch.store import Folder, Names, Window, cut_windows
-from rd_torch.sums import Summed
+from rd_torch.sums import SummedWindows
 
 BULK: Final = ("names", "contents", "lengths", "marks")
 """The large columns of a window's table; workers drop them, because the driver does not need them."""
@@ -113,7 +113,7 @@ def read_for_store(records: Records, folder: Folder) -> Iterator[pa.Table]:
         yield _table_of(window, known | {"renamed": names.renamed}, folder.find_done(window) is not None)
 
 
-def read_for_fit(records: Records, tokens_per_batch: int, done: Summed) -> Iterator[pa.Table]:
+def read_for_fit(records: Records, tokens_per_batch: int, done: SummedWindows) -> Iterator[pa.Table]:
     """Read the windows of a fit, on the one machine that reads the files.
 
     Args:

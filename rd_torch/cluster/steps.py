@@ -20,7 +20,7 @@ from torch import nn
 from rd_torch.batching import find_budget, plan_batches
 from rd_torch.cluster.records import BULK
 from rd_torch.cluster.workers import Step
-from rd_torch.embedding import EmbedOptions, embed, embed_windows
+from rd_torch.embedding import EmbedOptions, embed, window_embedder
 from rd_torch.fitting import add_moments, shared_family
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
@@ -76,7 +76,7 @@ def begin_embedding(load: Load, device: str, folder: Folder, limits: Limits) -> 
     if limits.is_budget_free:
         found = find_budget(model.family(facts.width).values(), torch.device(device))
         facts = replace(facts, tokens_per_batch=min(found, facts.tokens_per_batch))
-    compute = embed_windows(model, facts)
+    compute = window_embedder(model, facts)
 
     def step(table: pa.Table) -> pa.Table:
         """Embed the window in a table; return its row, without the records, when its files are written."""

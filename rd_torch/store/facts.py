@@ -81,7 +81,7 @@ class Facts:
         return self.windows is not None and length is not None and length > self.windows[0]
 
     def to_json(self) -> str:
-        """The facts as JSON."""
+        """Return the facts as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod

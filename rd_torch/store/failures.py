@@ -30,12 +30,12 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, entry: Entry) -> Self:
-        """The failure of a record that cannot be read."""
+        """Return the failure of a record that cannot be read."""
         return cls(0, entry.fault, entry.source, entry.line)
 
 
 def failure_list(output: Path) -> Path:
-    """The file `<output>.failed.tsv`, which lists the records that an output lacks."""
+    """Return the file `<output>.failed.tsv`, which lists the records that an output lacks."""
     return output.with_name(f"{output.name}.failed.tsv")
 
 

@@ -52,7 +52,7 @@ class FairESM(Format):
 
     @staticmethod
     def key(name: str) -> str:
-        """The name of the record's file without case: to some file systems `a.pt` and `A.pt` are one file."""
+        """Return the name of the record's file without case, as some file systems have it."""
         return file_name(name).casefold()
 
     def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:

@@ -144,7 +144,7 @@ class Folder:
 
     @contextmanager
     def _choose_folder(self, apart: bool) -> Iterator[Path]:
-        """The folder to write files in: that of all windows, or one that is removed afterwards."""
+        """Return the folder to write files in: that of all windows, or one that is removed afterwards."""
         if not apart:
             yield self.folder / "data"
             return
@@ -152,7 +152,7 @@ class Folder:
             yield Path(folder)
 
     def done_file(self, number: int) -> Path:
-        """The file that records that a window is done."""
+        """Return the file that records that a window is done."""
         return self.folder / "windows" / f"{number:06d}.json"
 
     def read_done(self, numbers: Iterable[int]) -> Iterator[DoneWindow]:
@@ -174,7 +174,7 @@ class Folder:
 
 
 def _failures_by_name(window: Window[Any], failures: Mapping[int, str]) -> dict[str, Failure]:
-    """The records of a window that are left out, by name."""
+    """Return the records of a window that are left out, by name."""
     return {
         window.names[place]: Failure(
             window.lengths[place] or 0, reason, *(window.origins[place] if window.origins else ())

@@ -40,7 +40,7 @@ class Format(ABC):
     @staticmethod
     @abstractmethod
     def key(name: str) -> str:
-        """What must differ between two names, so that both have room in one store."""
+        """Return what must differ between two names, so that both have room in one store."""
 
     @abstractmethod
     def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:

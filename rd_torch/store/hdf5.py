@@ -53,7 +53,7 @@ class HDF5(Format):
 
     @staticmethod
     def key(name: str) -> str:
-        """The name of the record's dataset."""
+        """Return the name of the record's dataset."""
         return dataset_name(name)
 
     def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
@@ -140,7 +140,7 @@ def _create(path: Path) -> Iterator[h5py.File]:
 
 
 def chunk_columns(widths: Sequence[int]) -> int:
-    """Number of columns of a chunk: the greatest common divisor of the widths, but 16 at least."""
+    """Return the number of columns of a chunk: the greatest common divisor of the widths, but 16 at least."""
     return min(max(gcd(*widths), LEAST_COLUMNS), widths[-1])
 
 

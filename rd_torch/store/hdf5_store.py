@@ -71,7 +71,7 @@ class HDF5Store(Store):
         return [self._identifier_in(name.decode()) for name in names]
 
     def _identifier_in(self, name: str) -> str:
-        """The identifier of a dataset of ours; in stores of earlier versions only its name tells it."""
+        """Return the identifier of our dataset, which in earlier versions is only in its name."""
         if "~" not in name:  # the name was not shortened
             return identifier_of(name)
         return _text(self._file[name].attrs.get(ORIGINAL_ID)) or identifier_of(name)
@@ -120,7 +120,7 @@ class HDF5Store(Store):
         )
 
     def _name(self, identifier: str) -> str:
-        """The name of a record's dataset, or of none where there is no such record."""
+        """Return the name of a record's dataset, or of none where there is no such record."""
         return dataset_name(identifier) if self.facts else self._datasets.get(identifier, ".")
 
     def _rows(self, keys: Sequence[str | int], width: int) -> list[Array]:
@@ -166,7 +166,7 @@ _LAYOUT: Final = (
 
 
 def _original_id(file: h5py.File, name: bytes) -> str | None:
-    """The protein's name that a dataset states, if it states one."""
+    """Return the protein's name that a dataset states, if it states one."""
     if not h5py.h5a.exists(file.id, ORIGINAL_ID.encode(), obj_name=name):
         return None
     attribute = h5py.h5a.open(file.id, ORIGINAL_ID.encode(), obj_name=name)
@@ -181,7 +181,7 @@ def _is_embedding(dataset: Any) -> bool:
 
 
 def _text(value: Any) -> str | None:
-    """An attribute as text, which some programs write as bytes or in an array of one; None for None."""
+    """Return an attribute as text; some programs write it as bytes or in an array of one."""
     if isinstance(value, np.ndarray):
         value = value.reshape(-1)[0] if value.size == 1 else None
     if isinstance(value, bytes):

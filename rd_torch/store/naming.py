@@ -47,17 +47,17 @@ def file_name(identifier: str) -> str:
 
 
 def identifier_of(name: str) -> str:
-    """The identifier of a record that has this name, unless the name was shortened."""
+    """Return the identifier of a record that has this name, unless the name was shortened."""
     return "" if name == "%" else re.sub(r"%([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), name)
 
 
 def _escaped(match: re.Match[str]) -> str:
-    """A character as `%` and its number."""
+    """Return a character as `%` and its number."""
     return f"%{ord(match[0]):02X}"
 
 
 def _shortened(name: str, longest: int) -> str:
-    """The name itself, or, where it is too long, its start and a digest of the whole."""
+    """Return the name itself, or, where it is too long, its start and a digest of the whole."""
     data = name.encode()
     if len(data) <= longest:
         return name

@@ -42,7 +42,7 @@ class Parquet(Format):
 
     @staticmethod
     def key(name: str) -> str:
-        """The name itself."""
+        """Return the name itself."""
         return name
 
     def write(self, folder: Path, window: Window[Any], rows: Iterable[Row], facts: Facts) -> list[Path]:
@@ -52,7 +52,7 @@ class Parquet(Format):
         return [path]
 
     def finish(self, folder: Path, records: Iterable[tuple[str, Path]], facts: Facts, checksum: str) -> Path:
-        """The folder of the windows, as it is."""
+        """Return the folder of the windows, as it is."""
         return folder
 
     @staticmethod
@@ -74,7 +74,7 @@ _WRITING: Final = {
 
 
 def table_of(window: Window[Any], rows: Iterable[Row], facts: Facts) -> pa.Table:
-    """The table of a window's embeddings, in FASTA order."""
+    """Return the table of a window's embeddings, in FASTA order."""
     ordered = sorted(rows, key=lambda row: row[0])
     places = [place for place, _ in ordered]
     vectors = (
@@ -95,7 +95,7 @@ def table_of(window: Window[Any], rows: Iterable[Row], facts: Facts) -> pa.Table
 
 
 def column_name(level: str, pool: str, pools: Sequence[str]) -> str:
-    """The name of a column: the level's, with the way to pool before it where there are several."""
+    """Return the name of a column: the level's, with the way to pool before it where there are several."""
     return level if len(pools) == 1 else f"{pool}:{level}"
 
 
@@ -194,5 +194,5 @@ class ParquetStore(Store):
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    """A column of lists as an array `(rows, features)`."""
+    """Return a column of lists as an array `(rows, features)`."""
     return table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1)

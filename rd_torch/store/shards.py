@@ -57,7 +57,7 @@ class Shard(NamedTuple):
 
 
 def _read_environment(environment: Mapping[str, str]) -> tuple[int, int]:
-    """The number and the count that the environment says."""
+    """Return the number and the count that the environment says."""
     if "SLURM_ARRAY_TASK_ID" in environment:
         task, first, step = (
             int(environment.get(f"SLURM_ARRAY_TASK_{name}", otherwise))

@@ -96,7 +96,7 @@ class Store(ABC):
         """
 
     def _columns(self, width: int) -> list[slice]:
-        """The columns of a vector that hold the first features of each way to pool."""
+        """Return the columns of a vector that hold the first features of each way to pool."""
         width = min(width, self.width)
         starts = range(0, self.width * max(1, len(pools_of(self.pool))), self.width)
         return [slice(start, start + width) for start in starts]
@@ -134,7 +134,7 @@ class Store(ABC):
         return np.asarray(self.read(slice(None)), dtype)
 
     def __getitems__(self, places: Sequence[int]) -> list[Any]:
-        """The embeddings of several records at once, as a `DataLoader` asks for them."""
+        """Return the embeddings of several records at once, as a `DataLoader` asks for them."""
         return list(self.read(places))
 
     @property
@@ -205,7 +205,7 @@ class Store(ABC):
         return np.stack(rows) if rows else np.zeros((0, features), np.float32)
 
     def _one_key(self, key: Any) -> str | int:
-        """The identifier of a record, or its place counted from 0."""
+        """Return the identifier of a record, or its place counted from 0."""
         if isinstance(key, str):
             return key
         if isinstance(key, bool | np.bool_):
@@ -220,7 +220,7 @@ class Store(ABC):
             raise IndexError(f"expected a place below {len(self):,}, got {place}") from error
 
     def _several_keys(self, keys: Iterable[Any]) -> list[str | int]:
-        """The identifiers or places of several records, which may be given by a mask."""
+        """Return the identifiers or places of several records, which may be given by a mask."""
         each = list(keys)
         if each and all(isinstance(key, bool | np.bool_) or _is_truth(key) for key in each):
             if len(each) != len(self):
@@ -259,7 +259,7 @@ class Store(ABC):
         return [len(row) for row in self._rows(range(len(self))[key], 1)]
 
     def _length_of(self, identifier: str) -> Length:
-        """Number of residues of a pooled record, where the store says it."""
+        """Return the number of residues of a pooled record, where the store says it."""
         return None
 
     def __enter__(self) -> Self:
@@ -275,17 +275,17 @@ def _is_truth(key: Any) -> bool:
 
 
 def missing_message(identifier: str, path: Path) -> str:
-    """What a KeyError says of an identifier that is not in a store."""
+    """Return what a KeyError says of an identifier that is not in a store."""
     return f"expected an identifier that is in {path}, got {identifier!r}"
 
 
 def _tensor(row: Array) -> Tensor:
-    """The embedding of a record as a tensor."""
+    """Return the embedding of a record as a tensor."""
     return row if isinstance(row, Tensor) else torch.from_numpy(np.ascontiguousarray(row))
 
 
 def _array(row: Array) -> np.ndarray:
-    """The embedding of a record as an array, which has no bfloat16."""
+    """Return the embedding of a record as an array, which has no bfloat16."""
     if isinstance(row, np.ndarray):
         return row
     return (row.float() if row.dtype == torch.bfloat16 else row).numpy()

@@ -21,7 +21,7 @@ Origin: TypeAlias = tuple[str, int]
 
 
 def count_residues(lengths: Iterable[Length]) -> int:
-    """Number of residues of records that have these lengths, as far as they are counted."""
+    """Return the number of residues of records that have these lengths, as far as they are counted."""
     return sum(filter(None, lengths))
 
 
@@ -103,7 +103,7 @@ def cut_windows(
 
 
 def _record_of(entry: Entry) -> Record[str]:
-    """A record whose size is the number of its tokens."""
+    """Return a record whose size is the number of its tokens."""
     name, letters, fault = entry.identifier, entry.sequence, entry.fault
     # The words of a fault are left out: another version may say it otherwise, and a line that somebody adds
     # at the top of the file changes the number in it.
@@ -160,7 +160,7 @@ class _Waiting(NamedTuple, Generic[Content]):
         return cls([], [], [], [], {})
 
     def window(self, number: int, checksum: str, kind: str) -> Window[Content]:
-        """The window that they are."""
+        """Return the window that they are."""
         return Window(
             number, self.names, self.contents, self.lengths, checksum, kind, self.origins, self.faults
         )

@@ -133,7 +133,7 @@ class Work(Folder):
             lock.release()
 
     def _busy_shards(self) -> list[Path]:
-        """The locks of shards that are at work now."""
+        """Return the locks of shards that are at work now."""
         return [path for path in self.folder.glob("*.shard") if is_held(path)]
 
     def _remove_leftovers(self, lock: Lock) -> None:

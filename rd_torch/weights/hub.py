@@ -80,7 +80,7 @@ class Hub:
             FileNotFoundError: if the network fails and the file is not in the cache.
             OSError: if the disk fails.
             ValueError: for another checksum than the known one, or than that of the first download.
-        """
+        """  # noqa: DOC501  # the others are caught here
         repo = reference.repo
         cache = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
         folder = cache / f"models--{repo.replace('/', '--')}"

@@ -1,0 +1,51 @@
+"""The command-line options that several benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.result import command
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def new_parser(
+    description: str | None, output: str = "File to write the result to, as JSON."
+) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with a script's docstring, and which knows `--output`.
+
+    Args:
+        description: The docstring of the script, shown as it is.
+        output: The help of `--output`.
+    """
+    parser = argparse.ArgumentParser(
+        prog=command(Path(sys.argv[0])),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, help=output)
+    return parser
+
+
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the folder of the protein data; `data_folder` reads it."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("RD_TORCH_DATA"),
+        help="Folder of the protein data; by default the one that RD_TORCH_DATA names.",
+    )
+
+
+def data_folder(arguments: argparse.Namespace) -> Path:
+    """Return the folder of the protein data.
+
+    Raises:
+        SystemExit: If neither `--data` nor `RD_TORCH_DATA` names one.
+    """
+    if arguments.data is None:
+        raise SystemExit("expected the folder of the protein data in --data or RD_TORCH_DATA, got none")
+    return Path(arguments.data)

@@ -1,0 +1,1 @@
+"""What nesting buys and costs at every level of a family."""

@@ -1,0 +1,1 @@
+"""Time, memory and numbers of the engine."""
