@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.finetuning.batches import Batches, head_of, judge, predict
 from benchmarks.finetuning.problem import Problem, Scores
+from rd_torch.disk import write_whole
 
 BASELINE, FROZEN, LORA, FULL = "baseline", "frozen", "LoRA", "full"
 APPROACHES = (BASELINE, FROZEN, LORA, FULL)
@@ -170,9 +172,7 @@ class Run:
             "parameters": {name: parameter.detach() for name, parameter in trained.items()},
             "optimizer": optimizer.state_dict(),
         }
-        unfinished = self.path.with_suffix(".partial")
-        torch.save(state, unfinished)
-        unfinished.replace(self.path)  # a kill leaves the old state or the new one
+        write_whole(self.path, partial(torch.save, state), durable=False)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.nn import functional
 
 from rd_torch.backbone import ESM2, TransformerLayer, tokenize
 from rd_torch.config import ALPHABET, Level
+from rd_torch.disk import write_whole
 
 TOKENS_PER_STEP = 8_192
 SHORT_WINDOWS = {128: 0.80, 256: 0.17, 1024: 0.03}  # tokens: share of the steps
@@ -177,8 +179,7 @@ class Training:
             "seconds": seconds,
             "curve": self.curve,
         }
-        torch.save(state, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        write_whole(path, partial(torch.save, state), durable=False)
 
     def take_step(self, tokens: Tensor, rates: Mapping[torch.optim.Optimizer, float]) -> tuple[float, int]:
         """Train on a batch with these learning rates; return the summed loss and its number of residues."""
