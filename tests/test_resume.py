@@ -64,10 +64,10 @@ def whole(mini, tmp_path_factory):
 def passes(monkeypatch):
     """The sequences of every forward pass."""
     seen = []
-    pooled = embedder._pooled
+    pooled = embedder._pool
     monkeypatch.setattr(
         embedder,
-        "_pooled",
+        "_pool",
         lambda rows, residues, pool: seen.append(len(residues)) or pooled(rows, residues, pool),
     )
     return seen
@@ -128,14 +128,14 @@ KILLING = """
 
     folder = Path(sys.argv[1])
     model = chain().truncate("28K")
-    pooled = embedder._pooled
+    pooled = embedder._pool
 
     def counted(rows, residues, pool):
         with (folder / "passes").open("a") as log:
             log.write("x")
         return pooled(rows, residues, pool)
 
-    embedder._pooled = counted
+    embedder._pool = counted
 
     def run(path, seconds=None):
         # A child of its own, killed after so many seconds; how long it took.
