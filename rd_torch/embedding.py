@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, TypedDict, Unpack, cast
@@ -192,7 +192,7 @@ def embed_to_store(
     own_shard = None if shard is None or only_finish else Shard.of(shard)
     asked_budget = options.get("tokens_per_batch")
     budget, _ = plan_batches(model.family(options.get("width")).values(), asked_budget)
-    facts = facts_of(model, name, save_dtype, budget, **_embed_options(options))
+    facts = facts_of(model, name, save_dtype, budget, **select_embed_options(options))
     is_fixed = asked_budget is not None
     with Work(Path(path), form_of_store, facts, fixed_budget=is_fixed, shard=own_shard) as work:
         names = Names(work.format.key)
@@ -211,8 +211,8 @@ def embed_to_store(
     return failures
 
 
-def _embed_options(options: StoreOptions) -> EmbedOptions:
-    """Select the options that `embed` has too."""
+def select_embed_options(options: Mapping[str, Any]) -> EmbedOptions:
+    """Select the options that `embed` has too, all of which are facts of a store."""
     return cast(
         EmbedOptions, {key: each for key, each in options.items() if key in EmbedOptions.__annotations__}
     )

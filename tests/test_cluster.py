@@ -146,6 +146,16 @@ def test_long_proteins_in_windows_are_the_local_ones_to_the_byte(fasta, tmp_path
     assert "expected windows" in refused(embed(fasta, tmp_path / "out.parquet", *ON_ONE))
 
 
+@pytest.mark.parametrize("ways", ["max", "mean,cls"])
+def test_ways_to_pool_are_the_local_ones_to_the_byte(fasta, tmp_path, ways):
+    for name, where in (("local", ()), ("out", ON_ONE)):
+        result = embed(fasta, tmp_path / f"{name}.parquet", "--pool", ways, *where)
+        assert result.exit_code == 0, result.output
+    assert files(tmp_path / "out.parquet") == files(tmp_path / "local.parquet")
+    with open_store(tmp_path / "out.parquet") as store:
+        assert store.facts.pool == ways.replace(",", "+")
+
+
 def test_the_cluster_finishes_what_a_local_run_has_begun(mini, fasta, local, tmp_path):
     out = tmp_path / "out.parquet"
     windows, _ = begun_locally(mini, fasta, out, 2)

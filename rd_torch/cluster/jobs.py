@@ -20,7 +20,7 @@ from rd_torch.cluster.steps import (
     merge_moments,
 )
 from rd_torch.cluster.workers import AS_MANY_AS_FIT, Workers, run, stream
-from rd_torch.embedding import EmbedOptions, facts_of, warn_of_renamed
+from rd_torch.embedding import EmbedOptions, facts_of, select_embed_options, warn_of_renamed
 from rd_torch.fitting import shared_family
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
@@ -123,7 +123,7 @@ def embed_to_store(
         path: the store, on a file system that all machines see.
         workers: number of workers, and the cores and GPUs that each of them gets.
         progress: is told how far the job is.
-        **options: `form`, `save_dtype`, `name`, `width`, `tokens_per_batch` and `windows` of
+        **options: `form`, `save_dtype`, `name`, `pool`, `width`, `tokens_per_batch` and `windows` of
             `rd_torch.embed_to_store`.
 
     Returns:
@@ -138,7 +138,7 @@ def embed_to_store(
     # The driver cannot see the workers' memory: windows are cut for the most that a device gains from.
     budget = asked or MOST_TOKENS[workers.device]
     saved, name = options.get("save_dtype", "float32"), options.get("name", "")
-    facts = facts_of(model, name, saved, budget, width=options.get("width"), windows=options.get("windows"))
+    facts = facts_of(model, name, saved, budget, **select_embed_options(options))
     with Work(path.resolve(), form, facts, fixed_budget=asked is not None) as work:
         folder = Folder(work.path, form, work.facts)
         if work.is_finished:
