@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rd_torch"
-ROWS = re.findall(r"^\| `([\w/]+(?:\.py)?)` \|", (PACKAGE / "README.md").read_text(), re.M)
+ARCHITECTURE = (PACKAGE / "README.md").read_text()
+ROWS = re.findall(r"^\| `([\w/]+(?:\.py)?)` \|", ARCHITECTURE, re.M)
 ROOMS = [row for row in ROWS if row.count("/") == row.endswith("/")]
 INSIDE = [row for row in ROWS if row not in ROOMS]
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
@@ -91,6 +92,13 @@ def names_in(path):
         elif isinstance(node, ast.AnnAssign | ast.Assign):
             targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
             yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), re.findall(r"`(\w+)(?:\([^`]*\))?`\s+in\s+`([\w/]+\.py)`", ARCHITECTURE)
+)
+def test_what_the_architecture_speaks_of_is_there(name, place):
+    assert name in names_in(PACKAGE / place)
 
 
 @pytest.mark.parametrize(
