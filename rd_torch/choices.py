@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 Regressor: TypeAlias = Literal["pcr", "ols", "ridge"]
@@ -28,3 +29,15 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"expected {name} to be one of {listed}, got {value!r}")
+
+
+def check_names(options: Iterable[str], known: Iterable[str]) -> None:
+    """Require that all options are known by name, as Python requires of named arguments.
+
+    Raises:
+        TypeError: for any other option, with the known ones.
+    """
+    known = list(known)
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"expected options among {', '.join(known)}, got {', '.join(map(repr, unknown))}")

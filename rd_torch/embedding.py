@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from rd_torch.batching import plan_batches
+from rd_torch.choices import check_names
 from rd_torch.embedder import Embedder, prepare_where_possible
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
@@ -185,6 +186,7 @@ def embed_to_store(
         >>> list(rd_torch.open_store("proteins.parquet")), list(failures)
         (['one', 'two'], ['three'])
     """
+    check_names(options, StoreOptions.__annotations__)
     form_of_store = format_of(path, form)
     entries, corrections = entries_of(proteins, form_of_store.identifier), Corrections()
     shard = options.get("shard")

@@ -17,7 +17,7 @@ from typing import Final, Literal, TypeAlias, TypedDict, Unpack, get_args
 import torch
 from torch import Tensor
 
-from rd_torch.choices import PredictFrom, Regressor, check_choice
+from rd_torch.choices import PredictFrom, Regressor, check_choice, check_names
 from rd_torch.config import Explained
 from rd_torch.moments import RunningMoments
 from rd_torch.significance import significant_components
@@ -203,6 +203,7 @@ def check_options(sizes: Sequence[int], **options: Unpack[SolveOptions]) -> list
     Raises:
         ValueError: for options that cannot be.
     """
+    check_names(options, SOLVE_DEFAULTS)
     chosen: SolveOptions = {**SOLVE_DEFAULTS, **options}
     added, alpha = chosen["added"], chosen["alpha"]
     check_choice("regressor", chosen["regressor"], get_args(Regressor))

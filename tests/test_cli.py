@@ -194,6 +194,7 @@ def test_fit_refuses_what_cannot_be(tmp_path):
         "fit", DEMO, *out, "--added", "many"
     )
     assert "level to be one of" in refused("fit", DEMO, *out, "--levels", "28K,9B")
+    assert "level to be one of" in refused("fit", DEMO, *out, "--levels", "")
     backwards = refused("fit", DEMO, *out, "--levels", "207K,28K")
     assert "where widths do not grow, say how many" in backwards
     assert "protein/s" not in backwards, "options are checked before any sequence is read"

@@ -249,6 +249,7 @@ def test_a_process_a_device(folder, tmp_path, monkeypatch):
             "at most one of --devices, --shard, --finish, --cluster, got --shard and --finish",
         ),
         (("--devices", "cpu,cpu", "--device", "cpu"), "expected --device or --devices, got both"),
+        (("--devices", "cpu,"), "expected --devices as names with commas between them, got 'cpu,'"),
         (("--shard", "1/2", "--cluster"), "got --shard and --cluster"),
     ],
 )

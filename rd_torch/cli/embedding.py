@@ -162,7 +162,7 @@ def embed(
     require_folder(output)
     format_of(output, options["form"])
     on_several = options["devices"] is not None
-    options["shard"], device = take_share(options, device)
+    shard, device = take_share(options, device)
     proteins = take_proteins(paths, options)
     if on_several:
         proteins.require_files()
@@ -189,8 +189,8 @@ def embed(
             load = partial(load_model, absolute_name(name), level, dtype, **published)
             failures = _embed_on_cluster(chain, load, proteins, output, reading, workers=workers, **options)
         else:
-            failures = _embed_here(chain, proteins, output, reading, **options)
-    report_done(output, len(failures), options["shard"])
+            failures = _embed_here(chain, proteins, output, reading, shard=shard, **options)
+    report_done(output, len(failures), shard)
 
 
 def _call_embed(**parameters: Any) -> None:

@@ -135,7 +135,7 @@ def fit(
     work_folder.parent.mkdir(parents=True, exist_ok=True)
     workers = join_cluster(options, device)
     family, origin = _load_family(backbones, sources, "cpu" if workers else device)
-    wanted = levels.split(",") if levels else list(family)
+    wanted = list(family) if levels is None else levels.split(",")
     for level in wanted:
         check_choice("level", level, tuple(family))
     with ResidueBar(proteins) as bar:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,9 +154,16 @@ def run_on_devices(function: Callable[..., None], parameters: dict[str, Any]) ->
         parameters: the command's options by name; `devices` among them names the devices.
 
     Raises:
+        ValueError: if one of the devices has no name.
         ChildProcessError: if one of the processes fails.
     """
+    from multiprocessing import get_context
+
     devices = [each.strip() for each in parameters["devices"].split(",")]
+    if not all(devices):
+        raise ValueError(
+            f"expected --devices as names with commas between them, got {parameters['devices']!r}"
+        )
     context = get_context("spawn")
     processes = [
         context.Process(

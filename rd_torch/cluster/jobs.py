@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, Unpack
 
 from rd_torch.batching import MOST_TOKENS
+from rd_torch.choices import check_names
 from rd_torch.cluster.records import Records, read_for_fit, read_for_store
 from rd_torch.cluster.steps import (
     Limits,
@@ -133,6 +134,7 @@ def embed_to_store(
         ValueError: for HDF5, for a store of one vector for each residue, and as `rd_torch.embed_to_store`.
         OSError: where workers die of the same window again and again, and as `rd_torch.embed_to_store`.
     """
+    check_names(options, StoreOptions.__annotations__)
     form = require_parts(path, options.get("form"), pool_name(options.get("pool", "mean")))
     workers, asked = workers.placed(), options.get("tokens_per_batch")
     # The driver cannot see the workers' memory: windows are cut for the most that a device gains from.

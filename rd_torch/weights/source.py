@@ -152,7 +152,7 @@ def read_checkpoint(
         return Checkpoint(*read_published(folder, level, Choice(**published), hub, revision), {})
     if published:
         raise ValueError(
-            f"expected the options {', '.join(published)} with the authors' maps alone, got them with "
+            f"expected options of the authors' maps ({', '.join(published)}) with those maps alone, got "
             f"{name_or_folder}"
         )
     if path.is_dir() and not list_weights(path):
