@@ -173,11 +173,11 @@ def module_of(script):
     return ".".join(script.relative_to(ROOT).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "benchmarks/results/README.md"])
-def test_commands_on_pages_name_scripts(page):
-    named = re.findall(r"python -m (benchmarks[\w.]+)", (ROOT / page).read_text())
-    assert named
-    assert set(named) <= set(map(module_of, SCRIPTS))
+def test_commands_on_pages_name_scripts():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        named = set(re.findall(r"python -m (benchmarks[\w.]+)", page.read_text()))
+        assert named <= set(map(module_of, SCRIPTS)), page
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=module_of)

@@ -33,7 +33,6 @@ from torch import Tensor
 import rd_torch
 from benchmarks.result import Row, environment, write_result
 from benchmarks.speed.against_float32 import compare, embed, new_family_parser, prepare
-from benchmarks.speed.lifelike_weights import layers_of
 from rd_torch.backbone import TransformerLayer
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -50,7 +49,7 @@ class HalfResidual(TransformerLayer):
 @contextmanager
 def half_residual(model: rd_torch.RDModel) -> Iterator[None]:
     """Turn all layers of the model into `HalfResidual`, and back."""
-    layers = [layer for backbone in model.family().values() for layer in layers_of(backbone)]
+    layers = [layer for backbone in model.family().values() for layer in backbone.layers]
     for layer in layers:
         layer.__class__ = HalfResidual
     try:

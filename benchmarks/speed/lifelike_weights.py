@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import rd_torch
-from rd_torch.backbone import ESM2, MEAN_SHARE_KEPT, Packing, TransformerLayer, tokenize
+from rd_torch.backbone import ESM2, MEAN_SHARE_KEPT, Packing, tokenize
 from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
 
 LEVELS = ("8M", "35M", "150M", "650M")
@@ -37,11 +37,6 @@ CALIBRATED_ON = 126
 """Number of residues: with `<cls>` and `<eos>` 128 tokens."""
 
 Facts = dict[str, Any]
-
-
-def layers_of(backbone: ESM2) -> list[TransformerLayer]:
-    """Return the transformer layers of a backbone."""
-    return [layer for layer in backbone.layers if isinstance(layer, TransformerLayer)]
 
 
 def root_mean_square(x: Tensor) -> float:
@@ -59,7 +54,7 @@ def residual_stream(backbone: ESM2, tokens: Tensor) -> tuple[list[Tensor], float
         entropy = torch.special.entr(maps).sum(-1).transpose(1, 2)[packing.real]
         keys.append(float(entropy.exp().mean()))
 
-    layers = layers_of(backbone)
+    layers = backbone.layers
     hooks = [layers[0].register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0]))]
     hooks += [layer.register_forward_hook(lambda *call: stream.append(call[-1])) for layer in layers]
     backbone(tokens, packing, count)
@@ -86,7 +81,7 @@ class Calibration:
     def __init__(self, backbone: ESM2, targets: Sequence[float], constants: Tensor) -> None:
         self.x = torch.zeros(())
         self.constants = constants
-        layers = layers_of(backbone)
+        layers = backbone.layers
         self.hooks = [layers[0].register_forward_pre_hook(self.start)]
         for layer, (before, after) in zip(layers, pairwise(targets), strict=True):
             for linear, target in ((layer.self_attn.out_proj, (before + after) / 2), (layer.fc2, after)):
@@ -126,7 +121,7 @@ def random_backbone(level: Level, tokens: Tensor, curve: Sequence[float], seed: 
     constants[torch.randperm(level.width)[: len(CONSTANTS)]] = torch.tensor(CONSTANTS)
     size = constants.abs().clamp(min=1)
     backbone.embed_tokens.weight.mul_(targets[0] / MEAN_SHARE_KEPT)
-    for layer in layers_of(backbone):
+    for layer in backbone.layers:
         layer.self_attn.q_proj.weight.mul_(GAIN)
         layer.self_attn.k_proj.weight.mul_(GAIN)
         for norm in (layer.self_attn_layer_norm, layer.final_layer_norm):

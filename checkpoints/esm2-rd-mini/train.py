@@ -23,7 +23,7 @@ from recipe import LEVELS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rd_torch.backbone import ESM2, TransformerLayer, tokenize
+from rd_torch.backbone import ESM2, tokenize
 from rd_torch.config import ALPHABET, Level
 from rd_torch.disk import write_whole
 
@@ -93,13 +93,12 @@ def new_model(level: Level) -> ESM2:
         if type(module) is nn.Linear:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             nn.init.zeros_(module.bias)
-    layers = [layer for layer in model.layers if isinstance(layer, TransformerLayer)]
     with torch.no_grad():
         model.embed_tokens.weight[ALPHABET.padding_idx].zero_()
-        for layer in layers:
+        for layer in model.layers:
             for linear in (layer.self_attn.out_proj, layer.fc2):
                 linear.weight.mul_((2 * level.num_layers) ** -0.5)
-    for layer in layers:
+    for layer in model.layers:
         attention = layer.self_attn
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
             linear.__class__ = HalfProjection
