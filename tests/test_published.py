@@ -235,6 +235,7 @@ def test_unknown_options_levels_and_files_are_named(tmp_path):
     ):
         read_checkpoint(tmp_path, level="650M")
     with pytest.raises(
-        ValueError, match="expected options of the authors' maps .pca. with those maps alone, got esm2-rd-mini"
+        ValueError,
+        match="expected options of the authors' maps .pca. with those maps alone, got esm2-rd-mini",
     ):
         read_checkpoint("esm2-rd-mini", pca="fbpca")
