@@ -130,3 +130,9 @@ def test_the_documentation_installs_everything_but_fair_esm_beside_the_other_esm
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     listed = shlex.split(command.replace("\\\n", " "))
     assert listed == [bound for bound in dependencies if not bound.startswith("fair-esm")]
+
+
+def test_a_release_has_one_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert version in (ROOT / "CHANGELOG.md").read_text()
