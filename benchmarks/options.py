@@ -30,6 +30,24 @@ def new_parser(
     return parser
 
 
+def add_dtypes_option(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take one or several types of the weights."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        nargs="+",
+        default=["float32"],
+        help="Types of the weights, by default float32.",
+    )
+
+
+def add_rounds_option(parser: argparse.ArgumentParser, default: int) -> None:
+    """Let a parser take the number of timed rounds."""
+    parser.add_argument(
+        "--rounds", type=int, default=default, help="Number of timed rounds, by default %(default)s."
+    )
+
+
 def add_data_option(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the folder of the protein data; `data_folder` reads it."""
     parser.add_argument(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import rd_torch
-from benchmarks.options import add_data_option, data_folder, new_parser
+from benchmarks.options import add_data_option, add_rounds_option, data_folder, new_parser
 from benchmarks.proteins import MAX_RESIDUES, natural_proteins
 from benchmarks.result import Row, environment, write_result
 from benchmarks.speed.batches import Batch
@@ -99,9 +99,7 @@ def main() -> None:
     parser = new_parser(__doc__)
     add_model_options(parser)
     add_data_option(parser)
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="Number of timed rounds, by default %(default)s."
-    )
+    add_rounds_option(parser, 5)
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         rows = measure(arguments, Path(folder))

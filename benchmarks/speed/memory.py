@@ -19,7 +19,7 @@ import argparse
 
 import torch
 
-from benchmarks.options import DTYPES, new_parser
+from benchmarks.options import add_dtypes_option, new_parser
 from benchmarks.result import Row, environment, report_progress, write_result
 from benchmarks.speed.batches import Batch
 from benchmarks.speed.contenders import CHAIN, FAIR, Contender, alone, fair_contender, own
@@ -78,13 +78,7 @@ def main() -> None:
     """Run the command line."""
     parser = new_parser(__doc__)
     add_model_options(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        nargs="+",
-        default=["float32"],
-        help="Types of the weights, by default float32.",
-    )
+    add_dtypes_option(parser)
     parser.add_argument("--batch", type=int, default=8, help="Number of sequences, by default %(default)s.")
     parser.add_argument(
         "--residues", type=int, default=1022, help="Number of residues in a sequence, by default %(default)s."

@@ -31,6 +31,7 @@ from torch.ao.quantization import quantize_dynamic
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
 import rd_torch
+from benchmarks.options import add_rounds_option
 from benchmarks.result import Row, environment, write_result
 from benchmarks.speed.against_float32 import compare, embed, new_family_parser, prepare, three_digits
 from benchmarks.speed.meter import MEBI
@@ -104,9 +105,7 @@ def measure(model: rd_torch.RDModel, batches: Sequence[Tensor], rounds: int) -> 
 def main() -> None:
     """Run the command line."""
     parser = new_family_parser(__doc__)
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="Number of timed rounds, by default %(default)s."
-    )
+    add_rounds_option(parser, 3)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of what PyTorch means to deprecate
     model, batches, facts = prepare(arguments)

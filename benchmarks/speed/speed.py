@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.options import DTYPES, add_data_option, data_folder, new_parser
+from benchmarks.options import add_data_option, add_dtypes_option, add_rounds_option, data_folder, new_parser
 from benchmarks.proteins import natural_proteins
 from benchmarks.result import Row, environment, report_progress, write_result
 from benchmarks.speed.batches import Batch, batches_of, sample
@@ -229,13 +229,7 @@ def read_arguments() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_model_options(parser)
     add_data_option(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        nargs="+",
-        default=["float32"],
-        help="Types of the weights, by default float32.",
-    )
+    add_dtypes_option(parser)
     parser.add_argument(
         "--lengths",
         nargs="+",
@@ -243,9 +237,7 @@ def read_arguments() -> argparse.Namespace:
         metavar="LENGTHS",
         help="Sets of lengths, as described above, by default 100-500.",
     )
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="Number of timed rounds, by default %(default)s."
-    )
+    add_rounds_option(parser, 3)
     parser.add_argument(
         "--budgets",
         type=int,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import rd_torch
-from benchmarks.options import new_parser
+from benchmarks.options import add_rounds_option, new_parser
 from benchmarks.result import Row, environment, report_progress, write_result
 from benchmarks.speed.batches import Batch
 from benchmarks.speed.clock import now
@@ -167,9 +167,7 @@ def main() -> None:
         default=510,
         help="Number of residues in a sequence, by default %(default)s: with <cls> and <eos> 512 tokens.",
     )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="Number of timed rounds, by default %(default)s."
-    )
+    add_rounds_option(parser, 5)
     arguments = parser.parse_args()
     title = (
         f"A training step up to {arguments.level}, {arguments.batch} sequences of {arguments.residues} "
