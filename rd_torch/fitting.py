@@ -85,10 +85,10 @@ def fit_entries(
     backbones: Mapping[str, nn.Module],
     entries: Iterable[Entry],
     *,
-    tokens_per_batch: int | None = None,
-    progress: ProgressCallback = lambda residues, before: None,
-    provenance: Mapping[str, Any] | None = None,
-    work_folder: str | Path | None = None,
+    tokens_per_batch: int | None,
+    progress: ProgressCallback,
+    provenance: Mapping[str, Any] | None,
+    work_folder: str | Path | None,
     **options: Unpack[SolveOptions],
 ) -> RDModel:
     """Fit a chain to records that are normalised and have no fault; their identifiers are not used.
