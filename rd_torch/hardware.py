@@ -1,9 +1,8 @@
 """Answer what this machine and this PyTorch can do, so that no other file has to ask them.
 
 Every answer is a function of a device, a dtype or a shape, so that a test can put another answer in its
-place and walk the path that another machine takes. What is younger than the oldest PyTorch that the package
-supports, or private to PyTorch, is looked up here too; where it is missing, the answer says so, and the
-caller takes a public way.
+place and walk the path that another machine takes. What is younger than the oldest PyTorch that is supported,
+or private to PyTorch, is looked up here too; where it is missing, the caller takes a public way.
 """
 
 from __future__ import annotations

@@ -28,8 +28,11 @@ if TYPE_CHECKING:
         """An `nn.ModuleDict` whose modules are of one known type."""
 
         def __getitem__(self, key: str) -> Part: ...
-        def values(self) -> ValuesView[Part]: ...
-        def items(self) -> ItemsView[str, Part]: ...
+        def values(self) -> ValuesView[Part]:
+            """Return the modules."""
+
+        def items(self) -> ItemsView[str, Part]:
+            """Return names and modules."""
 
     class ModuleRow(nn.ModuleList, Generic[Part]):
         """An `nn.ModuleList` whose modules are of one known type."""
