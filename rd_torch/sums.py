@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rd_torch.backbone import ESM2
+from rd_torch.backbone import Backbone
 from rd_torch.disk import LOCK, Lock, require_folder, take_lock, write_whole
 from rd_torch.model import RDModel
 from rd_torch.modules import digest_of
@@ -96,7 +96,7 @@ class Sums:
 
     def __init__(
         self,
-        family: Mapping[str, ESM2],
+        family: Mapping[str, Backbone],
         tokens_per_batch: int,
         device: torch.device | str = "cpu",
         folder: str | Path | None = None,
@@ -236,7 +236,7 @@ def clear_folder(folder: Path) -> None:
         folder.rmdir()
 
 
-def _fingerprint(family: Mapping[str, ESM2]) -> str:
+def _fingerprint(family: Mapping[str, Backbone]) -> str:
     """Return a digest of every number that raw embeddings depend on."""
     heads = [backbone.attention_heads for backbone in family.values()]
     return digest_of(heads, {f"{name}.": backbone.embedding_tensors() for name, backbone in family.items()})
