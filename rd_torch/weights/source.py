@@ -91,7 +91,7 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: if the files are not there.
-            ValueError: for a checksum that differs, or a config that is not an ESM-2's.
+            ValueError: for a checksum that differs, or a config of another family.
         """
         if source is None and level.name in self.included:
             return self.included[level.name]()
@@ -193,10 +193,10 @@ def _read_own(fetch: Callable[[str], Path], level: str | None) -> Checkpoint:
     config = read_config(fetch(CONFIG))
     config = config if level is None else config.until(level)
 
-    def find(name: str) -> Files:
-        """Find the file of a backbone by its level."""
-        file = fetch(backbone_file(name))
-        return Files(str(file), (file,))
+    def find(each: Level) -> Files:
+        """Find the file of a level's backbone."""
+        file = fetch(backbone_file(each.name))
+        return Files(str(file), (file,), family=each.family)
 
-    included = {each.name: partial(find, each.name) for each in config.levels if each.reference is None}
+    included = {each.name: partial(find, each) for each in config.levels if each.reference is None}
     return Checkpoint(config, read_maps(fetch(MAPS), config), included)
