@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rd_torch import cluster, pretrained
-    from rd_torch.backbone import ESM2, ESMC, Backbone
+    from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
     from rd_torch.combining import combine_stores
     from rd_torch.config import ESM2_LEVELS, ESMC_LEVELS, Explained, Level, RDConfig, Reference
     from rd_torch.embedding import embed, embed_to_store
@@ -61,6 +61,7 @@ _HOMES = {
     "RunningMoments": "moments",
     "SequenceHead": "heads",
     "Stage": "stage",
+    "TransformersBackbone": "backbone",
     "TransformersEncoder": "huggingface",
     "TransformersForMaskedLM": "huggingface",
     "TransformersForSequenceClassification": "huggingface",
@@ -101,6 +102,7 @@ __all__ = [
     "RunningMoments",
     "SequenceHead",
     "Stage",
+    "TransformersBackbone",
     "TransformersEncoder",
     "TransformersForMaskedLM",
     "TransformersForSequenceClassification",

@@ -23,6 +23,9 @@ SPECIAL_TOKENS: Final = 2
 ESM2_FAMILY: Final = "esm2"
 """The family of a level that states none, as those of earlier versions."""
 
+TRANSFORMERS_FAMILY: Final = "transformers"
+"""The family of a level whose backbone is any model that transformers loads."""
+
 FORMAT_VERSION: Final = 1
 """The format of `config.json`; a config of another format is refused."""
 
@@ -79,7 +82,8 @@ class Level:
     def __post_init__(self) -> None:
         if not self.name or "." in self.name:
             raise ValueError(f"expected a level name without a dot, got {self.name!r}")
-        if self.width % (2 * self.attention_heads):
+        rotates = self.family != TRANSFORMERS_FAMILY  # heads of other models may be of any size
+        if rotates and self.width % (2 * self.attention_heads):
             raise ValueError(
                 f"expected heads of an even size, got width {self.width} "
                 f"over {self.attention_heads} heads in level {self.name}"

@@ -1,6 +1,7 @@
 """One backbone: everything between a batch of token ids and its raw embeddings, the final hidden states."""
 
 from rd_torch.backbone.attention import inverse_frequencies
+from rd_torch.backbone.automodel import TransformersBackbone
 from rd_torch.backbone.backbone import Backbone
 from rd_torch.backbone.encoder import EMBEDDING, Encoder, MissingHead
 from rd_torch.backbone.esm2 import ESM2, MEAN_SHARE_KEPT, TransformerLayer
@@ -28,6 +29,7 @@ __all__ = [
     "Packing",
     "Prepared",
     "TransformerLayer",
+    "TransformersBackbone",
     "apply_outside_half",
     "as_backbone",
     "at_least_float32",
