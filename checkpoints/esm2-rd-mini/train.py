@@ -87,7 +87,7 @@ class HalfProjection(HalfLinear):
 def new_model(level: Level) -> ESM2:
     """Return a model with fresh weights; the deeper it is, the smaller residual branches start."""
     torch.manual_seed(SEED)
-    model = ESM2(level.num_layers, level.width, level.attention_heads)
+    model = ESM2(*level.shape)
     nn.init.normal_(model.embed_tokens.weight, std=0.1)
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -97,7 +97,7 @@ def new_model(level: Level) -> ESM2:
         model.embed_tokens.weight[ALPHABET.padding_idx].zero_()
         for layer in model.layers:
             for linear in (layer.self_attn.out_proj, layer.fc2):
-                linear.weight.mul_((2 * level.num_layers) ** -0.5)
+                linear.weight.mul_((2 * model.num_layers) ** -0.5)
     for layer in model.layers:
         attention = layer.self_attn
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj):

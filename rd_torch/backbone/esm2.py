@@ -160,7 +160,7 @@ class ESM2(nn.Module):
             ValueError: for names or shapes that are not the level's, or layers whose angles differ.
         """
         with torch.device("meta"):  # without memory, which the tensors bring
-            module = cls(level.num_layers, level.width, level.attention_heads)
+            module = cls(*level.shape)
         module.reference = level.reference
         for head in ("lm_head", "contact_head"):
             if not any(name.startswith(f"{head}.") for name in tensors):

@@ -69,7 +69,7 @@ class RDTransformersConfig(PretrainedConfig):  # type: ignore[misc]  # transform
         config = RDConfig.from_dict(self.chain or {})
         backbones = {}
         for level in config.levels:
-            backbone = ESM2(level.num_layers, level.width, level.attention_heads)
+            backbone = ESM2(*level.shape)
             backbone.reference = level.reference
             for head in HEADS:
                 if f"{level.name}.{head}" in self.missing_heads:

@@ -61,8 +61,9 @@ def read_backbone(
     """
     tensors = {name: _convert(name, tensor, dtype, device) for name, tensor in files.tensors()}
     require_finite(tensors, files.place)
+    num_layers, width, heads = level.shape
     try:
-        return complete_tensors(tensors, level.num_layers, level.width // level.attention_heads)
+        return complete_tensors(tensors, num_layers, width // heads)
     except ValueError as error:
         raise ValueError(f"{error} in {files.place}") from error
 
@@ -120,7 +121,7 @@ def _infer_level(shapes: Mapping[str, tuple[int, ...]], name: str | None, files:
     elif regression:
         heads = regression[-1] // num_layers
     elif same_shape:
-        heads = same_shape[0].attention_heads
+        *_, heads = same_shape[0].shape
     else:
         raise ValueError(
             "expected inv_freq or a contact head, which tell the number of attention heads, in "
