@@ -185,8 +185,8 @@ def read_checkpoint(
         )
     if path.is_dir() and not list_weights(path):
         checkpoint = _read_own(str(name_or_folder), lambda name: path / name, level)
-        there = {name: find for name, find in checkpoint.included.items() if find().paths[0].is_file()}
-        return replace(checkpoint, included=there)
+        has_backbones = any(find().paths[0].is_file() for find in checkpoint.included.values())
+        return checkpoint if has_backbones else replace(checkpoint, included={})
     if not path.exists():
         reference = _reference(name_or_folder, revision)
         pinned = _pin_own(reference, hub)
