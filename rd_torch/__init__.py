@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rd_torch import cluster, pretrained
-    from rd_torch.backbone import ESM2
+    from rd_torch.backbone import ESM2, ESMC, Backbone
     from rd_torch.combining import combine_stores
-    from rd_torch.config import ESM2_LEVELS, Explained, Level, RDConfig, Reference
+    from rd_torch.config import ESM2_LEVELS, ESMC_LEVELS, Explained, Level, RDConfig, Reference
     from rd_torch.embedding import embed, embed_to_store
     from rd_torch.exporting import export
     from rd_torch.fitting import fit
@@ -41,9 +41,12 @@ if TYPE_CHECKING:
 
 # The module in which each public name lives.
 _HOMES = {
+    "Backbone": "backbone",
     "ConcatPCA": "stage",
     "ESM2": "backbone",
     "ESM2_LEVELS": "config",
+    "ESMC": "backbone",
+    "ESMC_LEVELS": "config",
     "Explained": "config",
     "Fasta": "reading",
     "Level": "config",
@@ -81,6 +84,9 @@ _HOMES = {
 __all__ = [
     "ESM2",
     "ESM2_LEVELS",
+    "ESMC",
+    "ESMC_LEVELS",
+    "Backbone",
     "ConcatPCA",
     "Explained",
     "Fasta",

@@ -1,4 +1,4 @@
-"""The 33 tokens of ESM-2, and the converter of strings to token ids, which are called as fair-esm's are."""
+"""The 33 tokens of ESM-2 or of ESM-C, and the converter of strings to ids, called as fair-esm's are."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ if TYPE_CHECKING:
 _BEFORE: Final = ("<cls>", "<pad>", "<eos>", "<unk>")
 _GAPS: Final = ".-"
 _STANDARD: Final = RESIDUE_LETTERS + _GAPS
-_AFTER: Final = ("<null_1>", "<mask>")
+_NO_TOKEN: Final = "<null_1>"
+_MASK: Final = "<mask>"
+CHAIN_BREAK: Final = "|"
 _NAMES: Final = ("ESM-1b", "roberta_large")
-_SPELLED: Final = re.compile("|".join(map(re.escape, (*_BEFORE, *_AFTER))).join("()"))
 
 Batch: TypeAlias = tuple[list[str], list[str], "Tensor"]
 
 
 class Alphabet:
-    """ESM-2's alphabet: 33 tokens, the same in every size, with fair-esm's attributes and methods.
+    """The alphabet of a family: 33 tokens, the same in every size, with fair-esm's attributes and methods.
+
+    ESM-2 and ESM-C have the same ids, but for one: 31 fills a place in ESM-2, and is the break between two
+    chains, `|`, in ESM-C.
+
+    Args:
+        chain_break: whether id 31 is `|`, as in ESM-C.
 
     Attributes:
         standard_toks: tokens of sequences and alignments: the letters, `.` and `-`.
         prepend_toks: tokens whose ids come before those.
-        append_toks: tokens whose ids come after those and after `<null_1>`, which only fills a place.
+        append_toks: tokens whose ids come after those, without `<null_1>`, which only fills a place.
         all_toks: all tokens in the order of their ids.
         unique_no_split_tokens: the tokens that `tokenize` looks for, which are all of them.
         tok_to_idx: id of each token.
@@ -36,18 +43,25 @@ class Alphabet:
         append_eos: whether the batch converter puts `<eos>` after a sequence.
         use_msa: whether the batch converter reads alignments; false, because ESM-2 reads none.
         cls_idx: id of `<cls>`, 0; likewise `padding_idx`, `eos_idx`, `unk_idx` and `mask_idx`.
+        spelled: expression that finds tokens that are no letters and no gaps, such as `<mask>`.
+        residue_ranges: first and last id of each run of ids that stand for residues: those of amino acids and
+            X, B, U, Z, O.
     """
 
-    def __init__(self) -> None:
+    residue_ranges: tuple[tuple[int, int], ...] = ((len(_BEFORE), len(_BEFORE) + len(RESIDUE_LETTERS) - 1),)
+
+    def __init__(self, chain_break: bool = False) -> None:
+        after = (CHAIN_BREAK if chain_break else _NO_TOKEN, _MASK)
         self.standard_toks = list(_STANDARD)
         self.prepend_toks = list(_BEFORE)
-        self.append_toks = list(_AFTER[1:])
+        self.append_toks = [token for token in after if token != _NO_TOKEN]
         self.prepend_bos = True
         self.append_eos = True
         self.use_msa = False
-        self.all_toks = [*_BEFORE, *_STANDARD, *_AFTER]
+        self.all_toks = [*_BEFORE, *_STANDARD, *after]
         self.unique_no_split_tokens = self.all_toks
         self.tok_to_idx = {token: index for index, token in enumerate(self.all_toks)}
+        self.spelled = re.compile("|".join(map(re.escape, (*_BEFORE, *after))).join("()"))
         self.all_special_tokens = ["<eos>", "<unk>", "<pad>", "<cls>", "<mask>"]
         self.cls_idx, self.padding_idx, self.eos_idx, self.unk_idx = range(len(_BEFORE))
         self.mask_idx = self.tok_to_idx["<mask>"]
@@ -76,6 +90,20 @@ class Alphabet:
     def to_dict(self) -> dict[str, int]:
         """Return a copy of the ids by token."""
         return self.tok_to_idx.copy()
+
+    def ids_of(self, residues: str) -> list[int]:
+        """Return the ids of a sequence, with `<cls>` before it and `<eos>` after it.
+
+        Args:
+            residues: the sequence, residues and nothing else, one letter each.
+
+        Returns:
+            One id for each residue, and two more.
+
+        Raises:
+            KeyError: with the first letter that is no token.
+        """
+        return [self.cls_idx, *map(self.tok_to_idx.__getitem__, residues), self.eos_idx]
 
     def get_batch_converter(self, truncation_seq_length: int | None = None) -> BatchConverter:
         """Make a function that turns labelled strings into token ids.
@@ -207,10 +235,10 @@ class BatchConverter:
         except (
             KeyError
         ):  # fair-esm's converter fails here; ours reads the string as the rest of the package does
-            parts = [part for part in _SPELLED.split(str(string)) if part.strip(BLANKS)]
+            parts = [part for part in self.alphabet.spelled.split(str(string)) if part.strip(BLANKS)]
         try:
             read = [
-                part if _SPELLED.match(part) else read_residues(part, corrections, gaps=_GAPS)
+                part if self.alphabet.spelled.match(part) else read_residues(part, corrections, gaps=_GAPS)
                 for part in parts
             ]
         except ValueError as error:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rd_torch import hardware
-from rd_torch.backbone import ESM2, tokenize
+from rd_torch.alphabet import Alphabet
+from rd_torch.backbone import Backbone, tokenize
 from rd_torch.config import SPECIAL_TOKENS
 from rd_torch.sequences import cut_batches
 
@@ -48,7 +49,7 @@ class Batch(NamedTuple, Generic[Result]):
     result: Result
 
 
-def bytes_per_token(family: Iterable[ESM2]) -> int:
+def bytes_per_token(family: Iterable[Backbone]) -> int:
     """Return a rough upper bound of the bytes that a forward pass without gradients takes for each token.
 
     In the widest layer it counts the residual stream, its normalised copy, the heads and the feed-forward
@@ -61,7 +62,7 @@ def bytes_per_token(family: Iterable[ESM2]) -> int:
     return (12 + 14 * element) * max(widths) + 20 * sum(widths) + 28 * max(widths)
 
 
-def find_budget(family: Iterable[ESM2], device: torch.device) -> int:
+def find_budget(family: Iterable[Backbone], device: torch.device) -> int:
     """Find how many tokens a batch may hold: as many as half of the memory takes that is free now.
 
     Args:
@@ -78,7 +79,7 @@ def find_budget(family: Iterable[ESM2], device: torch.device) -> int:
     return max(LEAST_TOKENS, min(most, int(SHARE_OF_FREE * free) // bytes_per_token(family)))
 
 
-def plan_batches(family: Iterable[ESM2], tokens_per_batch: int | None) -> tuple[int, torch.device]:
+def plan_batches(family: Iterable[Backbone], tokens_per_batch: int | None) -> tuple[int, torch.device]:
     """Settle how large batches are and where they go; warn if the device emulates the backbones' dtype.
 
     Args:
@@ -96,7 +97,7 @@ def plan_batches(family: Iterable[ESM2], tokens_per_batch: int | None) -> tuple[
     return tokens_per_batch, device
 
 
-def require_memory(family: Iterable[ESM2], tokens: Tensor) -> None:
+def require_memory(family: Iterable[Backbone], tokens: Tensor) -> None:
     """Require that a CPU has the memory that these tokens are estimated to take.
 
     Raises:
@@ -112,6 +113,7 @@ def require_memory(family: Iterable[ESM2], tokens: Tensor) -> None:
 def run_batches(
     compute: Callable[[Tensor], Result],
     sequences: Iterable[str],
+    alphabet: Alphabet,
     tokens_per_batch: int,
     device: torch.device,
     *,
@@ -126,6 +128,7 @@ def run_batches(
     Args:
         compute: the function; it takes `(batch, time)` token ids.
         sequences: residues alone, one letter each; they are read as they are needed.
+        alphabet: alphabet that turns sequences into token ids.
         tokens_per_batch: number of tokens, padding included, that a batch holds at most; a longer sequence
             makes a batch of its own.
         device: device to put the tokens on.
@@ -146,7 +149,7 @@ def run_batches(
             part = waiting.pop()
             size = len(part) * (len(part[0][1]) + SPECIAL_TOKENS)
             if size <= limit or len(part) == 1:
-                done = _attempt(compute, part, device)
+                done = _attempt(compute, part, alphabet, device)
                 if isinstance(done, Batch):
                     yield done
                     continue
@@ -162,11 +165,11 @@ def run_batches(
 
 
 def _attempt(
-    compute: Callable[[Tensor], Result], part: list[tuple[int, str]], device: torch.device
+    compute: Callable[[Tensor], Result], part: list[tuple[int, str]], alphabet: Alphabet, device: torch.device
 ) -> Batch[Result] | str:
     """Return what was computed of a batch, or the message with which memory ran out."""
     try:
-        tokens = tokenize([sequence for _, sequence in part]).to(device)
+        tokens = tokenize([sequence for _, sequence in part], alphabet).to(device)
         return Batch([index for index, _ in part], compute(tokens))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

@@ -10,9 +10,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from rd_torch.backbone import ESM2, at_least_float32
+from rd_torch.alphabet import Alphabet
+from rd_torch.backbone import Backbone, as_backbone, at_least_float32, one_alphabet
 from rd_torch.choices import Method, PredictFrom, SpecialRows
-from rd_torch.config import Level, RDConfig
+from rd_torch.config import RDConfig
 from rd_torch.modules import Modules, StateDict, modules_of
 from rd_torch.nesting import fingerprint
 from rd_torch.stage import Maps, map_shapes
@@ -30,7 +31,7 @@ class Chain(nn.Module):
     """
 
     config: RDConfig
-    backbones: Modules[ESM2]
+    backbones: Modules[Backbone]
     stages: Modules[Maps]
 
     def __init__(
@@ -43,17 +44,16 @@ class Chain(nn.Module):
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        family = {name: ESM2.sharing(module) for name, module in backbones.items()}
+        family = {name: as_backbone(module) for name, module in backbones.items()}
+        if family:
+            one_alphabet(family)
         for backbone in family.values():
             backbone.freeze_heads()
         widths = [backbone.embed_dim for backbone in family.values()][:1]
         for stage in stages:
             widths.append(stage.width_after(widths[-1]))
         self.config = RDConfig(
-            levels=tuple(
-                Level(name, each.num_layers, each.embed_dim, each.attention_heads, each.reference)
-                for name, each in family.items()
-            ),
+            levels=tuple(each.level(name) for name, each in family.items()),
             added=tuple(after - before for before, after in pairwise(widths)),
             explained=tuple(stage.explained for stage in stages),
             predict_from=predict_from,
@@ -113,6 +113,46 @@ class Chain(nn.Module):
         return next(iter(self.family().values())).device
 
     @property
+    def alphabet(self) -> Alphabet:
+        """The alphabet of the token ids, which all backbones have."""
+        return next(iter(self.family().values())).alphabet
+
+    @property
+    def alphabet_size(self) -> int:
+        """Number of tokens of the alphabet."""
+        return len(self.alphabet)
+
+    @property
+    def padding_idx(self) -> int:
+        """Id of the token that fills shorter sequences up."""
+        return self.alphabet.padding_idx
+
+    @property
+    def mask_idx(self) -> int:
+        """Id of the token that stands for a masked residue."""
+        return self.alphabet.mask_idx
+
+    @property
+    def cls_idx(self) -> int:
+        """Id of the token before a sequence."""
+        return self.alphabet.cls_idx
+
+    @property
+    def eos_idx(self) -> int:
+        """Id of the token after a sequence."""
+        return self.alphabet.eos_idx
+
+    @property
+    def prepend_bos(self) -> bool:
+        """Whether a token stands before a sequence."""
+        return self.alphabet.prepend_bos
+
+    @property
+    def append_eos(self) -> bool:
+        """Whether a token stands after a sequence."""
+        return self.alphabet.append_eos
+
+    @property
     def num_layers(self) -> int:
         """Number of layers in the largest backbone."""
         return self.config.levels[-1].shape[0]
@@ -140,7 +180,7 @@ class Chain(nn.Module):
         backbones = {name: self.backbones[name] for name in run}
         return self.of(self.config, backbones, [self.stages[name] for name in run[1:]]).train(self.training)
 
-    def family(self, width: int | None = None) -> dict[str, ESM2]:
+    def family(self, width: int | None = None) -> dict[str, Backbone]:
         """Return the backbones that run for a number of features, by level, smallest first.
 
         Args:
@@ -183,8 +223,7 @@ class Chain(nn.Module):
                     f"expected except_top from 0 to {backbone.num_layers}, the layers of level {name}, "
                     f"got {except_top}: name the levels that have more"
                 )
-            layers = list(backbone.layers)
-            kept = [*layers[len(layers) - except_top :], backbone.emb_layer_norm_after] if except_top else []
+            kept = backbone.top_modules(except_top) if except_top else []
             left = {id(parameter) for module in kept for parameter in module.parameters()}
             for parameter in backbone.parameters():
                 if id(parameter) not in left:

@@ -10,16 +10,18 @@ from typing import Any, Final, get_args
 
 from rd_torch.alphabet import Alphabet
 from rd_torch.choices import Method, PredictFrom, SpecialRows, check_choice
-from rd_torch.letters import RESIDUE_LETTERS
 
 ALPHABET: Final = Alphabet()
 """The alphabet that all sizes of ESM-2 share."""
 
-FIRST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[0])
-LAST_RESIDUE: Final = ALPHABET.get_idx(RESIDUE_LETTERS[-1])
+ESMC_ALPHABET: Final = Alphabet(chain_break=True)
+"""The alphabet that all sizes of ESM-C share."""
 
 SPECIAL_TOKENS: Final = 2
 """Number of tokens around a sequence: `<cls>` before it and `<eos>` after it."""
+
+ESM2_FAMILY: Final = "esm2"
+"""The family of a level that states none, as those of earlier versions."""
 
 FORMAT_VERSION: Final = 1
 """The format of `config.json`; a config of another format is refused."""
@@ -56,6 +58,8 @@ class Level:
             None where the level is only a name and a width.
         reference: where on the Hub the backbone came from. In a saved checkpoint, where it is read from,
             instead of from the checkpoint.
+        family: name of the family of models that the backbone belongs to.
+        facts: further facts of its architecture, by the names that its family gives them.
 
     Raises:
         ValueError: for a name that no module can have, or heads that would not be of one even size.
@@ -70,6 +74,8 @@ class Level:
     width: int
     attention_heads: int | None
     reference: Reference | None = None
+    family: str = ESM2_FAMILY
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name or "." in self.name:
@@ -104,6 +110,22 @@ ESM2_LEVELS: Final[Mapping[str, Level]] = {
 Examples:
     >>> {name: level.width for name, level in rd_torch.ESM2_LEVELS.items()}
     {'8M': 320, '35M': 480, '150M': 640, '650M': 1280, '3B': 2560, '15B': 5120}
+"""
+
+
+ESMC_LEVELS: Final[Mapping[str, Level]] = {
+    name: Level(name, num_layers, width, attention_heads, family="esmc")
+    for name, num_layers, width, attention_heads in (
+        ("300M", 30, 960, 15),
+        ("600M", 36, 1152, 18),
+        ("6B", 80, 2560, 40),
+    )
+}
+"""The published sizes of ESM-C (biohub/ESMC-300M, -600M and -6B).
+
+Examples:
+    >>> {name: level.width for name, level in rd_torch.ESMC_LEVELS.items()}
+    {'300M': 960, '600M': 1152, '6B': 2560}
 """
 
 
@@ -269,7 +291,8 @@ class RDConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return this config as a dictionary of JSON values."""
-        return {"format": FORMAT_VERSION, **asdict(self)}
+        levels = [_level_to_dict(level) for level in self.levels]
+        return {"format": FORMAT_VERSION, **asdict(self), "levels": levels}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RDConfig:
@@ -294,6 +317,13 @@ class RDConfig:
             raise ValueError(
                 f"expected a config with the keys that rd_torch writes, got one with others: {error}"
             ) from error
+
+
+def _level_to_dict(level: Level) -> dict[str, Any]:
+    """Return a level as a dictionary of JSON values, in which usual facts are left out."""
+    values = asdict(level)
+    usual = {"family": ESM2_FAMILY, "facts": {}}
+    return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
 
 
 def _level_from_dict(values: Mapping[str, Any]) -> Level:

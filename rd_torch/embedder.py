@@ -65,8 +65,9 @@ class Embedder(NamedTuple):
         """Embed sequences that stay whole."""
         numbers, failed = list(sequences), None if failures is None else dict[int, str]()
         compute = batch_embedder(self.model, pool, self.width)
+        alphabet = self.model.alphabet
         for batch in run_batches(
-            compute, sequences.values(), self.tokens_per_batch, self.device, failures=failed
+            compute, sequences.values(), alphabet, self.tokens_per_batch, self.device, failures=failed
         ):
             yield [(numbers[place], row) for place, row in zip(batch.indices, batch.result, strict=True)]
         if failures is not None and failed:
@@ -121,7 +122,7 @@ def batch_embedder(model: RDModel, pool: str, width: int | None) -> Callable[[Te
     def embed_batch(tokens: Tensor) -> list[Tensor]:
         """Return the embedding of each sequence."""
         require_memory(family, tokens)
-        return _pool(model.encode(tokens, width=width), is_residue(tokens), pool)
+        return _pool(model.encode(tokens, width=width), is_residue(tokens, model.alphabet), pool)
 
     return embed_batch
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from rd_torch import hardware
 from rd_torch.backbone import PROBES, is_real, is_residue, obstacle, tokenize
-from rd_torch.config import ALPHABET
 from rd_torch.disk import move
 from rd_torch.model import RDModel
 from rd_torch.modules import evaluating, is_plain
@@ -184,18 +183,19 @@ class _Encoder(nn.Module):
     @property
     def example(self) -> Tensor:
         """A batch of token ids to trace with."""
-        return tokenize(PROBES[0]).to(self.model.device)
+        return tokenize(PROBES[0], self.model.alphabet).to(self.model.device)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Map `(batch, time)` to `(batch, time, width)` and `(batch, time)`."""
-        return self.model.encode(tokens), is_residue(tokens)
+        return self.model.encode(tokens), is_residue(tokens, self.model.alphabet)
 
 
 def _facts_of(model: RDModel) -> dict[str, str]:
     """Return the facts that a program which runs the file has to know, as its metadata has them."""
     widths = model.config.prefixes(model.embed_dim)
-    special = {name: ALPHABET.get_idx(name) for name in ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>")}
-    facts = {"tokens": ALPHABET.all_toks, "levels": widths, "special": special}
+    alphabet = model.alphabet
+    special = {name: alphabet.get_idx(name) for name in ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>")}
+    facts = {"tokens": alphabet.all_toks, "levels": widths, "special": special}
     return {f"rd_torch.{name}": json.dumps(fact) for name, fact in facts.items()} | {
         "rd_torch.fingerprint": model.fingerprint()
     }
@@ -203,12 +203,12 @@ def _facts_of(model: RDModel) -> dict[str, str]:
 
 def _require_equal(run: Run, model: RDModel) -> None:
     """Raise a MismatchError unless the file gives the model's embeddings."""
-    for tokens in _probes(model.device):
+    for tokens in _probes(model):
         expected = model.encode(tokens)
         got, mask = run(tokens)
-        real = expected[is_real(tokens)]
+        real = expected[is_real(tokens, model.alphabet)]
         error = float((got - expected).abs().max() / real.std()) if got.shape == expected.shape else torch.inf
-        if not (error <= TOLERANCE and torch.equal(mask, is_residue(tokens))):
+        if not (error <= TOLERANCE and torch.equal(mask, is_residue(tokens, model.alphabet))):
             raise MismatchError(
                 f"expected a file within {TOLERANCE:g} standard deviations of the model's embeddings, got "
                 f"one that is off by {error:.2g} for a batch of {len(tokens)}; it was not kept. Please "
@@ -216,13 +216,14 @@ def _require_equal(run: Run, model: RDModel) -> None:
             )
 
 
-def _probes(device: torch.device) -> Iterator[Tensor]:
+def _probes(model: RDModel) -> Iterator[Tensor]:
     """Yield batches of unequal lengths, one of which has masks in it, and a protein alone."""
+    alphabet, device = model.alphabet, model.device
     for probe in (*PROBES, PROBES[0][:1]):
-        yield tokenize(probe).to(device)
-    tokens = tokenize(PROBES[1]).to(device)
-    masked = is_residue(tokens) & (torch.arange(tokens.shape[1], device=device) % 5 == 2)
-    yield tokens.masked_fill(masked, ALPHABET.mask_idx)
+        yield tokenize(probe, alphabet).to(device)
+    tokens = tokenize(PROBES[1], alphabet).to(device)
+    masked = is_residue(tokens, alphabet) & (torch.arange(tokens.shape[1], device=device) % 5 == 2)
+    yield tokens.masked_fill(masked, alphabet.mask_idx)
 
 
 def _write_onnx(encoder: _Encoder, path: Path, facts: Mapping[str, str]) -> None:

@@ -10,7 +10,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from rd_torch.backbone import ESM2, Packing, is_real, is_residue
+from rd_torch.alphabet import Alphabet
+from rd_torch.backbone import Backbone, Packing, as_backbone, is_real, is_residue, one_alphabet
 from rd_torch.batching import plan_batches, run_batches
 from rd_torch.model import RDModel
 from rd_torch.modules import digest_of, evaluating
@@ -119,7 +120,7 @@ def fit_entries(
         return make_chain(family, sums, provenance, **options)
 
 
-def summands_of(family: Mapping[str, ESM2]) -> Summands:
+def summands_of(family: Mapping[str, Backbone]) -> Summands:
     """Return what the moments of a family's raw embeddings are of.
 
     Args:
@@ -133,7 +134,7 @@ def summands_of(family: Mapping[str, ESM2]) -> Summands:
 
 
 def make_chain(
-    family: Mapping[str, ESM2],
+    family: Mapping[str, Backbone],
     sums: Sums,
     provenance: Mapping[str, Any] | None,
     **options: Unpack[SolveOptions],
@@ -159,7 +160,7 @@ def make_chain(
     ).eval()
 
 
-def shared_family(backbones: Mapping[str, nn.Module], **options: Unpack[SolveOptions]) -> dict[str, ESM2]:
+def shared_family(backbones: Mapping[str, nn.Module], **options: Unpack[SolveOptions]) -> dict[str, Backbone]:
     """Make backbones of our own that share the tensors of the given ones, and check the options of a fit.
 
     Args:
@@ -173,13 +174,15 @@ def shared_family(backbones: Mapping[str, nn.Module], **options: Unpack[SolveOpt
         ValueError: for an option that does not exist or does not fit the backbones' widths.
         TypeError: for a backbone of another kind.
     """
-    family = {name: ESM2.sharing(module) for name, module in backbones.items()}
+    family = {name: as_backbone(module) for name, module in backbones.items()}
+    if family:
+        one_alphabet(family)
     check_options([backbone.embed_dim for backbone in family.values()], **options)
     return family
 
 
 def add_moments(
-    family: Mapping[str, ESM2],
+    family: Mapping[str, Backbone],
     moments: RunningMoments,
     sequences: Iterable[str],
     tokens_per_batch: int,
@@ -197,10 +200,11 @@ def add_moments(
     Returns:
         The number of sequences that were added.
     """
-    device = next(iter(family.values())).device
+    first = next(iter(family.values()))
+    compute = partial(_embed_residues, family, first.alphabet)
     count = 0
     with evaluating(*family.values()):
-        for batch in run_batches(partial(_embed_residues, family), sequences, tokens_per_batch, device):
+        for batch in run_batches(compute, sequences, first.alphabet, tokens_per_batch, first.device):
             moments.update(batch.result)
             progress(len(batch.result), False)
             count += len(batch.indices)
@@ -208,8 +212,8 @@ def add_moments(
 
 
 @torch.no_grad()
-def _embed_residues(family: Mapping[str, ESM2], tokens: Tensor) -> Tensor:
+def _embed_residues(family: Mapping[str, Backbone], alphabet: Alphabet, tokens: Tensor) -> Tensor:
     """Return `(residues, sum of widths)` raw embeddings of a batch's residues, by all backbones."""
-    packing = Packing.of(is_real(tokens))
-    residues = packing.pack(is_residue(tokens))
+    packing = Packing.of(is_real(tokens, alphabet))
+    residues = packing.pack(is_residue(tokens, alphabet))
     return torch.cat([backbone(tokens, packing)[residues] for backbone in family.values()], dim=1)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rd_torch.alphabet import Alphabet
 from rd_torch.backbone import is_real
 from rd_torch.choices import check_choice
-from rd_torch.config import SPECIAL_TOKENS
+from rd_torch.config import ALPHABET
 from rd_torch.modules import modules_of
 
 Task = Literal["regression", "classification"]
@@ -268,12 +269,15 @@ class MatryoshkaHead(nn.Module):
         return torch.stack(losses).mean()
 
 
-def align_labels(labels: Sequence[Sequence[float] | Tensor], tokens: Tensor) -> Tensor:
+def align_labels(
+    labels: Sequence[Sequence[float] | Tensor], tokens: Tensor, alphabet: Alphabet = ALPHABET
+) -> Tensor:
     """Put the labels of residues where their tokens stand.
 
     Args:
         labels: for each protein, one label for each residue.
         tokens: `(batch, time)` token ids that the batch converter made of the same proteins.
+        alphabet: alphabet of the token ids, `model.alphabet`; by default ESM-2's, which serves ESM-C too.
 
     Returns:
         `(batch, time)` labels. `<cls>`, `<eos>` and padding have none, which is -100 for integer labels and
@@ -287,7 +291,8 @@ def align_labels(labels: Sequence[Sequence[float] | Tensor], tokens: Tensor) -> 
         tensor([[-100,    0,    1,    2, -100]])
     """
     rows = [torch.as_tensor(row) for row in labels]
-    lengths = (is_real(tokens).sum(1) - SPECIAL_TOKENS).tolist()
+    before, after = int(alphabet.prepend_bos), int(alphabet.append_eos)
+    lengths = (is_real(tokens, alphabet).sum(1) - before - after).tolist()
     if (got := [len(row) for row in rows]) != lengths:
         raise ValueError(f"expected one label for each residue, so {lengths} labels, got {got}")
     floating = any(row.is_floating_point() for row in rows)
@@ -295,5 +300,5 @@ def align_labels(labels: Sequence[Sequence[float] | Tensor], tokens: Tensor) -> 
     dtype = torch.get_default_dtype() if floating else torch.int64
     aligned = torch.full(tokens.shape[:2], filling, dtype=dtype, device=tokens.device)
     for place, row in zip(aligned, rows, strict=True):
-        place[1 : len(row) + 1] = row
+        place[before : len(row) + before] = row
     return aligned

@@ -11,7 +11,7 @@ from typing import TypeAlias, get_args
 import torch
 from torch import nn
 
-from rd_torch.backbone import ESM2
+from rd_torch.backbone import FAMILIES
 from rd_torch.chain import Chain
 from rd_torch.choices import Storage, check_choice
 from rd_torch.modules import StateDict
@@ -48,11 +48,11 @@ def read_family(
     family: dict[str, nn.Module] = {}
     for level in checkpoint.config.levels:
         other = others.get(level.name)
-        family[level.name] = (
-            _convert_module(other, dtype, device)
-            if isinstance(other, nn.Module)
-            else ESM2.from_tensors(*checkpoint.read_backbone(level, other, hub, dtype=dtype, device=device))
-        )
+        if isinstance(other, nn.Module):
+            family[level.name] = _convert_module(other, dtype, device)
+            continue
+        found, tensors = checkpoint.read_backbone(level, other, hub, dtype=dtype, device=device)
+        family[level.name] = FAMILIES[found.family].from_tensors(found, tensors)
     return family
 
 

@@ -14,7 +14,6 @@ from rd_torch import hardware
 from rd_torch.backbone import AttentionSink, Packing, Prepared, check_tokens, is_real, is_residue, token_ids
 from rd_torch.chain import Chain
 from rd_torch.choices import Storage
-from rd_torch.config import ALPHABET
 from rd_torch.loading import read_family, write_chain
 from rd_torch.nesting import Nesting
 from rd_torch.output import RDOutput, check_layers
@@ -49,15 +48,6 @@ class RDModel(Chain):
         >>> model(tokens).embeddings.shape, model(tokens, width=48).embeddings.shape
         (torch.Size([1, 5, 128]), torch.Size([1, 5, 48]))
     """
-
-    alphabet = ALPHABET
-    alphabet_size = len(ALPHABET)
-    padding_idx = ALPHABET.padding_idx
-    mask_idx = ALPHABET.mask_idx
-    cls_idx = ALPHABET.cls_idx
-    eos_idx = ALPHABET.eos_idx
-    prepend_bos = ALPHABET.prepend_bos
-    append_eos = ALPHABET.append_eos
 
     _prepared: Prepared | None = None
 
@@ -191,19 +181,20 @@ class RDModel(Chain):
         nested = packing.unpack(levels[name][:, :width])
         separate = {} if self.config.is_nested else levels
         largest = self.backbones[name]
+        logits = largest.logits(raw[name])
         attentions = torch.stack(maps, 1) if maps else None
-        ids = token_ids(tokens)
+        ids = token_ids(tokens, self.alphabet)
         return RDOutput(
             embeddings=self._set_special_rows(nested, ids, packing, raw[name]),
-            logits=packing.unpack(largest.logits(raw[name])) if largest.has_lm_head else None,
-            residue_mask=is_residue(ids),
+            logits=None if logits is None else packing.unpack(logits),
+            residue_mask=is_residue(ids, self.alphabet),
             nested=nested,
             widths=tuple((name, self.config.widths[name]) for name in raw),
             num_layers=self.num_layers,
             separate={level: packing.unpack(part) for level, part in separate.items()},
             repr_layers=layers,
             attentions=attentions,
-            contacts=largest.contact_head(ids, attentions) if return_contacts else None,
+            contacts=None if attentions is None or not return_contacts else largest.contacts(ids, attentions),
         )
 
     def encode(self, tokens: Tensor, *, width: int | None = None) -> Tensor:
@@ -219,7 +210,7 @@ class RDModel(Chain):
         packing, raw = self._run_backbones(tokens, width)
         *_, name = raw
         nested = packing.unpack(nest(raw, self.stages, self.config.predict_from)[name][:, :width])
-        return self._set_special_rows(nested, token_ids(tokens), packing, raw[name])
+        return self._set_special_rows(nested, token_ids(tokens, self.alphabet), packing, raw[name])
 
     def combine(self, embeddings: Mapping[str, Tensor]) -> Tensor:
         """Return `(..., nested width)` embeddings from raw ones that people already hold; no backbone runs.
@@ -274,10 +265,10 @@ class RDModel(Chain):
     ) -> tuple[Packing, dict[str, Tensor]]:
         """Return the batch's packing, and packed raw embeddings of the levels that `width` features need."""
         family = self.family(width)
-        check_tokens(tokens)
+        check_tokens(tokens, self.alphabet)
         for backbone in family.values():
             backbone.require_device_of(tokens)
-        packing = Packing.of(is_real(tokens))
+        packing = Packing.of(is_real(tokens, self.alphabet))
         # The engine takes ids and no distributions, builds no attention maps, and needs a token.
         plain = packing.longest and sink is None and not tokens.is_floating_point()
         raw = self._run_prepared(tokens, packing, len(family)) if plain else None
@@ -290,6 +281,6 @@ class RDModel(Chain):
         """Return padded nested embeddings, with special rows replaced where the checkpoint asks for that."""
         if self.config.special_rows == "maps":
             return nested
-        special = packing.real & ~is_residue(ids)
+        special = packing.real & ~is_residue(ids, self.alphabet)
         own = packing.unpack(larger)[..., : nested.shape[-1]].to(nested.dtype)
         return torch.where(special[..., None], own, nested)

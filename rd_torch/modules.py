@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 Part = TypeVar("Part", bound=nn.Module)
+Part_co = TypeVar("Part_co", bound=nn.Module, covariant=True)
 
 if TYPE_CHECKING:
 
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
         def items(self) -> ItemsView[str, Part]:
             """Return names and modules."""
 
-    class ModuleRow(nn.ModuleList, Generic[Part]):
+    class ModuleRow(nn.ModuleList, Generic[Part_co]):
         """An `nn.ModuleList` whose modules are of one known type."""
 
-        def __getitem__(self, index: int) -> Part: ...  # type: ignore[override]  # slices are not used
-        def __iter__(self) -> Iterator[Part]: ...
+        def __getitem__(self, index: int) -> Part_co: ...  # type: ignore[override]  # slices are not used
+        def __iter__(self) -> Iterator[Part_co]: ...
 else:  # not subclasses: other libraries look for PyTorch's own classes
     Modules, ModuleRow = nn.ModuleDict, nn.ModuleList
 

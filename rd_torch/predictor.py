@@ -65,7 +65,8 @@ class Predictor(nn.Module):
         Raises:
             ValueError: as the model and the head do.
         """
-        residue_mask = is_residue(token_ids(tokens))
+        alphabet = self.model.alphabet
+        residue_mask = is_residue(token_ids(tokens, alphabet), alphabet)
         embeddings = self.model.encode(tokens, width=self.head.width)
         predictions = self.head(embeddings, residue_mask)
         if labels is None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from rd_torch.alphabet import Alphabet
-from rd_torch.config import ALPHABET, FIRST_RESIDUE, LAST_RESIDUE
+from rd_torch.config import ALPHABET
 from rd_torch.letters import LETTERS, RESIDUE_LETTERS
 
 OURS, THEIRS = Alphabet.from_architecture("ESM-1b"), FairAlphabet.from_architecture("ESM-1b")
@@ -63,7 +63,7 @@ def test_every_attribute_and_method_is_there():
 def test_the_shared_alphabet_names_the_residues():
     assert ALPHABET.all_toks == THEIRS.all_toks
     assert RESIDUE_LETTERS == "LAGVSERTIDPKQNFYMHWCXBUZO"
-    assert (FIRST_RESIDUE, LAST_RESIDUE) == (THEIRS.get_idx("L"), THEIRS.get_idx("O")) == (4, 28)
+    assert ALPHABET.residue_ranges[0] == (THEIRS.get_idx("L"), THEIRS.get_idx("O")) == (4, 28)
 
 
 def test_tokens_and_ids_turn_into_each_other():

@@ -18,8 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from rd_torch import embed, embed_to_store, hardware, open_store
 from rd_torch.backbone import engine, preparing
 from rd_torch.backbone.engine import Engine, Inputs, Shape, Slot, shape_for
-from rd_torch.backbone.esm2 import token_dropout
-from rd_torch.backbone.layer import TransformerLayer
+from rd_torch.backbone.esm2 import TransformerLayer, token_dropout
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.preparing import LIMITS, PROBES, Prepared
 from rd_torch.model import RDModel
@@ -119,7 +118,7 @@ def test_a_slot_gives_each_batch_its_own_results_whatever_was_in_it_before(monke
         tokens = tokens_of(*batch)
         packing = packing_of(tokens)
         inputs = Inputs(*token_dropout(tokens, packing, torch.float32), packing.positions, None)
-        slot = slot or Slot(Shape(512, 16, 512), inputs)
+        slot = slot or Slot(Shape(512, 16, 512), inputs, ALPHABET.padding_idx)
         slot.fill(inputs, packing.edge_tensor)
         with torch.no_grad():
             fixed = prepared._run(slot.inputs, 1)["c"]

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional
 
 from rd_torch import ESM2, ESM2_LEVELS, Level, RDModel, hardware
-from rd_torch.backbone import layer as layers
+from rd_torch.backbone import linear as layers
 from rd_torch.backbone.attention import RotaryEmbedding
-from rd_torch.backbone.layer import project
+from rd_torch.backbone.linear import project
 from rd_torch.backbone.packing import Packing
 from rd_torch.config import ALPHABET
 

@@ -73,7 +73,7 @@ def test_training_resumes_where_it_stopped(make, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
     valid = tmp_path / "natural50_train.fasta.xz"
     valid.symlink_to(data / "natural50_valid.fasta.xz")
-    level = train.LEVELS["28K"]
+    level = train.CHAINS["esm2"]["28K"]
     train.train(level, tmp_path, tmp_path / "whole.pt", 4_000)
 
     steps = iter(range(4))

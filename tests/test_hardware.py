@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from rd_torch import hardware
-from rd_torch.backbone.layer import project
+from rd_torch.backbone.linear import project
 
 pytestmark = pytest.mark.capability
 

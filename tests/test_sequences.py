@@ -103,8 +103,8 @@ def test_nothing_is_cut_unless_asked_and_cuts_are_counted():
 @given(st.lists(LETTERS, min_size=1, max_size=5))
 def test_tokens_equal_fair_esms_batch_converter(sequences):
     expected = ALPHABET.get_batch_converter()([(str(i), s) for i, s in enumerate(sequences)])[2]
-    assert torch.equal(tokenize(sequences), expected)
-    assert torch.equal(is_residue(expected).sum(1), torch.tensor([len(s) for s in sequences]))
+    assert torch.equal(tokenize(sequences, ALPHABET), expected)
+    assert torch.equal(is_residue(expected, ALPHABET).sum(1), torch.tensor([len(s) for s in sequences]))
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)

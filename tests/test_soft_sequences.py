@@ -102,7 +102,7 @@ def test_gradients_to_the_distribution_are_fair_esms(monkeypatch):
 def test_what_is_at_mask_enters_as_zeros_and_counts_as_masked():
     module = ESM2.sharing(random_esm2(1, 32, 4)).double()
     soft = soft_tokens("MKTAY", "MK", dtype=torch.float64)
-    packing = Packing.of(is_real(soft))
+    packing = Packing.of(is_real(soft, ALPHABET))
     embedded = packing.unpack(module.embedded(*token_dropout(soft, packing, torch.float64)))
     for row, length in enumerate((7, 4)):
         p = soft[row, :length]
@@ -140,8 +140,8 @@ def test_a_position_is_a_residue_where_residues_have_most_of_it():
     soft[0, 2, MASK], soft[0, 2, 7] = 0.6, 0.4
     soft[0, 3, 9], soft[0, 3, 5], soft[0, 3, PAD] = 0.3, 0.25, 0.45
     soft[0, 4, PAD] = 1
-    assert token_ids(soft)[0].tolist() == [ALPHABET.cls_idx, 4, MASK, 9, PAD]
-    assert is_real(soft)[0].tolist() == [True, True, True, True, False]
+    assert token_ids(soft, ALPHABET)[0].tolist() == [ALPHABET.cls_idx, 4, MASK, 9, PAD]
+    assert is_real(soft, ALPHABET)[0].tolist() == [True, True, True, True, False]
     assert small_model()(soft).residue_mask[0].tolist() == [False, True, False, True, False]
 
 

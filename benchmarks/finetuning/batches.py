@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 import rd_torch
 from benchmarks.finetuning.problem import Example, Problem, Scores
 from rd_torch.backbone import is_residue, tokenize
-from rd_torch.config import SPECIAL_TOKENS
+from rd_torch.config import ALPHABET, SPECIAL_TOKENS
 from rd_torch.heads import Head
 from rd_torch.sequences import cut_batches
 
@@ -73,16 +73,16 @@ class Tokens(Batches):
 
     def make(self, batch: Sequence[int]) -> Batch:
         """Make the batch of the examples with these numbers."""
-        tokens = tokenize([self.examples[index].sequence for index in batch])
+        tokens = tokenize([self.examples[index].sequence for index in batch], ALPHABET)
         labels = [self.examples[index].label for index in batch]
-        return tokens, None, self.problem.labels(labels, is_residue(tokens))
+        return tokens, None, self.problem.labels(labels, is_residue(tokens, ALPHABET))
 
 
 def predict(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the predictions for a batch, and the mask that says where residues are."""
     inputs, mask, _ = batch
     if mask is None:
-        return module(inputs)["predictions"], is_residue(inputs)
+        return module(inputs)["predictions"], is_residue(inputs, ALPHABET)
     return module(inputs, mask), mask
 
 

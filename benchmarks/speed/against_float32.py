@@ -21,6 +21,7 @@ from benchmarks.proteins import MAX_RESIDUES
 from benchmarks.result import Row
 from benchmarks.speed.lifelike_weights import Facts, lifelike_family
 from rd_torch.backbone import is_residue, tokenize
+from rd_torch.config import ALPHABET
 from rd_torch.reading import Fasta
 from rd_torch.sequences import cut_batches, normalize_sequences
 
@@ -33,7 +34,7 @@ def embed(model: rd_torch.RDModel, batches: Sequence[Tensor]) -> Means:
     """Return nested embeddings of all residues, and their mean in each protein, in float64."""
     rows, means = [], []
     for tokens in batches:
-        embeddings, kept = model.encode(tokens).double(), is_residue(tokens)
+        embeddings, kept = model.encode(tokens).double(), is_residue(tokens, ALPHABET)
         rows.append(embeddings[kept])
         means.append((embeddings * kept[..., None]).sum(1) / kept.sum(1, keepdim=True))
     return torch.cat(rows), torch.cat(means)
@@ -113,7 +114,9 @@ def prepare(arguments: argparse.Namespace) -> tuple[rd_torch.RDModel, list[Tenso
     found = list(Fasta(data_folder(arguments) / "natural50_valid.fasta.xz"))
     short = normalize_sequences(each.sequence for each in found if len(each.sequence) <= MAX_RESIDUES)
     proteins = take(short, arguments.residues or (22_000 if arguments.family == MINI else 1_500))
-    batches = [tokenize([each for _, each in batch]) for batch in cut_batches(proteins, TOKENS_PER_BATCH)]
+    batches = [
+        tokenize([each for _, each in batch], ALPHABET) for batch in cut_batches(proteins, TOKENS_PER_BATCH)
+    ]
     facts: Facts = {"proteins": len(proteins), "residues": sum(map(len, proteins))}
     if arguments.family == MINI:
         return rd_torch.RDModel.from_pretrained("esm2-rd-mini"), batches, facts

@@ -34,7 +34,7 @@ class Batch:
     @classmethod
     def of(cls, sequences: Sequence[str], device: str) -> Batch:
         """Return the batch of normalised sequences."""
-        tokens = tokenize(sequences)
+        tokens = tokenize(sequences, ALPHABET)
         real = tokens != ALPHABET.padding_idx
         return cls(tokens.to(device), real.long().to(device), int(real.sum()))
 

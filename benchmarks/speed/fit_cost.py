@@ -33,6 +33,7 @@ from benchmarks.speed.clock import now
 from benchmarks.speed.models import add_model_options, levels_until, random_fair, where
 from rd_torch import sums
 from rd_torch.backbone import tokenize
+from rd_torch.config import ALPHABET
 
 PAPER_RESIDUES = 1000 * 400
 FORWARD, UPDATE, SOLVE, REST = "forward passes", "update of the moments", "solving", "everything else"
@@ -84,7 +85,7 @@ def warm_up(backbones: Mapping[str, rd_torch.ESM2], sequence: str, device: str) 
     moments = rd_torch.RunningMoments(sum(backbone.embed_dim for backbone in backbones.values()), device)
     moments.update(torch.randn(64, moments.width, device=device))
     torch.linalg.eigh(torch.eye(64, dtype=torch.float64, device=device))
-    tokens = tokenize([sequence]).to(device)
+    tokens = tokenize([sequence], ALPHABET).to(device)
     with torch.inference_mode():
         for name, backbone in backbones.items():
             rd_torch.RDModel({name: backbone}, []).eval().encode(tokens)

@@ -33,30 +33,36 @@ from torch import Tensor
 import rd_torch
 from benchmarks.result import Row, environment, write_result
 from benchmarks.speed.against_float32 import compare, embed, new_family_parser, prepare
-from rd_torch.backbone import TransformerLayer
+from rd_torch.backbone import Layer
 
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-class HalfResidual(TransformerLayer):
+class HalfResidual(Layer):
     """A layer whose residual stream has the weights' dtype: each addition is rounded to it."""
 
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         """Turn `(tokens, width)` into the same, in the weights' dtype."""
-        return super().forward(x.to(self.final_layer_norm.weight.dtype), *rest)
+        return super().forward(x.to(next(self.parameters()).dtype), *rest)
+
+
+def with_half_residual(kind: type[Layer]) -> type[Layer]:
+    """Return a class of layers like another one, but for their residual stream."""
+    return type(f"HalfResidual{kind.__name__}", (HalfResidual, kind), {})
 
 
 @contextmanager
 def half_residual(model: rd_torch.RDModel) -> Iterator[None]:
     """Turn all layers of the model into `HalfResidual`, and back."""
-    layers = [layer for backbone in model.family().values() for layer in backbone.layers]
-    for layer in layers:
-        layer.__class__ = HalfResidual
+    layers = [part for part in model.modules() if isinstance(part, Layer)]
+    kinds = [type(layer) for layer in layers]
+    for layer, kind in zip(layers, kinds, strict=True):
+        layer.__class__ = with_half_residual(kind)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__class__ = TransformerLayer
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer.__class__ = kind
 
 
 def measure(model: rd_torch.RDModel, batches: Sequence[Tensor]) -> list[Row]:

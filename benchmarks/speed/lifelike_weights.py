@@ -160,8 +160,9 @@ def lifelike_family(
         tokens_per_batch: Number of tokens in a batch of the fit.
     """
     *_, largest = rd_torch.RDModel.from_pretrained("esm2-rd-mini").family().values()
+    assert isinstance(largest, ESM2)
     curve = [root_mean_square(x) for x in residual_stream(largest, tokens)[0]]
-    calibrated = tokenize([sequence[:CALIBRATED_ON] for sequence in fitted[:2]])
+    calibrated = tokenize([sequence[:CALIBRATED_ON] for sequence in fitted[:2]], ALPHABET)
     facts: Facts = {"asked for": f"growth {curve[-1] / curve[0]:.3g}, channels {CONSTANTS[0]:.3g}"}
     backbones: dict[str, ESM2] = {}
     for seed, name in enumerate(LEVELS):

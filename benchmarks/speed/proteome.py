@@ -31,7 +31,7 @@ from benchmarks.speed.meter import MEBI, status_bytes
 from benchmarks.speed.models import random_family
 from benchmarks.speed.processes import in_own_process
 from rd_torch.backbone import tokenize
-from rd_torch.config import ESM2_LEVELS
+from rd_torch.config import ALPHABET, ESM2_LEVELS
 from rd_torch.reading import Fasta
 from rd_torch.sequences import Entry, Protein, cut_batches, normalize_proteins
 from rd_torch.store import Names, cut_windows
@@ -64,7 +64,7 @@ def write_fasta(proteins: Sequence[Protein], path: Path) -> None:
 def seconds_of_passes(model: rd_torch.RDModel, proteins: Sequence[Protein]) -> float:
     """Return the seconds of the forward passes alone, over the batches that the whole way takes."""
     batches = [
-        tokenize([sequence for _, sequence in batch])
+        tokenize([sequence for _, sequence in batch], ALPHABET)
         for window in cut_windows(starmap(Entry, proteins), TOKENS_PER_BATCH, Names(str))
         for batch in cut_batches(window.contents, TOKENS_PER_BATCH)
     ]

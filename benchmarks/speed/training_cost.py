@@ -36,6 +36,7 @@ from benchmarks.speed.meter import MEBI, Meter
 from benchmarks.speed.models import add_model_options, levels_until, random_fair, random_stages, where
 from benchmarks.speed.processes import in_own_process
 from rd_torch.backbone import is_residue
+from rd_torch.config import ALPHABET
 
 STATES = 3
 HEAD, FULL = "head", "full"
@@ -81,7 +82,7 @@ def step_of(name: str, task: str, arguments: argparse.Namespace) -> tuple[Step, 
     width = levels_until(arguments)[-1].width
     head = rd_torch.ResidueHead(width, STATES, task="classification").to(device)
     batch = Batch.of_size(arguments.batch, arguments.residues, device)
-    mask = is_residue(batch.tokens)
+    mask = is_residue(batch.tokens, ALPHABET)
     labels = torch.randint(STATES, batch.tokens.shape, device=device)
     parts = [head] if task == HEAD else [module, head]
     trained = [p for part in parts for p in part.parameters() if p.requires_grad]

@@ -2,8 +2,10 @@
 
     python checkpoints/esm2-rd-mini/make.py --data DATA --state STATE
 
-reads what `train.py` left in STATE and writes config, maps, backbones and `losses.json` beside this file. A
-loss is the cross-entropy in nats over 15 % of the residues, chosen at random: 80 % of them are shown as
+reads what `train.py` left in STATE and writes config, maps, backbones and `losses.json` beside this file, or
+to `--output`; `--family esmc` takes the ESM-C-shaped backbones.
+
+A loss is the cross-entropy in nats over 15 % of the residues, chosen at random: 80 % of them are shown as
 `<mask>`, 10 % as a random residue, 10 % as they are. Sequences are whole; nothing is cropped.
 """
 
@@ -15,11 +17,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from recipe import LEVELS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, new_parser, read_sequences
+from recipe import CHAINS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, new_parser, read_sequences
 
 from rd_torch import fit
-from rd_torch.backbone import ESM2, tokenize
-from rd_torch.config import SPECIAL_TOKENS
+from rd_torch.backbone import FAMILIES, Backbone, tokenize
+from rd_torch.config import ALPHABET, SPECIAL_TOKENS
 from rd_torch.sequences import cut_batches
 
 HERE = Path(__file__).parent
@@ -30,7 +32,7 @@ CREDIT = "natural50: UniProt and STRING (CC BY 4.0), PDB (CC0), RefSeq; one prot
 
 
 @torch.no_grad()
-def measure(model: ESM2, sequences: Sequence[str], seed: int) -> float:
+def measure(model: Backbone, sequences: Sequence[str], seed: int) -> float:
     """Return the mean masked-residue loss in nats over whole sequences.
 
     A sequence has the same masks in whatever batch it comes.
@@ -42,7 +44,7 @@ def measure(model: ESM2, sequences: Sequence[str], seed: int) -> float:
     """
     total, count = 0.0, 0
     for batch in cut_batches(sequences, 8_192):
-        tokens = tokenize([sequence for _, sequence in batch])
+        tokens = tokenize([sequence for _, sequence in batch], ALPHABET)
         corrupted, chosen = tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool)
         for row, (index, sequence) in enumerate(batch):
             generator = torch.Generator().manual_seed(seed * 1_000_000 + index)
@@ -53,21 +55,22 @@ def measure(model: ESM2, sequences: Sequence[str], seed: int) -> float:
     return total / count
 
 
-def load(state: Path) -> tuple[dict[str, ESM2], dict[str, dict[str, object]]]:
+def load(state: Path, family: str) -> tuple[dict[str, Backbone], dict[str, dict[str, object]]]:
     """Return the trained backbones, and how each was trained.
 
     Args:
         state: Folder that `train.py` has filled.
+        family: Family whose levels to load.
 
     Raises:
         ValueError: If a level has not been trained to the end.
     """
     backbones, runs = {}, {}
-    for name, level in LEVELS.items():
+    for name, level in CHAINS[family].items():
         saved = torch.load(state / f"{name}.pt", weights_only=True)
         if saved["seen"] < TOKENS:
             raise ValueError(f"expected {TOKENS:,} tokens of training at level {name}, got {saved['seen']:,}")
-        backbones[name] = ESM2.from_tensors(level, saved["model"]).eval()
+        backbones[name] = FAMILIES[level.family].from_tensors(level, saved["model"]).eval()
         curve = [(seen, round(loss, 4)) for seen, loss in islice(saved["curve"], 0, None, 5)]
         runs[name] = {
             "tokens": saved["seen"],
@@ -78,7 +81,7 @@ def load(state: Path) -> tuple[dict[str, ESM2], dict[str, dict[str, object]]]:
     return backbones, runs
 
 
-def losses(backbones: Mapping[str, ESM2], sequences: Sequence[str]) -> dict[str, dict[str, object]]:
+def losses(backbones: Mapping[str, Backbone], sequences: Sequence[str]) -> dict[str, dict[str, object]]:
     """Return the validation losses of every level.
 
     They are the mean over three seeds of the masks, the loss of each seed, and that of a small part.
@@ -97,11 +100,14 @@ def losses(backbones: Mapping[str, ESM2], sequences: Sequence[str]) -> dict[str,
 
 def main() -> None:
     """Run the command line."""
-    arguments = new_parser(__doc__).parse_args()
-    backbones, runs = load(arguments.state)
+    parser = new_parser(__doc__)
+    parser.add_argument("--family", choices=CHAINS, default="esm2", help="Family of the backbones.")
+    parser.add_argument("--output", type=Path, default=HERE, help="Folder to write; by default this one.")
+    arguments = parser.parse_args()
+    backbones, runs = load(arguments.state, arguments.family)
     found = losses(backbones, read_sequences(arguments.data / "natural50_valid.fasta.xz"))
     report = {name: {**found[name], **runs[name]} for name in backbones}
-    (HERE / "losses.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.output / "losses.json").write_text(json.dumps(report, indent=1) + "\n")
     provenance = {
         "backbones": "trained by checkpoints/esm2-rd-mini/train.py as masked language models",
         "data": CREDIT,
@@ -111,7 +117,7 @@ def main() -> None:
     }
     training = read_sequences(arguments.data / "natural50_train.fasta.xz")[:FITTED_ON]
     model = fit(backbones, training, provenance=provenance)
-    model.save_pretrained(HERE)
+    model.save_pretrained(arguments.output)
     print(model.config)
 
 

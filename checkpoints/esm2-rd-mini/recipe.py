@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rd_torch.backbone import ESM2, Packing, is_residue
+from rd_torch.backbone import Backbone, Packing, is_residue
 from rd_torch.config import ALPHABET, Level
 from rd_torch.reading import Fasta
 from rd_torch.sequences import normalize_sequences
@@ -24,11 +24,22 @@ LEVELS = {
         Level("1M", num_layers=6, width=128, attention_heads=8),
     )
 }
+# ESM-C-shaped backbones of the same widths, depths and heads. Their feed-forward blocks are 8/3 as wide as
+# the residual stream, rounded up to a multiple of 16, so that they have about as many parameters.
+CAMBRIAN_LEVELS = {
+    level.name: level
+    for level in (
+        Level("32K", 2, 32, 2, family="esmc", facts={"hidden_dim": 96}),
+        Level("93K", 3, 48, 3, family="esmc", facts={"hidden_dim": 128}),
+        Level("215K", 4, 64, 4, family="esmc", facts={"hidden_dim": 176}),
+    )
+}
+CHAINS = {"esm2": LEVELS, "esmc": CAMBRIAN_LEVELS}
 SEED = 0
 TOKENS = 60_000_000
 # Share of the budget after which windows are long. Long ones cost half as much again and bring 0.008
 # nats (207K, 8 M tokens); they went to where the distance to the next smaller level was short.
-LONG_FROM = {"28K": 1.0, "90K": 1.0, "207K": 0.0, "1M": 0.88}
+LONG_FROM = {"28K": 1.0, "90K": 1.0, "207K": 0.0, "1M": 0.88, "32K": 1.0, "93K": 1.0, "215K": 0.0}
 STANDARD_RESIDUES = (4, 24)
 
 
@@ -50,12 +61,12 @@ def mask_residues(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, T
     chance = torch.rand(tokens.shape, generator=generator)
     fate = torch.rand(tokens.shape, generator=generator)
     other = torch.randint(*STANDARD_RESIDUES, tokens.shape, generator=generator)
-    chosen = (chance < 0.15) & is_residue(tokens)
+    chosen = (chance < 0.15) & is_residue(tokens, ALPHABET)
     corrupted = torch.where(chosen & (fate < 0.8), ALPHABET.mask_idx, tokens)
     return torch.where(chosen & (fate >= 0.8) & (fate < 0.9), other, corrupted), chosen
 
 
-def masked_loss(model: ESM2, tokens: Tensor, corrupted: Tensor, chosen: Tensor) -> tuple[Tensor, int]:
+def masked_loss(model: Backbone, tokens: Tensor, corrupted: Tensor, chosen: Tensor) -> tuple[Tensor, int]:
     """Return the cross-entropy in nats summed over the chosen residues of a padded batch, and their number.
 
     Args:
@@ -67,7 +78,9 @@ def masked_loss(model: ESM2, tokens: Tensor, corrupted: Tensor, chosen: Tensor) 
     packing = Packing.of(tokens != ALPHABET.padding_idx)
     hidden = model(corrupted, packing)[packing.pack(chosen)]
     truth = packing.pack(tokens)[packing.pack(chosen)]
-    loss = functional.cross_entropy(model.lm_head(hidden).float(), truth, reduction="sum")
+    logits = model.logits(hidden)
+    assert logits is not None
+    loss = functional.cross_entropy(logits.float(), truth, reduction="sum")
     return loss, int(chosen.sum())
 
 

@@ -1,4 +1,4 @@
-"""Trains the four backbones of esm2-rd-mini as masked language models, resumable at any moment.
+"""Trains the backbones of esm2-rd-mini, or ESM-C-shaped ones, as masked language models, resumable any time.
 
     python checkpoints/esm2-rd-mini/train.py --data DATA --state STATE --level 28K
 
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recipe import LEVELS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, new_parser, read_sequences
+from recipe import CHAINS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, new_parser, read_sequences
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rd_torch.backbone import ESM2, tokenize
+from rd_torch.backbone import FAMILIES, Encoder, tokenize
 from rd_torch.config import ALPHABET, Level
 from rd_torch.disk import write_whole
 
@@ -38,7 +38,7 @@ STEPS_BETWEEN_LINES = 100
 
 def read_tokens(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return all sequences of a FASTA file as one array of ids with special tokens, and their ends."""
-    rows = [tokenize([sequence])[0].numpy().astype(np.uint8) for sequence in read_sequences(path)]
+    rows = [tokenize([sequence], ALPHABET)[0].numpy().astype(np.uint8) for sequence in read_sequences(path)]
     return np.concatenate(rows), np.cumsum([len(row) for row in rows])
 
 
@@ -73,7 +73,8 @@ class HalfLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply in bfloat16."""
-        return functional.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16())
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return functional.linear(x.bfloat16(), self.weight.bfloat16(), bias)
 
 
 class HalfProjection(HalfLinear):
@@ -84,27 +85,35 @@ class HalfProjection(HalfLinear):
         return super().forward(x).float()
 
 
-def new_model(level: Level) -> ESM2:
+def new_model(level: Level) -> Encoder:
     """Return a model with fresh weights; the deeper it is, the smaller residual branches start."""
     torch.manual_seed(SEED)
-    model = ESM2(*level.shape)
+    model = FAMILIES[level.family].of_level(level)
+    assert isinstance(model, Encoder)
     nn.init.normal_(model.embed_tokens.weight, std=0.1)
     for module in model.modules():
         if type(module) is nn.Linear:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     with torch.no_grad():
         model.embed_tokens.weight[ALPHABET.padding_idx].zero_()
         for layer in model.layers:
-            for linear in (layer.self_attn.out_proj, layer.fc2):
-                linear.weight.mul_((2 * model.num_layers) ** -0.5)
+            share = getattr(layer, "share", 1)  # by which ESM-C multiplies a branch
+            for name, linear in linear_layers(layer):
+                if name in ("out_proj", "fc2", "o_proj", "down_proj"):
+                    linear.weight.mul_((2 * model.num_layers) ** -0.5 / share)
     for layer in model.layers:
-        attention = layer.self_attn
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-            linear.__class__ = HalfProjection
-        for linear in (attention.out_proj, layer.fc1, layer.fc2):
-            linear.__class__ = HalfLinear
+        for name, linear in linear_layers(layer):
+            linear.__class__ = HalfProjection if name in ("q_proj", "k_proj", "v_proj") else HalfLinear
     return model
+
+
+def linear_layers(layer: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Return the linear layers of a layer, with the last parts of their names."""
+    return [
+        (name.rpartition(".")[2], part) for name, part in layer.named_modules() if isinstance(part, nn.Linear)
+    ]
 
 
 def peak_rates(width: int) -> tuple[float, float]:
@@ -112,7 +121,7 @@ def peak_rates(width: int) -> tuple[float, float]:
     return MUON_RATE * 32 / width, ADAM_RATE * (32 / width) ** 0.5
 
 
-def new_optimizers(model: ESM2) -> list[torch.optim.Optimizer]:
+def new_optimizers(model: Encoder) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of the layers, and AdamW for everything else."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     taken = {id(p) for p in matrices}
@@ -141,7 +150,7 @@ class Training:
         curve: By number of tokens, the mean loss over the steps since the entry before.
     """
 
-    model: ESM2
+    model: Encoder
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     seen: int = 0
@@ -232,7 +241,8 @@ def train(level: Level, data: Path, state_path: Path, tokens_in_all: int) -> Non
 def main() -> None:
     """Run the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--level", choices=LEVELS, required=True, help="Level to train.")
+    levels = {name: level for chain in CHAINS.values() for name, level in chain.items()}
+    parser.add_argument("--level", choices=levels, required=True, help="Level to train.")
     parser.add_argument(
         "--threads",
         type=int,
@@ -242,7 +252,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.state.mkdir(parents=True, exist_ok=True)
-    train(LEVELS[arguments.level], arguments.data, arguments.state / f"{arguments.level}.pt", TOKENS)
+    train(levels[arguments.level], arguments.data, arguments.state / f"{arguments.level}.pt", TOKENS)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,43 @@
 """One backbone: everything between a batch of token ids and its raw embeddings, the final hidden states."""
 
 from rd_torch.backbone.attention import inverse_frequencies
-from rd_torch.backbone.esm2 import EMBEDDING, ESM2, MEAN_SHARE_KEPT, MissingHead
-from rd_torch.backbone.layer import AttentionSink, TransformerLayer
+from rd_torch.backbone.backbone import Backbone
+from rd_torch.backbone.encoder import EMBEDDING, Encoder, MissingHead
+from rd_torch.backbone.esm2 import ESM2, MEAN_SHARE_KEPT, TransformerLayer
+from rd_torch.backbone.esmc import ESMC, hidden_width
+from rd_torch.backbone.families import FAMILIES, as_backbone, one_alphabet
+from rd_torch.backbone.layer import AttentionSink, Layer
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import apply_outside_half, at_least_float32
 from rd_torch.backbone.preparing import PROBES, Prepared, obstacle
-from rd_torch.backbone.tokens import check_tokens, is_real, is_residue, token_ids, tokenize
+from rd_torch.backbone.tokens import UBIQUITIN, check_tokens, is_real, is_residue, token_ids, tokenize
 
 __all__ = [
     "EMBEDDING",
     "ESM2",
+    "ESMC",
+    "FAMILIES",
     "MEAN_SHARE_KEPT",
     "PROBES",
+    "UBIQUITIN",
     "AttentionSink",
+    "Backbone",
+    "Encoder",
+    "Layer",
     "MissingHead",
     "Packing",
     "Prepared",
     "TransformerLayer",
     "apply_outside_half",
+    "as_backbone",
     "at_least_float32",
     "check_tokens",
+    "hidden_width",
     "inverse_frequencies",
     "is_real",
     "is_residue",
     "obstacle",
+    "one_alphabet",
     "token_ids",
     "tokenize",
 ]

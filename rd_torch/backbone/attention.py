@@ -30,25 +30,32 @@ BLOCK: Final = 1 << 21
 
 
 def inverse_frequencies(head_size: int) -> Tensor:
-    """Return fresh inverse frequencies, `10,000 ** -(k / head_size)` for every even k: `(head_size / 2,)`."""
-    return torch.tensor([10_000.0 ** -(k / head_size) for k in range(0, head_size, 2)], dtype=torch.float32)
+    """Return fresh inverse frequencies, `10,000 ** -(k / head_size)` for every even k: `(head_size / 2,)`.
+
+    They are computed in float32 and on the CPU, as fair-esm and transformers do: another order of rounding
+    would shift the angles of long sequences by some 1e-4.
+    """
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size
+    return 1 / 10_000.0**exponents
 
 
 class RotaryEmbedding(nn.Module):
     """The angles of rotary position embeddings (Su et al., arXiv 2104.09864).
 
-    The inverse frequencies are a buffer, because they belong to the checkpoint: published ones carry the
-    rounding of half-precision training, and fresh ones would shift cosines by up to 0.2.
+    The inverse frequencies of ESM-2 belong to its checkpoints: published ones carry the rounding of
+    half-precision training, and fresh ones would shift cosines by up to 0.2. Those of other families are
+    computed, and no state dict has them.
 
     Args:
         head_size: number of features in an attention head.
+        stored: whether checkpoints hold the inverse frequencies.
     """
 
     inv_freq: Tensor
 
-    def __init__(self, head_size: int) -> None:
+    def __init__(self, head_size: int, stored: bool = True) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", inverse_frequencies(head_size))
+        self.register_buffer("inv_freq", inverse_frequencies(head_size), persistent=stored)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         self.inv_freq = apply_outside_half(fn, self.inv_freq)

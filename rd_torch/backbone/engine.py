@@ -19,11 +19,10 @@ from torch import Tensor
 
 from rd_torch import hardware
 from rd_torch.backbone.attention import attend, attend_varlen
-from rd_torch.backbone.esm2 import ESM2, token_dropout
-from rd_torch.backbone.layer import Heads, TransformerLayer
+from rd_torch.backbone.encoder import Encoder
+from rd_torch.backbone.layer import Heads, Layer
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import at_least_float32
-from rd_torch.config import ALPHABET
 
 # The numbers below are choices, which no benchmark has tried yet. Others would change speed and memory alone.
 
@@ -84,10 +83,9 @@ def shape_for(packing: Packing) -> Shape:
 
 
 @cache  # so that all engines share what is compiled
-def _compile_parts() -> tuple[Callable[..., Heads], Callable[..., tuple[Tensor]]]:
-    """Return the token-wise parts of a layer, which PyTorch compiles once for each width."""
-    begin = torch.compile(TransformerLayer.begin, dynamic=True)
-    return begin, torch.compile(TransformerLayer.finish, dynamic=True)
+def _compile_parts(kind: type[Layer]) -> tuple[Callable[..., Heads], Callable[..., tuple[Tensor]]]:
+    """Return the token-wise parts of a family's layer, which PyTorch compiles once for each width."""
+    return torch.compile(kind.begin, dynamic=True), torch.compile(kind.finish, dynamic=True)
 
 
 def _power_of_two(number: int) -> int:
@@ -101,7 +99,7 @@ class Inputs:
 
     Attributes:
         ids: `(tokens,)` token ids.
-        scale: `(tokens,)` factors of token dropout.
+        scale: `(tokens,)` factors of the tokens' embeddings.
         positions: `(tokens,)` columns of the tokens.
         mix: function of `q, k, v` that computes attention within the sequences of the batch.
     """
@@ -118,9 +116,11 @@ class Slot:
     Args:
         shape: shape of the tensors.
         inputs: any batch; the tensors have its dtypes and device.
+        padding: id of the token that fills a slot up.
     """
 
-    def __init__(self, shape: Shape, inputs: Inputs) -> None:
+    def __init__(self, shape: Shape, inputs: Inputs, padding: int) -> None:
+        self._padding = padding
         self._ids = inputs.ids.new_empty(shape.tokens)
         self._scale = inputs.scale.new_empty(shape.tokens)
         self._positions = inputs.positions.new_empty(shape.tokens)
@@ -137,7 +137,7 @@ class Slot:
         """
         size = len(self._ids)
         for fixed, new, filling in (
-            (self._ids, inputs.ids, ALPHABET.padding_idx),
+            (self._ids, inputs.ids, self._padding),
             (self._scale, inputs.scale, 0),
             (self._positions, inputs.positions, 0),
             (self._edges, edges, size),
@@ -160,13 +160,14 @@ class Engine:
     bits, whichever levels run.
 
     Args:
-        family: backbones by level, smallest first, on one device.
+        family: backbones by level, smallest first, on one device and of one family of models.
     """
 
-    def __init__(self, family: Mapping[str, ESM2]) -> None:
+    def __init__(self, family: Mapping[str, Encoder]) -> None:
         self._family = dict(family)
-        self._begin, self._finish = _compile_parts()
-        weight = next(iter(family.values())).embed_tokens.weight
+        self._first = next(iter(family.values()))
+        self._begin, self._finish = _compile_parts(type(self._first.layers[0]))  # type: ignore[arg-type]  # classes are hashable
+        weight = self._first.embed_tokens.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._recordings: OrderedDict[tuple[Shape, int], Recording] = OrderedDict()
         if self._device.type == "cuda":
@@ -192,7 +193,7 @@ class Engine:
         Returns:
             `(tokens, width)` packed raw embeddings by level, which the next call overwrites.
         """
-        ids, scale = token_dropout(tokens, packing, at_least_float32(self._dtype))
+        ids, scale = self._first.weigh(tokens, packing, at_least_float32(self._dtype))
         inputs = Inputs(ids, scale, packing.positions, partial(attend, packing=packing))
         if not self._records or not 0 < len(ids) <= GRAPH_TOKENS:
             return self._run(inputs, count)
@@ -224,7 +225,7 @@ class Engine:
         recorded. PyTorch asks for a stream of its own for that run. It waits for the copies into the slot,
         and recording waits for it.
         """
-        slot = Slot(shape, inputs)
+        slot = Slot(shape, inputs, self._first.alphabet.padding_idx)
         slot.fill(inputs, packing.edge_tensor)
         warming, main = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         warming.wait_stream(main)
@@ -262,4 +263,4 @@ class Engine:
         for layer in backbone.layers:
             q, k, v = self._begin(layer, x, *rotation)
             (x,) = self._finish(layer, x, inputs.mix(q, k, v))
-        return backbone.emb_layer_norm_after(x)
+        return backbone.final_norm(x)

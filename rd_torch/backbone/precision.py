@@ -41,12 +41,12 @@ def apply_outside_half(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor
 
 
 class ResidualNorm(nn.LayerNorm):
-    """A LayerNorm in the dtype of its input, which is the residual stream and must not be rounded."""
+    """A LayerNorm in the dtype of its input, which in the residual stream must not be rounded."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `(tokens, width)` normalised, in the dtype of `x`."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class BranchNorm(ResidualNorm):

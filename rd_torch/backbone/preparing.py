@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from rd_torch import hardware
-from rd_torch.backbone.attention import RotaryEmbedding
+from rd_torch.backbone.backbone import Backbone
+from rd_torch.backbone.encoder import Encoder
 from rd_torch.backbone.engine import Engine
-from rd_torch.backbone.esm2 import ESM2
-from rd_torch.backbone.layer import SelfAttention, TransformerLayer
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import BranchNorm, ResidualNorm
-from rd_torch.backbone.tokens import is_real, tokenize
+from rd_torch.backbone.tokens import UBIQUITIN, is_real, tokenize
 
-UBIQUITIN: Final = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 PROBES: Final = (
     (UBIQUITIN * 3, "M", UBIQUITIN[20:60], UBIQUITIN, "XBUZO", UBIQUITIN[::-1] * 2),
     (UBIQUITIN[::-1] * 3, "G", UBIQUITIN[10:50], UBIQUITIN[::-1], "OUXZB", UBIQUITIN * 2),
@@ -57,26 +55,14 @@ Those of half types are the worst that any level had, with a float32 residual st
 cosine a choice.
 """
 
-OWN_MODULES: Final = frozenset(
-    {
-        ESM2,
-        TransformerLayer,
-        SelfAttention,
-        nn.Linear,
-        RotaryEmbedding,
-        ResidualNorm,
-        BranchNorm,
-        nn.Embedding,
-        nn.ModuleList,
-    }
-)
-"""The classes of ESM-2's own modules; an engine might skip what others do, or freeze it into a graph."""
+COMMON_MODULES: Final = frozenset({nn.Linear, ResidualNorm, BranchNorm, nn.Embedding, nn.ModuleList})
+"""The classes of modules that every family has."""
 
 
-def obstacle(family: Mapping[str, ESM2]) -> str | None:
+def obstacle(family: Mapping[str, Backbone]) -> str | None:
     """Return what in the backbones an engine or an exported file would not follow, as a sentence.
 
-    These are hooks, which would not run, and modules that are not ESM-2's own. An adapter of PEFT, for
+    These are hooks, which would not run, and modules that are not the family's own. An adapter of PEFT, for
     example, can be switched off while all tensors stay the same, which a recorded graph would not notice.
 
     Args:
@@ -87,20 +73,23 @@ def obstacle(family: Mapping[str, ESM2]) -> str | None:
         none.
     """
     for level, backbone in family.items():
+        kind = type(backbone)
+        own = vars(kind).get("own_modules", frozenset())  # not inherited: a subclass may compute otherwise
+        known = COMMON_MODULES | own | ({kind} if own else set())
         for name, module in _encoder_modules(backbone):
             place = f"{level}.{name}".rstrip(".")
-            kind = type(module)
-            if kind not in OWN_MODULES:
-                return f"{place} is a {kind.__module__}.{kind.__name__}, not one of ESM-2's own modules"
+            if (part := type(module)) not in known:
+                named = f"{part.__module__}.{part.__name__}"
+                return f"{place} is a {named}, not one of the family's own modules"
             if _is_hooked(module):
                 return f"{place} has hooks"
     return None
 
 
-def _encoder_modules(backbone: ESM2) -> Iterator[tuple[str, nn.Module]]:
+def _encoder_modules(backbone: Backbone) -> Iterator[tuple[str, nn.Module]]:
     """Yield the names and modules of a backbone that run for its embedding, which are all but its heads."""
     for name, module in backbone.named_modules():
-        if not name.startswith(("lm_head", "contact_head")):
+        if name.partition(".")[0] not in backbone.heads:
             yield name, module
 
 
@@ -116,7 +105,7 @@ class Prepared:
         family: backbones by level, smallest first, on one device.
     """
 
-    def __init__(self, family: Mapping[str, ESM2]) -> None:
+    def __init__(self, family: Mapping[str, Backbone]) -> None:
         # Modules and tensors, and the dictionaries that hold them, where `is_current` looks for others.
         self._parts = [
             (container, name, part)
@@ -130,10 +119,14 @@ class Prepared:
         self._modules = [module for backbone in family.values() for _, module in _encoder_modules(backbone)]
         self._engine: Engine | None = None
         reason = obstacle(family)
+        entrances = {(type(each), each.facts.get("token_dropout")) for each in family.values()}
+        if reason is None and len(entrances) > 1:
+            reason = "tokens enter the backbones in different ways"
         if reason is None:
+            encoders = cast("Mapping[str, Encoder]", family)  # others have obstacles
             try:
-                engine = Engine(family)
-                reason = difference_from_reference(engine, family)
+                engine = Engine(encoders)
+                reason = difference_from_reference(engine, encoders)
             except Exception as error:  # compilers, drivers and allocators fail in ways of their own
                 reason = _in_one_line(error)
         if reason is None:
@@ -181,7 +174,7 @@ class Prepared:
 
 
 @torch.inference_mode()
-def difference_from_reference(engine: Engine, family: Mapping[str, ESM2]) -> str | None:
+def difference_from_reference(engine: Engine, family: Mapping[str, Encoder]) -> str | None:
     """Run the probes on both paths, and compare the embeddings.
 
     Args:
@@ -191,13 +184,14 @@ def difference_from_reference(engine: Engine, family: Mapping[str, ESM2]) -> str
     Returns:
         A sentence that says where the two differ too much; None where they do not.
     """
-    weight = next(iter(family.values())).embed_tokens.weight
+    first = next(iter(family.values()))
+    weight = first.embed_tokens.weight
     limit = LIMITS[weight.dtype]
     if weight.dtype == torch.float32 and not hardware.has_exact_float32(weight.device):
         limit = LIMITS[torch.float16]  # TF32 has as many bits as float16
     for probe in PROBES:
-        tokens = tokenize(probe).to(weight.device)
-        packing = Packing.of(is_real(tokens))
+        tokens = tokenize(probe, first.alphabet).to(weight.device)
+        packing = Packing.of(is_real(tokens, first.alphabet))
         got = engine(tokens, packing, len(family))
         for level, backbone in family.items():
             error, cosine = _compare(got[level], backbone(tokens, packing))

@@ -5,48 +5,58 @@ Tokens are integer ids, `(batch, time)`, or distributions over the alphabet, `(b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from rd_torch.config import ALPHABET, FIRST_RESIDUE, LAST_RESIDUE, SPECIAL_TOKENS
+from rd_torch.alphabet import Alphabet
+from rd_torch.letters import RESIDUE_LETTERS
 
 SUM_TOLERANCE: Final = 5e-3
 """How far the sum of a distribution may be from one; rows of a softmax in bfloat16 are up to 4e-3 off."""
 
+UBIQUITIN: Final = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 
-def tokenize(sequences: Sequence[str]) -> Tensor:
+
+def tokenize(sequences: Sequence[str], alphabet: Alphabet) -> Tensor:
     """Turn normalised sequences into token ids, as fair-esm's batch converter does.
 
     Args:
         sequences: residues and nothing else, one letter each.
+        alphabet: the alphabet that has the ids.
 
     Returns:
-        `(batch, time)` int64 ids, with `<cls>` and `<eos>` around each sequence and `<pad>` at the right.
+        `(batch, time)` int64 ids, with special tokens around each sequence, where the alphabet has them, and
+        `<pad>` at the right.
     """
-    length = max((len(sequence) for sequence in sequences), default=0) + SPECIAL_TOKENS
-    tokens = torch.full((len(sequences), length), ALPHABET.padding_idx)
-    for row, sequence in zip(tokens, sequences, strict=True):
-        ids = [ALPHABET.cls_idx, *map(ALPHABET.tok_to_idx.__getitem__, sequence), ALPHABET.eos_idx]
+    rows = [alphabet.ids_of(sequence) for sequence in sequences]
+    length = max(map(len, rows), default=len(alphabet.ids_of("")))
+    tokens = torch.full((len(rows), length), alphabet.padding_idx)
+    for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids)
     return tokens
 
 
-def is_residue(ids: Tensor) -> Tensor:
-    """Return a mask that is True at amino acids and X, B, U, Z, O, which are ids 4 to 28."""
-    return (ids >= FIRST_RESIDUE) & (ids <= LAST_RESIDUE)
+def is_residue(ids: Tensor, alphabet: Alphabet) -> Tensor:
+    """Return a mask that is True at residues; ESM-2's are amino acids and X, B, U, Z, O, ids 4 to 28."""
+    (first, last), *others = alphabet.residue_ranges
+    mask = (ids >= first) & (ids <= last)
+    for first, last in others:
+        mask = mask | ((ids >= first) & (ids <= last))
+    return mask
 
 
-def is_real(tokens: Tensor) -> Tensor:
-    """Return a `(batch, time)` mask that is False at padding: at id 1, or where `<pad>` has probability 1."""
+def is_real(tokens: Tensor, alphabet: Alphabet) -> Tensor:
+    """Return a `(batch, time)` mask that is False at padding: at `<pad>`, or where it has probability 1."""
     if tokens.is_floating_point():
-        return tokens[..., ALPHABET.padding_idx] < 1
-    return tokens != ALPHABET.padding_idx
+        return tokens[..., alphabet.padding_idx] < 1
+    return tokens != alphabet.padding_idx
 
 
-def token_ids(tokens: Tensor) -> Tensor:
+def token_ids(tokens: Tensor, alphabet: Alphabet) -> Tensor:
     """Return `(batch, time)` ids: integer tokens themselves, or the likeliest ids of distributions.
 
     All residues together compete with each other token. Thus a position counts as a residue where residues
@@ -54,19 +64,20 @@ def token_ids(tokens: Tensor) -> Tensor:
     """
     if not tokens.is_floating_point():
         return tokens
-    residues = tokens[..., FIRST_RESIDUE : LAST_RESIDUE + 1]
-    together = tokens.clone()
-    together[..., FIRST_RESIDUE : LAST_RESIDUE + 1] = 0
-    together[..., FIRST_RESIDUE] = residues.sum(-1)
-    winner = together.argmax(-1)
-    return torch.where(winner == FIRST_RESIDUE, FIRST_RESIDUE + residues.argmax(-1), winner)
+    every = torch.arange(tokens.shape[-1], device=tokens.device)
+    places = is_residue(every, alphabet)
+    residues = tokens.masked_fill(~places, -torch.inf)
+    others = tokens.masked_fill(places, -torch.inf)
+    together = tokens.masked_fill(~places, 0).sum(-1)
+    return torch.where(together >= others.amax(-1), residues.argmax(-1), others.argmax(-1))
 
 
-def check_tokens(tokens: Tensor) -> None:
+def check_tokens(tokens: Tensor, alphabet: Alphabet) -> None:
     """Refuse what is neither token ids nor distributions; values are checked in eager mode only.
 
     Args:
         tokens: `(batch, time)` int64 or int32 ids, or `(batch, time, 33)` floating distributions.
+        alphabet: the alphabet that the ids are of, or that distributions are over.
 
     Raises:
         TypeError: for another dtype, or no tensor.
@@ -79,9 +90,9 @@ def check_tokens(tokens: Tensor) -> None:
             f"expected tokens as an int64 or int32 tensor, or distributions as a floating one, got {got}: "
             "use a batch converter, or convert ids with .long()"
         )
-    if soft and (tokens.ndim != 3 or tokens.shape[-1] != len(ALPHABET)):
+    if soft and (tokens.ndim != 3 or tokens.shape[-1] != len(alphabet)):
         raise ValueError(
-            f"expected floating tokens as distributions of shape (batch, time, {len(ALPHABET)}), "
+            f"expected floating tokens as distributions of shape (batch, time, {len(alphabet)}), "
             f"got {tuple(tokens.shape)}: convert token ids with .long()"
         )
     if not soft and tokens.ndim != 2:
@@ -94,10 +105,36 @@ def check_tokens(tokens: Tensor) -> None:
     lowest, highest = (float(bound) for bound in tokens.detach().aminmax())
     if soft:
         _check_sums(tokens.detach(), lowest)
-    elif lowest < 0 or highest >= len(ALPHABET):
+    elif lowest < 0 or highest >= len(alphabet):
         raise ValueError(
-            f"expected token ids from 0 to {len(ALPHABET) - 1}, got {lowest:.0f} to {highest:.0f}"
+            f"expected token ids from 0 to {len(alphabet) - 1}, got {lowest:.0f} to {highest:.0f}"
         )
+
+
+def find_difference(one: Alphabet, other: Alphabet) -> str | None:
+    """Find a sequence that two alphabets turn into different token ids.
+
+    Args:
+        one: an alphabet.
+        other: an alphabet.
+
+    Returns:
+        A sequence of residues, if there is one; else a token that means something else in the other; None
+        where the two alphabets are the same.
+    """
+    if one is other:
+        return None
+    for sequence in _probes():
+        if one.ids_of(sequence) != other.ids_of(sequence):
+            return sequence
+    pairs = zip_longest(one.all_toks, other.all_toks)
+    tokens = [token for pair in pairs if pair[0] != pair[1] for token in pair if token is not None]
+    return min(tokens, key=len, default=None)  # a single letter, where there is one, tells most
+
+
+def _probes() -> Iterator[str]:
+    """Yield sequences in which every letter of proteins stands, the shortest first."""
+    yield from ("", *RESIDUE_LETTERS, UBIQUITIN, RESIDUE_LETTERS)
 
 
 def _check_sums(distributions: Tensor, lowest: float) -> None:

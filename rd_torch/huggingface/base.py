@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rd_torch.backbone import ESM2
+from rd_torch.backbone import Encoder
 from rd_torch.huggingface.config import RDTransformersConfig
 from rd_torch.huggingface.loading import load_chain, place_on_devices, was_saved_by_transformers
 from rd_torch.huggingface.names import NamedTwice
@@ -33,7 +33,7 @@ class ChainModel(NamedTwice, PreTrainedModel):  # type: ignore[misc]  # transfor
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _supports_sdpa = True
-    _no_split_modules = ["TransformerLayer"]  # noqa: RUF012  # transformers' own way to say it
+    _no_split_modules = ["TransformerLayer", "ESMCLayer"]  # noqa: RUF012  # transformers' own way to say it
 
     @classmethod
     def from_pretrained(
@@ -69,7 +69,7 @@ class ChainModel(NamedTwice, PreTrainedModel):  # type: ignore[misc]  # transfor
     def post_init(self) -> None:
         """Finish a new model, and have transformers load in float32 what no half type may touch."""
         super().post_init()
-        self._keep_in_fp32_modules = {"stages", "rot_emb", "classifier"}
+        self._keep_in_fp32_modules = {"stages", "rot_emb", "rotary_emb", "classifier"}
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules)
 
     @property
@@ -79,8 +79,8 @@ class ChainModel(NamedTwice, PreTrainedModel):  # type: ignore[misc]  # transfor
         return chain
 
     @property
-    def _largest(self) -> ESM2:
-        return self.chain.backbones[self.chain.config.levels[-1].name]
+    def _largest(self) -> Encoder:
+        return cast(Encoder, self.chain.backbones[self.chain.config.levels[-1].name])
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the largest backbone's table of token embeddings."""
@@ -88,7 +88,7 @@ class ChainModel(NamedTwice, PreTrainedModel):  # type: ignore[misc]  # transfor
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the largest backbone's table of token embeddings by a module."""
-        self._largest.embed_tokens = value
+        self._largest.embed_tokens = value  # type: ignore[assignment]  # an adapter, say
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> nn.Module:
         """Refuse to change the number of tokens, which is the same in every backbone.

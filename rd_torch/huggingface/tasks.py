@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transformers import (
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils import ModelOutput
 
-from rd_torch.backbone import ESM2
+from rd_torch.backbone import Encoder
 from rd_torch.huggingface.base import ChainModel, HeadLinear
 from rd_torch.huggingface.config import RDTransformersConfig
 from rd_torch.huggingface.encoder import TransformersEncoder, as_dict_or_tuple
@@ -228,13 +228,13 @@ class TransformersForMaskedLM(TaskModel):
         self.post_init()
 
     @property
-    def _backbone(self) -> ESM2:
+    def _backbone(self) -> Encoder:
         (backbone,) = self.chain.backbones.values()
-        return backbone
+        return cast(Encoder, backbone)
 
     def predicted(self, embeddings: Tensor) -> Tensor:
         """Return `(batch, time, 33)` logits."""
-        return self._backbone.logits(embeddings)
+        return cast(Tensor, self._backbone.logits(embeddings))
 
 
 def _largest(model: RDModel) -> RDModel:

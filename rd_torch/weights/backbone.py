@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rd_torch.backbone import EMBEDDING
-from rd_torch.config import ESM2_LEVELS, Level
+from rd_torch.config import Level
+from rd_torch.weights.convention import published_size
 from rd_torch.weights.files import Files, find_backbone
 from rd_torch.weights.hub import Hub
-from rd_torch.weights.names import ANGLES, SHARED_ANGLES, complete_tensors
 from rd_torch.weights.tensors import Tensors, require_finite
 
 
@@ -22,17 +21,31 @@ def read_level(files: Files, name: str | None = None) -> Level:
 
     Args:
         files: the backbone's files.
-        name: name of the level. By default the backbone is called as the size of ESM-2 that has its shape,
-            or, if none has, by the name of its file.
+        name: name of the level. By default the backbone is called as the published size of its family that
+            has its shape, or, if none has, by the name of its file.
 
     Returns:
         The level, with the reference of files that came from the Hub.
 
     Raises:
-        ValueError: for files that cannot be read or hold no ESM-2, or another shape than ESM-2 has at `name`.
+        ValueError: for files that cannot be read or hold no backbone, or another shape than its family has at
+            `name`.
     """
-    level = _infer_level({key: tuple(tensor.shape) for key, tensor in files.tensors()}, name, files)
-    return replace(level, reference=files.reference)
+    convention = files.convention
+    convention.check(files.config, files.place)
+    shapes = {key: tuple(tensor.shape) for key, tensor in files.tensors()}
+    found = convention.level_of(shapes, files.config, files.place)
+    num_layers, width, heads = found.shape
+    size = published_size(convention.sizes, num_layers, width)
+    called = size.name if size and size.attention_heads == heads else None
+    expected = convention.sizes.get(name or "")
+    if expected and name != called:
+        raise ValueError(
+            f"expected the {name} of {convention.title}, {expected.num_layers} layers of width "
+            f"{expected.width}, got {found.num_layers} layers of width {found.width} in {files.place}"
+        )
+    name = name or called or Path(files.place).stem.replace(".", "_")
+    return replace(found, name=name, reference=files.reference)
 
 
 def read_backbone(
@@ -54,16 +67,15 @@ def read_backbone(
         device: device to put the tensors on; by default the CPU.
 
     Returns:
-        The tensors by fair-esm's names.
+        The tensors by the names of the family's own modules.
 
     Raises:
         ValueError: for files that cannot be read or hold NaN.
     """
     tensors = {name: _convert(name, tensor, dtype, device) for name, tensor in files.tensors()}
     require_finite(tensors, files.place)
-    num_layers, width, heads = level.shape
     try:
-        return complete_tensors(tensors, num_layers, width // heads)
+        return files.convention.completed(tensors, level)
     except ValueError as error:
         raise ValueError(f"{error} in {files.place}") from error
 
@@ -73,7 +85,7 @@ def require_unchanged(level: Level, tensors: Mapping[str, Tensor], hub: Hub) -> 
 
     Args:
         level: the level, with its reference.
-        tensors: the backbone's tensors by fair-esm's names.
+        tensors: the backbone's tensors by name.
         hub: how to reach the Hub.
 
     Raises:
@@ -102,36 +114,3 @@ def _convert(
     if dtype is not None and name.endswith("inv_freq"):
         dtype = torch.promote_types(dtype, torch.float32)
     return tensor.to(device=device, dtype=dtype)
-
-
-def _infer_level(shapes: Mapping[str, tuple[int, ...]], name: str | None, files: Files) -> Level:
-    """Return the level of a backbone whose tensors have these shapes, as `read_level` says."""
-    layers = {int(key.split(".")[1]) for key in shapes if key.startswith("layers.")}
-    if EMBEDDING not in shapes or not layers:
-        examples = ", ".join(sorted(shapes)[:3]) or "no tensors"
-        raise ValueError(f"expected an ESM-2 in {files.place}, got a file with {examples}")
-    num_layers, width = max(layers) + 1, shapes[EMBEDDING][-1]
-    same_shape = [
-        size for size in ESM2_LEVELS.values() if (size.num_layers, size.width) == (num_layers, width)
-    ]
-    angles = shapes.get(SHARED_ANGLES, shapes.get(ANGLES.format(0)))
-    regression = shapes.get("contact_head.regression.weight")
-    if angles:
-        heads = width // (2 * angles[-1])
-    elif regression:
-        heads = regression[-1] // num_layers
-    elif same_shape:
-        *_, heads = same_shape[0].shape
-    else:
-        raise ValueError(
-            "expected inv_freq or a contact head, which tell the number of attention heads, in "
-            f"{files.place}, got neither"
-        )
-    size = same_shape[0].name if same_shape and same_shape[0].attention_heads == heads else None
-    expected = ESM2_LEVELS.get(name or "")
-    if expected and name != size:
-        raise ValueError(
-            f"expected the {name} of ESM-2, {expected.num_layers} layers of width {expected.width}, "
-            f"got {num_layers} layers of width {width} in {files.place}"
-        )
-    return Level(name or size or Path(files.place).stem.replace(".", "_"), num_layers, width, heads)

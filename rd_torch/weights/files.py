@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from torch import Tensor
 
 from rd_torch.config import Reference
+from rd_torch.weights.convention import Convention
+from rd_torch.weights.esm2_files import ESM2_FILES
+from rd_torch.weights.esmc_files import ESMC_FILES
 from rd_torch.weights.folder import CONFIG, backbone_file
 from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.known import reference_to
-from rd_torch.weights.names import rename
 from rd_torch.weights.tensors import read_json, read_tensors, require_file
 
 Source: TypeAlias = str | Path | Reference
@@ -31,16 +34,8 @@ LAYOUTS: Final = (
 REGRESSION: Final = "-contact-regression.pt"
 """The end of the name by which fair-esm stores a contact head's regression beside a model's `.pt`."""
 
-# What transformers' `config.json` must say of an ESM-2. A key that is missing is let pass: in any case the
-# tensors have to fit.
-_ESM2_FACTS: Final = {
-    "model_type": "esm",
-    "position_embedding_type": "rotary",
-    "emb_layer_norm_before": False,
-    "token_dropout": True,
-    "layer_norm_eps": 1e-5,
-    "vocab_size": 33,
-}
+CONVENTIONS: Final = (ESMC_FILES, ESM2_FILES)
+"""The families that are told by their files, the one with the clearer marks first."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +46,32 @@ class Files:
         place: name of the file, folder or repository, for messages.
         paths: the files.
         reference: the repository, commit and checksums of files that came from the Hub.
+        config: the content of transformers' `config.json` beside them; empty where there is none.
     """
 
     place: str
     paths: tuple[Path, ...]
     reference: Reference | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def convention(self) -> Convention:
+        """The convention of the family whose names or config the files have; ESM-2's where none is told."""
+        model_type = self.config.get("model_type")
+        for each in CONVENTIONS:
+            if model_type == each.model_type:
+                return each
+        if model_type is not None:
+            types = " or ".join(repr(each.model_type) for each in reversed(CONVENTIONS))
+            raise ValueError(f"expected model_type {types}, got {model_type!r} in {self.place}")
+        names = [name for path in self.paths for name, _ in read_tensors(path)]
+        return next((each for each in CONVENTIONS if any(map(each.marks.search, names))), ESM2_FILES)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Read the tensors that ESM-2 uses; they are mapped into memory, not copied.
+        """Read the tensors that the family's modules have; they are mapped into memory, not copied.
 
         Yields:
-            The name that fair-esm gives the tensor, and the tensor.
+            The name that our module gives the tensor, and the tensor.
 
         Raises:
             ValueError: for a model with absolute positions and no rotary ones, which is no ESM-2.
@@ -69,11 +79,10 @@ class Files:
         has_absolute, has_rotary = False, False
         for path in self.paths:
             for name_in_file, tensor in read_tensors(path):
-                name = rename(name_in_file)
                 has_absolute |= "position_embeddings" in name_in_file
-                has_rotary |= name is not None and name.endswith("inv_freq")
-                if name is not None:
-                    yield name, tensor
+                for name, part in self.convention.renamed(name_in_file, tensor):
+                    has_rotary |= name.endswith("inv_freq")
+                    yield name, part
         if has_absolute and not has_rotary:
             raise ValueError(f"expected an ESM-2, got a model with absolute positions in {self.place}")
 
@@ -101,18 +110,11 @@ def find_backbone(source: Source, hub: Hub, level: str | None = None) -> Files:
     if own_file.is_file():
         return Files(str(own_file), (own_file,))
     if path.exists():
-        return Files(str(path), tuple(_list_files(path)))
+        config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+        return Files(str(path), tuple(_list_files(path)), config=config)
     if isinstance(source, Path) or not looks_like_a_repository(source):
         raise FileNotFoundError(f"expected a file, a folder or a Hub id, got none of them: {str(source)!r}")
     return _fetch(reference_to(source), hub)
-
-
-def _require_esm2(config: Path, place: str) -> None:
-    """Raise a ValueError for a `config.json` of transformers that is not an ESM-2's."""
-    facts = read_json(config)
-    for key, expected in _ESM2_FACTS.items():
-        if facts.get(key, expected) != expected:
-            raise ValueError(f"expected an ESM-2 with {key} {expected!r}, got {facts[key]!r} in {place}")
 
 
 def _fetch(reference: Reference, hub: Hub) -> Files:
@@ -120,18 +122,17 @@ def _fetch(reference: Reference, hub: Hub) -> Files:
 
     The config, or the layout that is found, settles the commit of all files, so that no push mixes two.
     """
-    pinned = reference
+    pinned, facts = reference, {}
     with suppress(MissingFileError):  # without a config the tensors tell nearly as much
         config = hub.fetch(reference, CONFIG)
-        pinned = replace(reference, revision=config.commit)
-        _require_esm2(config.path, reference.repo)
+        pinned, facts = replace(reference, revision=config.commit), read_json(config.path)
     names, commit = (list(reference.sha256), None) if reference.sha256 else _find_weights(pinned, hub)
     pinned = replace(pinned, revision=commit or pinned.revision)
     fetched = {name: hub.fetch(pinned, name) for name in names}
     paths = tuple(file.path for file in fetched.values())
     commit = next(iter(fetched.values())).commit
     found = Reference(reference.repo, commit, {name: file.sha256 for name, file in fetched.items()})
-    return Files(reference.repo, paths, found)
+    return Files(reference.repo, paths, found, facts)
 
 
 def _find_weights(reference: Reference, hub: Hub) -> tuple[list[str], str]:
@@ -164,8 +165,6 @@ def _list_files(path: Path) -> list[Path]:
     if path.is_file():
         regression = path.with_name(path.stem + REGRESSION)
         return [path, regression] if path.suffix == ".pt" and regression.is_file() else [path]
-    if (path / CONFIG).is_file():
-        _require_esm2(path / CONFIG, str(path))
     weights = list_weights(path)
     if len(weights) != 1:
         raise FileNotFoundError(

@@ -1,0 +1,60 @@
+"""`FAMILIES`: the families of backbones by name, and what becomes of any module that is to be one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from torch import nn
+
+from rd_torch.alphabet import Alphabet
+from rd_torch.backbone.backbone import Backbone
+from rd_torch.backbone.esm2 import ESM2
+from rd_torch.backbone.esmc import ESMC
+from rd_torch.backbone.tokens import find_difference
+
+FAMILIES: Final[Mapping[str, type[Backbone]]] = {kind.family: kind for kind in (ESM2, ESMC)}
+"""The families that checkpoints can name, each a class of its own file."""
+
+
+def as_backbone(module: nn.Module) -> Backbone:
+    """Return a backbone: the module itself if it is one, or one that shares the tensors of an `esm.ESM2`.
+
+    Args:
+        module: the module.
+
+    Raises:
+        TypeError: for a module that is neither.
+    """
+    return module if isinstance(module, Backbone) else ESM2.sharing(module)
+
+
+def one_alphabet(family: Mapping[str, Backbone]) -> Alphabet:
+    """Return the alphabet that all backbones of a family have.
+
+    Args:
+        family: backbones by level.
+
+    Raises:
+        ValueError: for backbones that turn a sequence into different tokens, with that sequence.
+    """
+    (name, first), *others = family.items()
+    for other_name, other in others:
+        sequence = find_difference(first.alphabet, other.alphabet)
+        if sequence is not None:
+            raise ValueError(
+                f"expected backbones of one alphabet, got others: {sequence!r} is "
+                f"{_spell(first.alphabet, sequence)} for level {name} ({first.family}) and "
+                f"{_spell(other.alphabet, sequence)} for level {other_name} ({other.family}); embed with "
+                "each alone, and chain their embeddings by rd_torch.fit_stores or rd-torch fit --from-stores"
+            )
+    return first.alphabet
+
+
+def _spell(alphabet: Alphabet, sequence: str) -> str:
+    """Return the token ids of a sequence as text."""
+    try:
+        ids = alphabet.ids_of(sequence)
+    except KeyError:
+        return "no sequence of tokens"
+    return f"the {len(ids)} tokens {' '.join(map(str, ids))}"

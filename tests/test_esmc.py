@@ -1,0 +1,126 @@
+"""The oracle is transformers' `EsmcModel` in float32 with random weights, the same tensors on both sides."""
+
+import math
+
+import pytest
+import torch
+from helpers import random_sequence
+
+from rd_torch import ESMC, ESMC_LEVELS, RDModel
+from rd_torch.backbone.packing import Packing
+from rd_torch.backbone.tokens import is_real, tokenize
+from rd_torch.config import ESMC_ALPHABET
+
+transformers = pytest.importorskip("transformers")
+if not hasattr(transformers, "EsmcModel"):
+    pytest.skip(
+        "the installed transformers is older than 5.16, which has no EsmcModel", allow_module_level=True
+    )
+
+TOLERANCE = 2e-5
+PAD, MASK = ESMC_ALPHABET.padding_idx, ESMC_ALPHABET.mask_idx
+SHAPES = {name: (level.num_layers, level.width, level.attention_heads) for name, level in ESMC_LEVELS.items()}
+SHAPES |= {"300M, three layers": (3, *SHAPES["300M"][1:]), "6B, four layers": (4, *SHAPES["6B"][1:])}
+SHAPES |= {"6B's 80 layers, narrow": (80, 64, 4), "tiny": (3, 32, 2)}
+
+BATCHES = {
+    "one residue": ["M"],
+    "unequal lengths": [random_sequence(length, length) for length in (23, 41, 1, 40, 7)],
+    "several masks": ["MK<mask>AY<mask><mask>A", "<mask>" + random_sequence(30), "MKTAYIAK"],
+    "only masks": ["<mask>" * 9, "MKV"],
+    "rare residues and chains": ["MXBUZOXXA", "OUZ|MKV", "B.-"],
+}
+LONG = {"long and short": [random_sequence(1500, 1), "MKTAYIA"]}
+
+
+def random_esmc(num_layers, width, attention_heads, seed=0, **others):
+    """transformers' model with weights that keep attention selective and activations of unit size."""
+    config = transformers.EsmcConfig(
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=attention_heads,
+        intermediate_size=256 * math.ceil(8 * width / 3 / 256),
+        **others,
+    )
+    with torch.device("meta"):
+        shapes = transformers.EsmcForMaskedLM(config).state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, like in shapes.items():
+        bound = 0.3
+        if like.ndim == 2:
+            bound = math.sqrt(3) if "embed_tokens" in name else math.sqrt(3 / like.shape[1])
+        tensors[name] = torch.empty(like.shape).uniform_(-bound, bound, generator=generator)
+        if name.endswith(("norm.weight", "layernorm.weight")):
+            tensors[name] += 1.5 if "q_norm" in name or "k_norm" in name else 1
+    model = transformers.EsmcForMaskedLM(config).eval()
+    model.load_state_dict(tensors)
+    return model
+
+
+def ours_of(reference):
+    """Our backbone around the reference's tensors."""
+    from rd_torch.config import Level
+
+    config = reference.config
+    level = Level(
+        "x", config.num_hidden_layers, config.hidden_size, config.num_attention_heads, family="esmc"
+    )
+    tensors = {name.removeprefix("esmc."): each for name, each in reference.state_dict().items()}
+    return ESMC.from_tensors(level, tensors).eval()
+
+
+def tokens_of(*sequences):
+    return ESMC_ALPHABET.get_batch_converter()([("", sequence) for sequence in sequences])[2]
+
+
+def states_of_theirs(reference, tokens):
+    """Every hidden state after a layer, and the last one after the norm, at real tokens."""
+    taken = []
+    parts = [*reference.esmc.layers, reference.esmc.norm]
+    hooks = [part.register_forward_hook(lambda *call: taken.append(call[-1])) for part in parts]
+    with torch.no_grad():
+        reference.esmc(tokens, attention_mask=(tokens != PAD).long())
+    for hook in hooks:
+        hook.remove()
+    return [each[tokens != PAD] for each in taken]
+
+
+def states_of_ours(backbone, tokens, make=Packing.of):
+    taken = []
+    parts = [*backbone.layers, backbone.norm]
+    hooks = [part.register_forward_hook(lambda *call: taken.append(call[-1])) for part in parts]
+    packing = make(tokens != PAD)
+    with torch.no_grad():
+        backbone(tokens, packing)
+    for hook in hooks:
+        hook.remove()
+    return [packing.unpack(each)[tokens != PAD] for each in taken]
+
+
+def error(ours, theirs):
+    """Largest difference in standard deviations of the oracle."""
+    return ((ours - theirs).abs().max() / theirs.std()).item()
+
+
+@pytest.fixture(scope="module")
+def reference(request):
+    return random_esmc(*SHAPES[request.param])
+
+
+def sizes(*fast, slow=()):
+    params = [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+    return pytest.mark.parametrize("reference", params, indirect=True, scope="module")
+
+
+def batches(cases):
+    return pytest.mark.parametrize("tokens", [tokens_of(*case) for case in cases.values()], ids=[*cases])
+
+
+@batches(BATCHES | LONG)
+@sizes("tiny", "300M, three layers", "6B's 80 layers, narrow", slow=["300M", "600M", "6B, four layers"])
+def test_every_hidden_state_is_transformers(reference, tokens):
+    ours, theirs = states_of_ours(ours_of(reference), tokens), states_of_theirs(reference, tokens)
+    errors = [error(mine, other) for mine, other in zip(ours, theirs, strict=True)]
+    assert len(errors) == reference.config.num_hidden_layers + 1
+    assert max(errors) < TOLERANCE, errors
