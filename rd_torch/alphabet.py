@@ -43,7 +43,6 @@ class Alphabet:
         append_eos: whether the batch converter puts `<eos>` after a sequence.
         use_msa: whether the batch converter reads alignments; false, because ESM-2 reads none.
         cls_idx: id of `<cls>`, 0; likewise `padding_idx`, `eos_idx`, `unk_idx` and `mask_idx`.
-        spelled: expression that finds tokens that are no letters and no gaps, such as `<mask>`.
         residue_ranges: first and last id of each run of ids that stand for residues: those of amino acids and
             X, B, U, Z, O.
     """
@@ -61,10 +60,15 @@ class Alphabet:
         self.all_toks = [*_BEFORE, *_STANDARD, *after]
         self.unique_no_split_tokens = self.all_toks
         self.tok_to_idx = {token: index for index, token in enumerate(self.all_toks)}
-        self.spelled = re.compile("|".join(map(re.escape, (*_BEFORE, *after))).join("()"))
         self.all_special_tokens = ["<eos>", "<unk>", "<pad>", "<cls>", "<mask>"]
         self.cls_idx, self.padding_idx, self.eos_idx, self.unk_idx = range(len(_BEFORE))
         self.mask_idx = self.tok_to_idx["<mask>"]
+
+    @property
+    def spelled(self) -> re.Pattern[str]:
+        """Expression that finds tokens that are no letters and no gaps, such as `<mask>`."""
+        spelled = [token for token in self.all_toks if token not in _STANDARD]
+        return re.compile("|".join(map(re.escape, spelled)).join("()"))
 
     def __len__(self) -> int:
         return len(self.all_toks)

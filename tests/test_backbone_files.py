@@ -244,12 +244,14 @@ def edited(theirs, folder, **changes):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("position_embedding_type", "absolute"), ("model_type", "bert"), ("emb_layer_norm_before", True),
-     ("token_dropout", False), ("layer_norm_eps", 1e-12), ("vocab_size", 40)],
+    [("position_embedding_type", "absolute"), ("emb_layer_norm_before", True), ("layer_norm_eps", 1e-12),
+     ("vocab_size", 40), ("model_type", "bert")],
 )  # fmt: skip
 def test_other_families_are_told_by_their_config(theirs, tmp_path, key, value):
-    with pytest.raises(ValueError, match=f"expected an ESM-2 with {key} .*, got {value!r}"):
-        rd_torch.RDModel.from_pretrained(edited(theirs, tmp_path, **{key: value}))
+    folder = edited(theirs, tmp_path, **{key: value})
+    for place in (folder, folder / "model.safetensors"):  # the config beside a file counts as well
+        with pytest.raises(ValueError, match=rf"expected an ESM-2 .*{key} .*, got {value!r}"):
+            rd_torch.RDModel.from_pretrained(place)
 
 
 def test_other_families_are_told_by_their_tensors(theirs, tmp_path):
@@ -268,7 +270,7 @@ def test_other_families_are_told_by_their_tensors(theirs, tmp_path):
     with pytest.raises(ValueError, match="expected a language-model head that is tied to the embeddings"):
         rd_torch.RDModel.from_pretrained(path)
     rewrite({"bert.embeddings.word_embeddings.weight": torch.ones(4, 4)}, path)
-    with pytest.raises(ValueError, match=r"expected an ESM-2 in .*, got a file with bert\."):
+    with pytest.raises(ValueError, match=r"expected an ESM-2 or an ESM-C in .*, got a file with bert\."):
         rd_torch.RDModel.from_pretrained(path)
 
 

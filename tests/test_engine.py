@@ -21,6 +21,7 @@ from rd_torch.backbone.engine import Engine, Inputs, Shape, Slot, shape_for
 from rd_torch.backbone.esm2 import TransformerLayer, token_dropout
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.preparing import LIMITS, PROBES, Prepared
+from rd_torch.config import ALPHABET
 from rd_torch.model import RDModel
 
 BATCHES = [
@@ -54,7 +55,7 @@ def counter(monkeypatch):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The parts as they are: for what does not depend on the compiler."""
-    monkeypatch.setattr(engine, "_compile_parts", lambda: (TransformerLayer.begin, TransformerLayer.finish))
+    monkeypatch.setattr(engine, "_compile_parts", lambda kind: (kind.begin, kind.finish))
 
 
 def test_every_length_runs_what_was_compiled_once_a_width(counter):
@@ -347,11 +348,11 @@ def parametrize(model):
 
 
 OBSTACLES = [
-    (put_in_lora, r"a.layers.0.self_attn.q_proj is a peft\.\S+\.Linear, not one of ESM-2's own modules"),
+    (put_in_lora, r"a.layers.0.self_attn.q_proj is a peft\.\S+\.Linear, not one of the family's own modules"),
     (register_a_hook, "b.layers.1 has hooks"),
     (register_a_pre_hook, "because a has hooks"),
     (replace_a_forward, "c.layers.0.fc1 has hooks"),
-    (parametrize, r"a.layers.0.fc2 is a \S+\.ParametrizedLinear, not one of ESM-2's own modules"),
+    (parametrize, r"a.layers.0.fc2 is a \S+\.ParametrizedLinear, not one of the family's own modules"),
 ]
 
 

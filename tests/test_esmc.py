@@ -1,21 +1,13 @@
 """The oracle is transformers' `EsmcModel` in float32 with random weights, the same tensors on both sides."""
 
-import math
-
 import pytest
 import torch
+from esmc import ours_of, random_esmc
 from helpers import random_sequence
 
-from rd_torch import ESMC, ESMC_LEVELS, RDModel
+from rd_torch import ESMC_LEVELS
 from rd_torch.backbone.packing import Packing
-from rd_torch.backbone.tokens import is_real, tokenize
 from rd_torch.config import ESMC_ALPHABET
-
-transformers = pytest.importorskip("transformers")
-if not hasattr(transformers, "EsmcModel"):
-    pytest.skip(
-        "the installed transformers is older than 5.16, which has no EsmcModel", allow_module_level=True
-    )
 
 TOLERANCE = 2e-5
 PAD, MASK = ESMC_ALPHABET.padding_idx, ESMC_ALPHABET.mask_idx
@@ -31,43 +23,6 @@ BATCHES = {
     "rare residues and chains": ["MXBUZOXXA", "OUZ|MKV", "B.-"],
 }
 LONG = {"long and short": [random_sequence(1500, 1), "MKTAYIA"]}
-
-
-def random_esmc(num_layers, width, attention_heads, seed=0, **others):
-    """transformers' model with weights that keep attention selective and activations of unit size."""
-    config = transformers.EsmcConfig(
-        hidden_size=width,
-        num_hidden_layers=num_layers,
-        num_attention_heads=attention_heads,
-        intermediate_size=256 * math.ceil(8 * width / 3 / 256),
-        **others,
-    )
-    with torch.device("meta"):
-        shapes = transformers.EsmcForMaskedLM(config).state_dict()
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, like in shapes.items():
-        bound = 0.3
-        if like.ndim == 2:
-            bound = math.sqrt(3) if "embed_tokens" in name else math.sqrt(3 / like.shape[1])
-        tensors[name] = torch.empty(like.shape).uniform_(-bound, bound, generator=generator)
-        if name.endswith(("norm.weight", "layernorm.weight")):
-            tensors[name] += 1.5 if "q_norm" in name or "k_norm" in name else 1
-    model = transformers.EsmcForMaskedLM(config).eval()
-    model.load_state_dict(tensors)
-    return model
-
-
-def ours_of(reference):
-    """Our backbone around the reference's tensors."""
-    from rd_torch.config import Level
-
-    config = reference.config
-    level = Level(
-        "x", config.num_hidden_layers, config.hidden_size, config.num_attention_heads, family="esmc"
-    )
-    tensors = {name.removeprefix("esmc."): each for name, each in reference.state_dict().items()}
-    return ESMC.from_tensors(level, tensors).eval()
 
 
 def tokens_of(*sequences):

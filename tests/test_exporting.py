@@ -187,7 +187,7 @@ WRONG = {
     "int8": (quantised, "got one in which backbones.a.layers.0.self_attn.q_proj.weight is quantised"),
     "offloaded": (
         lambda model: accelerate.cpu_offload(model, execution_device="cpu"),
-        "got one in which a.embed_tokens has hooks|is kept elsewhere|not one of ESM-2's own modules",
+        "got one in which a.embed_tokens has hooks|is kept elsewhere|not one of the family's own modules",
     ),
     "no numbers": (lambda model: model.to("meta"), "expected a chain on cpu to export, got meta"),
 }

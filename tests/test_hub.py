@@ -630,11 +630,11 @@ def test_an_error_of_the_server_is_told_and_the_next_try_succeeds(hub, no_waitin
 
 
 def test_a_config_that_could_not_be_had_does_not_pass_for_one_that_is_right(hub, no_waiting):
-    hub.add(BACKBONE, {**backbone_files(), "config.json": b'{"model_type": "esm", "token_dropout": false}'})
-    with pytest.raises(ValueError, match="expected an ESM-2 with token_dropout True, got False"):
+    hub.add(BACKBONE, {**backbone_files(), "config.json": b'{"model_type": "esm", "vocab_size": 40}'})
+    with pytest.raises(ValueError, match="expected an ESM-2 with vocab_size 33, got 40"):
         load(BACKBONE)
     hub.fault = failing("HEAD", "config.json")
-    with pytest.raises((ValueError, FileNotFoundError), match=rf"config.json of {BACKBONE}|token_dropout"):
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"config.json of {BACKBONE}|vocab_size"):
         load(BACKBONE, cache_dir=hub.root / "empty")
 
 

@@ -135,9 +135,9 @@ def test_the_command_takes_windows(model, tmp_path):
 def test_a_piece_without_memory_leaves_its_whole_protein_out(model, tmp_path, monkeypatch):
     attempt = batching._attempt
 
-    def short_of_memory(compute, part, device):
+    def short_of_memory(compute, part, *others):
         refused = any(LONG[15:35] == sequence for _, sequence in part)
-        return "no room" if refused else attempt(compute, part, device)
+        return "no room" if refused else attempt(compute, part, *others)
 
     monkeypatch.setattr(batching, "_attempt", short_of_memory)
     proteins = [("short", SHORT), ("long", LONG), ("also", LONG[::-1])]

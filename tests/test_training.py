@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rd_torch import RDModel, hardware
-from rd_torch.backbone import layer
+from rd_torch.backbone import esm2
 from rd_torch.backbone.packing import Packing
 from rd_torch.config import ALPHABET
 
@@ -176,7 +176,7 @@ def test_what_is_computed_again_is_what_would_have_been_kept(monkeypatch, model,
     ours = steps(model, tokens)
     # Two layers of the first backbone, and again in the backward passes where PyTorch can say who else asks.
     assert (len(again) > 2) == hardware.may_replace_saved_tensors()
-    monkeypatch.setattr(layer, "_recompute", lambda *_: nullcontext())
+    monkeypatch.setattr(esm2, "recompute", lambda *_: nullcontext())
     again.clear()
     kept = steps(model, tokens)
     assert len(again) == 2
@@ -188,7 +188,7 @@ def test_whoever_says_what_is_kept_is_left_to_it(monkeypatch, model, tokens):
     """`save_on_cpu` moves everything, and `torch.func`, which allows no hooks, gets its gradient."""
     kept = saved_bytes(lambda: model(tokens))
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "_recompute", lambda *_: nullcontext())
+        patch.setattr(esm2, "recompute", lambda *_: nullcontext())
         assert saved_bytes(lambda: model(tokens)) == kept
     weighted(model(tokens).embeddings, tokens != PAD).backward()
     expected = gradients(model)

@@ -4,7 +4,7 @@ from rd_torch.weights.backbone import read_backbone, read_level, require_unchang
 from rd_torch.weights.files import Source, find_backbone
 from rd_torch.weights.folder import CONFIG, require_no_backbones, write_folder
 from rd_torch.weights.hub import Hub, Upload, upload
-from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256, PUBLISHED_MAPS
+from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256, ON_HUB, PUBLISHED_MAPS
 from rd_torch.weights.published import PublishedOptions
 from rd_torch.weights.source import DEFAULT_MODEL, Checkpoint, read_checkpoint, shipped_checkpoints
 from rd_torch.weights.tensors import read_json, sha256_of
@@ -14,6 +14,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "FAIR_ESM_NAMES",
     "FAIR_ESM_SHA256",
+    "ON_HUB",
     "PUBLISHED_MAPS",
     "Checkpoint",
     "Hub",

@@ -29,7 +29,7 @@ class Convention:
         renamed: function of a name in a file and a tensor; it yields the tensors of our modules that it
             holds, by their names: none, one, or the parts of a packed one.
         level_of: function of the tensors' shapes by our names, the content of `config.json` and the place for
-            messages; it tells the level, without a name.
+            messages; it tells the level, under any name.
         completed: function of the tensors by our names and their level; it returns all that our module has.
     """
 
@@ -58,6 +58,28 @@ class Convention:
                 raise ValueError(
                     f"expected an {self.title} with {key} {expected!r}, got {config[key]!r} in {place}"
                 )
+
+
+def own_convention(family: str) -> Convention:
+    """Return the convention of a family whose tensors lie in our checkpoints alone, under its own names."""
+
+    def unknown(*_: object) -> Level:
+        """Raise a ValueError: only a config of ours tells the level."""
+        raise ValueError(
+            f"expected a checkpoint of rd_torch, whose config tells the level of a {family}, got none"
+        )
+
+    return Convention(
+        family=family,
+        title=family,
+        model_type=family,
+        facts={},
+        sizes={},
+        marks=re.compile("$^"),
+        renamed=lambda name, tensor: iter([(name, tensor)]),
+        level_of=unknown,
+        completed=lambda tensors, level: dict(tensors),
+    )
 
 
 def published_size(sizes: Mapping[str, Level], num_layers: int, width: int) -> Level | None:

@@ -99,7 +99,7 @@ def _level_of(shapes: Shapes, config: Mapping[str, Any], place: str) -> Level:
     }
     if "lm_head.weight" not in shapes:
         facts.pop("tied", None)
-    return Level("", num_layers, width, heads, facts=facts)
+    return Level("size", num_layers, width, heads, facts=facts)
 
 
 def _complete(tensors: Mapping[str, Tensor], level: Level) -> dict[str, Tensor]:

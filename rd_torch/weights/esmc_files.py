@@ -1,4 +1,4 @@
-"""The files of ESM-C: transformers' layout, the packed one of the research checkpoints, and their first one."""
+"""The files of ESM-C, in transformers' layout, or packed, as the research checkpoints have them."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def _level_of(shapes: Shapes, config: Mapping[str, Any], place: str) -> Level:
     heads = config.get("num_attention_heads", config.get("n_heads", size and size.attention_heads))
     if heads is None:
         raise ValueError(
-            f"expected a config.json beside the tensors, which tells the number of attention heads, in {place}, "
-            f"got none: {num_layers} layers of width {width} are no published size of ESM-C"
+            "expected a config.json beside the tensors, which tells the number of attention heads, in "
+            f"{place}, got none: {num_layers} layers of width {width} are no published size of ESM-C"
         )
     facts = {} if gate[0] == hidden_width(width) else {"hidden_dim": gate[0]}
-    return Level("", num_layers, width, heads, family=ESMC.family, facts=facts)
+    return Level("size", num_layers, width, heads, family=ESMC.family, facts=facts)
 
 
 ESMC_FILES: Final = Convention(

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 from torch import Tensor
 
 from rd_torch.config import Reference
-from rd_torch.weights.convention import Convention
+from rd_torch.weights.convention import Convention, own_convention
 from rd_torch.weights.esm2_files import ESM2_FILES
 from rd_torch.weights.esmc_files import ESMC_FILES
 from rd_torch.weights.folder import CONFIG, backbone_file
@@ -47,23 +47,31 @@ class Files:
         paths: the files.
         reference: the repository, commit and checksums of files that came from the Hub.
         config: the content of transformers' `config.json` beside them; empty where there is none.
+        family: name of the family, where it is known from elsewhere.
     """
 
     place: str
     paths: tuple[Path, ...]
     reference: Reference | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    family: str | None = None
 
     @cached_property
     def convention(self) -> Convention:
-        """The convention of the family whose names or config the files have; ESM-2's where none is told."""
+        """The convention of the family that is known, or whose config or names the files have."""
+        if self.family is not None:
+            return next(
+                (each for each in CONVENTIONS if each.family == self.family), own_convention(self.family)
+            )
         model_type = self.config.get("model_type")
         for each in CONVENTIONS:
             if model_type == each.model_type:
                 return each
         if model_type is not None:
-            types = " or ".join(repr(each.model_type) for each in reversed(CONVENTIONS))
-            raise ValueError(f"expected model_type {types}, got {model_type!r} in {self.place}")
+            raise ValueError(
+                f"expected an ESM-2 or an ESM-C, whose model_type is 'esm' or 'esmc', got {model_type!r} in "
+                f"{self.place}"
+            )
         names = [name for path in self.paths for name, _ in read_tensors(path)]
         return next((each for each in CONVENTIONS if any(map(each.marks.search, names))), ESM2_FILES)
 
@@ -101,7 +109,7 @@ def find_backbone(source: Source, hub: Hub, level: str | None = None) -> Files:
 
     Raises:
         FileNotFoundError: if there is nothing at the source.
-        ValueError: for a checksum that differs, or a config that is not an ESM-2's.
+        ValueError: for a checksum that differs, or a config that cannot be read.
     """
     if isinstance(source, Reference):
         return _fetch(source, hub)
@@ -110,11 +118,16 @@ def find_backbone(source: Source, hub: Hub, level: str | None = None) -> Files:
     if own_file.is_file():
         return Files(str(own_file), (own_file,))
     if path.exists():
-        config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-        return Files(str(path), tuple(_list_files(path)), config=config)
+        return Files(str(path), tuple(_list_files(path)), config=_config_beside(path))
     if isinstance(source, Path) or not looks_like_a_repository(source):
         raise FileNotFoundError(f"expected a file, a folder or a Hub id, got none of them: {str(source)!r}")
     return _fetch(reference_to(source), hub)
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """Return the content of transformers' config in a folder, or beside a file that transformers wrote."""
+    folder = path.parent if path.name in LAYOUTS else path
+    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
 
 
 def _fetch(reference: Reference, hub: Hub) -> Files:

@@ -24,7 +24,7 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # 
 
 from rd_torch.config import Reference
 from rd_torch.disk import write_whole
-from rd_torch.weights.known import ESM2_ON_HUB, PINNED_ON_FIRST_USE, PUBLISHED_MAPS
+from rd_torch.weights.known import ON_HUB, PINNED_ON_FIRST_USE, PUBLISHED_MAPS
 from rd_torch.weights.tensors import sha256_of
 
 RECORD: Final = "rd_torch.json"
@@ -122,7 +122,7 @@ def _failure_message(repo: str, filename: str, error: Exception) -> str:
     """Return the message for a file that could not be fetched, with what to do about it."""
     if _says_file_is_absent(error):
         return f"expected {filename} in the repository {repo}, got a repository without it"
-    levels = {reference.repo: level for level, reference in ESM2_ON_HUB.items()}
+    levels = {each.repo: level for family in ON_HUB.values() for level, each in family.items()}
     is_published = repo in levels or repo == PUBLISHED_MAPS
     command = f"rd-torch download {levels.get(repo, 'LEVEL')}" if is_published else f"hf download {repo}"
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from rd_torch.config import Reference
+from rd_torch.config import ESMC_LEVELS, Reference
 
 PUBLISHED_MAPS: Final = "singhlab/plm_reverse_distillation"
 """The repository of the authors' maps (Catrina et al., ICLR 2026), whose checksums nobody published."""
@@ -50,6 +50,12 @@ ESM2_ON_HUB: Final[Mapping[str, Reference]] = {
 The revision and checksums of 15B are not known; `PINNED_ON_FIRST_USE` says what is done instead.
 """
 
+ESMC_ON_HUB: Final[Mapping[str, Reference]] = {name: Reference(f"biohub/ESMC-{name}") for name in ESMC_LEVELS}
+"""The repository of each size of ESM-C, by level; their revisions and checksums are not known."""
+
+ON_HUB: Final[Mapping[str, Mapping[str, Reference]]] = {"esm2": ESM2_ON_HUB, "esmc": ESMC_ON_HUB}
+"""The repositories of every family, by the name that `rd-torch fit --backbones` takes."""
+
 FAIR_ESM_SHA256: Final[Mapping[str, str]] = {
     "esm2_t6_8M_UR50D.pt": "46f002a9870c9bdecd0ea887acb1f9a38a6b561e8f8bf8a6990b679b9d31b928",
     "esm2_t12_35M_UR50D.pt": "7f21e80e61d16a71735163ef555d3009afb0c98da74c48e29df08606973cc55e",
@@ -59,7 +65,11 @@ FAIR_ESM_SHA256: Final[Mapping[str, str]] = {
 }
 """The checksums of fair-esm's own files, which `rd-torch verify` compares with; that of 15B is not known."""
 
-PINNED_ON_FIRST_USE: Final = (PUBLISHED_MAPS, ESM2_ON_HUB["15B"].repo)
+PINNED_ON_FIRST_USE: Final = (
+    PUBLISHED_MAPS,
+    ESM2_ON_HUB["15B"].repo,
+    *(reference.repo for reference in ESMC_ON_HUB.values()),
+)
 """Repositories without known checksums: the commit and checksums of the first download hold from then on."""
 
 FAIR_ESM_NAMES: Final[Mapping[str, str]] = {
@@ -76,7 +86,7 @@ def reference_to(repo: str, revision: str | None = None) -> Reference:
         revision: commit, tag or branch.
 
     Returns:
-        The reference. For a repository of ESM-2 without a `revision` it holds the known commit and checksums.
+        The reference. For a known repository without a `revision` it holds the known commit and checksums.
     """
-    known = {reference.repo: reference for reference in ESM2_ON_HUB.values()}
+    known = {reference.repo: reference for levels in ON_HUB.values() for reference in levels.values()}
     return known[repo] if repo in known and revision is None else Reference(repo, revision)

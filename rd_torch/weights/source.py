@@ -91,7 +91,7 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: if the files are not there, as in a checkpoint of maps alone.
-            ValueError: for a checksum that differs, or a config that is not an ESM-2's.
+            ValueError: for a checksum that differs, or a config of another family.
         """
         if source is None and level.name in self.included:
             try:
@@ -223,11 +223,11 @@ def _read_own(name: str, fetch: Callable[[str], Path], level: str | None) -> Che
     config = read_config(fetch(CONFIG))
     config = config if level is None else config.until(level)
 
-    def find(level_name: str) -> Files:
-        """Find the file of a backbone by its level."""
-        file = fetch(backbone_file(level_name))
-        return Files(str(file), (file,))
+    def find(each: Level) -> Files:
+        """Find the file of a level's backbone."""
+        file = fetch(backbone_file(each.name))
+        return Files(str(file), (file,), family=each.family)
 
-    own = [each.name for each in config.levels if each.reference is None and each.num_layers is not None]
-    included = {level_name: partial(find, level_name) for level_name in own}
+    own = [each for each in config.levels if each.reference is None and each.num_layers is not None]
+    included = {each.name: partial(find, each) for each in own}
     return Checkpoint(config, read_maps(fetch(MAPS), config), included, name)
