@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rd_torch.embedding import embed, embed_to_store
     from rd_torch.exporting import export
     from rd_torch.fitting import fit
+    from rd_torch.fitting_stores import fit_stores
     from rd_torch.heads import MatryoshkaHead, ResidueHead, SequenceHead, align_labels
     from rd_torch.huggingface import (
         TransformersEncoder,
@@ -74,6 +75,7 @@ _HOMES = {
     "embed_to_store": "embedding",
     "export": "exporting",
     "fit": "fitting",
+    "fit_stores": "fitting_stores",
     "open_store": "store",
     "plot_store": "plotting",
     "pretrained": "pretrained",
@@ -115,6 +117,7 @@ __all__ = [
     "embed_to_store",
     "export",
     "fit",
+    "fit_stores",
     "open_store",
     "plot_store",
     "pretrained",

@@ -155,12 +155,12 @@ class Chain(nn.Module):
     @property
     def num_layers(self) -> int:
         """Number of layers in the largest backbone."""
-        return self.config.levels[-1].num_layers
+        return self.config.levels[-1].shape[0]
 
     @property
     def attention_heads(self) -> int:
         """Number of attention heads in each layer of the largest backbone."""
-        return self.config.levels[-1].attention_heads
+        return self.config.levels[-1].shape[2]
 
     def truncate(self, level: str) -> Self:
         """Cut the chain behind a level.

@@ -55,9 +55,10 @@ class Level:
 
     Attributes:
         name: name of the level, such as `"650M"`. It names a module, so it has no dot.
-        num_layers: number of transformer layers.
+        num_layers: number of transformer layers; None where the level is only a name and a width.
         width: number of features of each token's embedding.
         attention_heads: number of attention heads in a layer; each has `width / attention_heads` features.
+            None where the level is only a name and a width.
         reference: where on the Hub the backbone came from. In a saved checkpoint, where it is read from,
             instead of from the checkpoint.
         family: name of the family of models that the backbone belongs to.
@@ -72,9 +73,9 @@ class Level:
     """
 
     name: str
-    num_layers: int
+    num_layers: int | None
     width: int
-    attention_heads: int
+    attention_heads: int | None
     reference: Reference | None = None
     family: str = ESM2_FAMILY
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -82,12 +83,19 @@ class Level:
     def __post_init__(self) -> None:
         if not self.name or "." in self.name:
             raise ValueError(f"expected a level name without a dot, got {self.name!r}")
-        rotates = self.family != TRANSFORMERS_FAMILY  # heads of other models may be of any size
-        if rotates and self.width % (2 * self.attention_heads):
+        heads = self.attention_heads
+        if heads and self.family != TRANSFORMERS_FAMILY and self.width % (2 * heads):
             raise ValueError(
                 f"expected heads of an even size, got width {self.width} "
                 f"over {self.attention_heads} heads in level {self.name}"
             )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, width and heads of the backbone; a ValueError where the level is a name and a width."""
+        if self.num_layers is None or self.attention_heads is None:
+            raise ValueError(f"expected a level with layers and heads, got {self.name}, a name and a width")
+        return self.num_layers, self.width, self.attention_heads
 
 
 ESM2_LEVELS: Final[Mapping[str, Level]] = {

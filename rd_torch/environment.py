@@ -81,7 +81,7 @@ def _describe_device(device: torch.device) -> dict[str, Any]:
 
 def _describe_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Describe the kernels that run on a device in a dtype, for the head sizes of ESM-2."""
-    sizes = {level.width // level.attention_heads for level in ESM2_LEVELS.values()}
+    sizes = {width // heads for _, width, heads in (level.shape for level in ESM2_LEVELS.values())}
     return {
         "products": hardware.product_kernel(device, dtype),
         "attention": sorted({hardware.attention_kernel(device, dtype, size) for size in sizes}),

@@ -14,13 +14,13 @@ from rd_torch.alphabet import Alphabet
 from rd_torch.backbone import Backbone, Packing, as_backbone, is_real, is_residue, one_alphabet
 from rd_torch.batching import plan_batches, run_batches
 from rd_torch.model import RDModel
-from rd_torch.modules import evaluating
+from rd_torch.modules import digest_of, evaluating
 from rd_torch.moments import RunningMoments
 from rd_torch.reading import sequences_of
 from rd_torch.sequences import Entry, normalize_sequences
-from rd_torch.solve import SolveOptions, check_options
+from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions, check_options
 from rd_torch.store import ProgressCallback, cut_windows
-from rd_torch.sums import Sums
+from rd_torch.sums import Summands, Sums, record_fit
 
 
 def fit(
@@ -103,7 +103,9 @@ def fit_entries(
     budget, device = plan_batches(family.values(), tokens_per_batch)
     with (
         evaluating(*family.values()),
-        Sums(family, budget, device, work_folder, fixed_budget=tokens_per_batch is not None) as sums,
+        Sums(
+            summands_of(family), budget, device, work_folder, fixed_budget=tokens_per_batch is not None
+        ) as sums,
     ):
         windows = 0
         for window in cut_windows(entries, sums.tokens_per_batch):
@@ -115,7 +117,47 @@ def fit_entries(
             sums.sequences += count
             sums.mark_done(window.number, window.checksum)
         sums.finish(windows)
-        return sums.solve(provenance, **options)
+        return make_chain(family, sums, provenance, **options)
+
+
+def summands_of(family: Mapping[str, Backbone]) -> Summands:
+    """Return what the moments of a family's raw embeddings are of.
+
+    Args:
+        family: the backbones by level, smallest first.
+    """
+    heads = [backbone.attention_heads for backbone in family.values()]
+    return Summands(
+        {name: backbone.embed_dim for name, backbone in family.items()},
+        lambda: digest_of(heads, {f"{name}.": each.embedding_tensors() for name, each in family.items()}),
+    )
+
+
+def make_chain(
+    family: Mapping[str, Backbone],
+    sums: Sums,
+    provenance: Mapping[str, Any] | None,
+    **options: Unpack[SolveOptions],
+) -> RDModel:
+    """Make the chain of a family whose residues are summed.
+
+    Args:
+        family: the backbones by level, smallest first.
+        sums: the moments of all residues.
+        provenance: where backbones and sequences come from; the numbers of sequences and residues and the
+            options are added to it.
+        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`.
+
+    Returns:
+        The model, in `eval` mode.
+    """
+    counts = {"sequences": sums.sequences, "residues": sums.moments.count}
+    return RDModel(
+        family,
+        sums.solve(**options),
+        predict_from=options.get("predict_from", SOLVE_DEFAULTS["predict_from"]),
+        provenance=record_fit(provenance, counts, options),
+    ).eval()
 
 
 def shared_family(backbones: Mapping[str, nn.Module], **options: Unpack[SolveOptions]) -> dict[str, Backbone]:

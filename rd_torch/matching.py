@@ -1,4 +1,4 @@
-"""Refuse files that cannot hold a level's raw embeddings, by what they state of themselves."""
+"""Refuse files that cannot hold raw embeddings, or not those of a level, by what they state of themselves."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ _OTHER_FAMILIES: Final = re.compile(
 """Parts of the names of models that are not ESM-2."""
 
 
-def require_raw(level: Level, store: Store) -> None:
-    """Require that a file can hold a level's raw embeddings, by all that it states of itself.
+def require_raw(name: str, store: Store) -> None:
+    """Require that a file can hold raw embeddings that maps nest.
 
     Args:
-        level: the level.
+        name: name of the level that the file is of.
         store: the file.
 
     Raises:
-        ValueError: for nested embeddings, a way to pool that does not commute with the maps, or another
-            width, layer or model than the level's.
+        ValueError: for nested embeddings, or a way to pool that does not commute with the maps.
     """
-    cure = "name each file by the level of the backbone that made it"
     if store.facts is not None and len(store.facts.levels) > 1:
         raise ValueError(
-            f"expected raw embeddings of the {level.name} backbone in {store.path}, got nested ones of "
+            f"expected raw embeddings of the {name} backbone in {store.path}, got nested ones of "
             f"levels {', '.join(store.facts.levels)}: embed with that backbone alone as the model"
         )
     if store.pool not in ("mean", "none"):
@@ -39,10 +37,26 @@ def require_raw(level: Level, store: Store) -> None:
             f"expected means, or a vector for each residue, in {store.path}, got pool {store.pool!r}, which "
             "does not commute with the maps: embed with --pool mean or none"
         )
+
+
+def require_level(level: Level, store: Store) -> None:
+    """Require that a file can hold a level's raw embeddings, by all that it states of itself.
+
+    Args:
+        level: the level. If it is only a name and a width, any model's embeddings of that width are taken.
+        store: the file.
+
+    Raises:
+        ValueError: as `require_raw`, and for another width, layer or model than the level's.
+    """
+    require_raw(level.name, store)
+    cure = "name each file by the level of the backbone that made it"
     if store.width != level.width:
         raise ValueError(
             f"expected width {level.width} at level {level.name}, got {store.width} in {store.path}: {cure}"
         )
+    if level.num_layers is None:
+        return
     if store.layer not in (None, level.num_layers):
         raise ValueError(
             f"expected embeddings of the last layer, {level.num_layers}, at level {level.name}, got those "

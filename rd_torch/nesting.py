@@ -12,7 +12,7 @@ from torch import Tensor
 from rd_torch.config import RDConfig
 from rd_torch.modules import Modules, StateDict, digest_of, modules_of
 from rd_torch.stage import Maps, nest, stages_of
-from rd_torch.weights import PublishedOptions, read_checkpoint
+from rd_torch.weights import PublishedOptions, read_checkpoint, require_no_backbones, write_folder
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,23 @@ class Nesting:
         checkpoint = read_checkpoint(name_or_folder, level, **published)
         stages = stages_of(checkpoint.config, checkpoint.maps)
         return cls(checkpoint.config, modules_of(stages), str(name_or_folder))
+
+    def save_pretrained(self, folder: str | Path, *, name: str | None = None) -> None:
+        """Write config, maps and model card to a folder, for `from_pretrained` to read to the bit.
+
+        No backbone is written. `RDModel.from_pretrained` needs `backbones=` to load what is not on the Hub.
+
+        Args:
+            folder: folder to write, which is made if need be.
+            name: name of the maps on the card, by default that of the folder.
+
+        Raises:
+            ValueError: for a folder that holds backbones, which would be lost.
+        """
+        place = Path(folder)
+        require_no_backbones(place)
+        maps = {level: StateDict(stage) for level, stage in self.stages.items()}
+        write_folder(place, self.config, maps, {}, name or place.resolve().name)
 
     def combine(self, embeddings: Mapping[str, Tensor]) -> Tensor:
         """Nest raw embeddings.

@@ -225,7 +225,7 @@ def check_options(sizes: Sequence[int], **options: Unpack[SolveOptions]) -> list
     if not fits or any(not least <= int(n) <= q for n, q in zip(counts, larger, strict=True)):
         raise ValueError(
             f"expected {len(larger)} whole numbers of added directions, each from {least} to the larger "
-            f"width ({larger}), got {counts}: where widths do not grow, say how many with `added`"
+            f"width ({larger}), got {counts}: where widths do not grow, say how many with `added` (--added)"
         )
     return [int(n) for n in counts]
 

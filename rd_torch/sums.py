@@ -1,12 +1,12 @@
-"""`Sums`: the joint moments of a family, which windows of sequences are in them, and a file of both."""
+"""`Sums`: joint moments of raw embeddings, which windows of records are in them, and a file of both."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
@@ -15,12 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rd_torch.backbone import Backbone
 from rd_torch.disk import LOCK, Lock, require_folder, take_lock, write_whole
-from rd_torch.model import RDModel
-from rd_torch.modules import digest_of
 from rd_torch.moments import RunningMoments
 from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions, solve_stages
+from rd_torch.stage import Stage
 from rd_torch.store import Window
 
 SECONDS_BETWEEN_SAVES: Final = 60
@@ -31,82 +29,101 @@ MOMENTS: Final = "moments.safetensors"
 
 
 @dataclass(frozen=True)
+class Summands:
+    """What the moments are of.
+
+    Attributes:
+        widths: width of each raw embedding by level, in the order in which they are concatenated.
+        fingerprint: function that returns a digest of all that the rows depend on besides the records; it is
+            called only where moments are saved.
+        kind: what the records hold, as errors call it.
+    """
+
+    widths: Mapping[str, int]
+    fingerprint: Callable[[], str]
+    kind: str = "sequences"
+
+
+@dataclass(frozen=True)
 class SummedWindows:
-    """Which windows of sequences the moments count.
+    """Which windows of records the moments count.
 
     Attributes:
         checksums: checksums of these windows, by the windows' numbers.
         folder: the folder where they are saved, if any.
+        kind: what the records hold, as errors call it.
     """
 
     checksums: dict[int, str]
     folder: Path | None = None
+    kind: str = "sequences"
 
-    def __contains__(self, window: Window[str]) -> bool:
+    def __contains__(self, window: Window[Any]) -> bool:
         """Return whether the moments count a window.
 
         Raises:
-            ValueError: if they count other sequences under its number.
+            ValueError: if they count other records under its number.
         """
         found = self.checksums.get(window.number)
         if found not in (None, window.checksum):
-            raise self._other_sequences("others")
+            raise self._other_records("others")
         return found is not None
 
     def require_no_more_than(self, windows: int) -> None:
         """Require that the moments count no window beyond the first `windows`.
 
         Raises:
-            ValueError: if they do: the sequences are fewer than those that were counted.
+            ValueError: if they do: the records are fewer than those that were counted.
         """
         if any(number >= windows for number in self.checksums):
-            raise self._other_sequences("fewer")
+            raise self._other_records("fewer")
 
-    def _other_sequences(self, got: str) -> ValueError:
-        """Return the error for sequences that are not those with which the fit was begun."""
+    def _other_records(self, got: str) -> ValueError:
+        """Return the error for records that are not those with which the fit was begun."""
         return ValueError(
-            f"expected the sequences with which the fit in {self.folder} was begun, got {got}: take those, "
+            f"expected the {self.kind} with which the fit in {self.folder} was begun, got {got}: take those, "
             "or remove the folder"
         )
 
 
 class Sums:
-    """The joint moments of a family, and which windows of sequences they count.
+    """Joint moments of raw embeddings, and which windows of records they count.
 
     With a folder both are saved to one file in it, from which a later process goes on.
 
     Args:
-        family: the backbones by level.
-        tokens_per_batch: number of tokens in a batch, by which windows are cut.
+        summands: what the moments are of.
+        tokens_per_batch: number of tokens in a batch, by which windows are cut; where no backbone runs, a
+            number of rows.
         device: device to put the moments on.
         folder: the folder; it is made if it does not exist, and locked while this object is in use.
         fixed_budget: if true, refuse a folder that was begun with another `tokens_per_batch`; if false, use
             the one that it was begun with.
 
     Attributes:
-        moments: moments of all residues that were counted.
-        sequences: number of sequences that these residues are from.
+        moments: moments of all rows that were counted.
+        sequences: number of sequences that these rows are from.
         done: the windows that the moments count.
 
     Raises:
         FileNotFoundError: if the folder in which `folder` is to be made is not there.
         BlockingIOError: if another process works in the folder.
-        ValueError: for a folder that was begun with another family or budget, or cannot be read.
+        ValueError: for a folder that was begun with other summands or another budget, or cannot be read.
     """
 
     def __init__(
         self,
-        family: Mapping[str, Backbone],
+        summands: Summands,
         tokens_per_batch: int,
         device: torch.device | str = "cpu",
         folder: str | Path | None = None,
         *,
         fixed_budget: bool = False,
     ) -> None:
-        self.family, self.tokens_per_batch = family, tokens_per_batch
-        self.moments = RunningMoments(sum(backbone.embed_dim for backbone in family.values()), device)
+        self.widths, self.tokens_per_batch = dict(summands.widths), tokens_per_batch
+        self.moments = RunningMoments(sum(self.widths.values()), device)
         self.sequences = 0
-        self.done = SummedWindows({})
+        self.done = SummedWindows({}, kind=summands.kind)
         self._saved = time.monotonic()
         self._file: Path | None = None
         self._lock: Lock | None = None
@@ -116,7 +133,7 @@ class Sums:
             folder.mkdir(exist_ok=True)
             self._lock = take_lock(folder, folder)
             self._file = folder / MOMENTS
-            self._fingerprint = _fingerprint(family)
+            self._fingerprint = summands.fingerprint()
             if self._file.exists():
                 self._resume(self._file, fixed_budget)
             else:
@@ -137,7 +154,7 @@ class Sums:
             if facts[name] != current[name]:
                 raise ValueError(
                     f"expected the {name} {facts[name]}, with which {file.parent} was begun, got "
-                    f"{current[name]}: take the same backbones, or remove the folder"
+                    f"{current[name]}: take what it was begun with, or remove the folder"
                 )
         if fixed_budget and facts["tokens_per_batch"] != self.tokens_per_batch:
             raise ValueError(
@@ -148,7 +165,7 @@ class Sums:
         self.moments = RunningMoments.of(facts["residues"], mean.to(device), scatter.to(device))
         self.sequences, self.tokens_per_batch = facts["sequences"], facts["tokens_per_batch"]
         checksums = {int(number): checksum for number, checksum in facts["done"].items()}
-        self.done = SummedWindows(checksums, file.parent)
+        self.done = replace(self.done, checksums=checksums, folder=file.parent)
 
     def mark_done(self, number: int, checksum: str) -> None:
         """Note that the moments count a window now, and save them if the last save is long ago.
@@ -165,7 +182,7 @@ class Sums:
         """Save the moments when all windows are counted.
 
         Args:
-            windows: number of windows that the sequences make.
+            windows: number of windows that the records make.
 
         Raises:
             ValueError: for fewer windows than the folder was begun with.
@@ -176,7 +193,7 @@ class Sums:
     def _facts(self) -> dict[str, Any]:
         """Return what is saved beside the moments: what they are of, and which windows they count."""
         return {
-            "levels": {name: backbone.embed_dim for name, backbone in self.family.items()},
+            "levels": self.widths,
             "fingerprint": self._fingerprint,
             "tokens_per_batch": self.tokens_per_batch,
             "sequences": self.sequences,
@@ -194,27 +211,16 @@ class Sums:
             write_whole(self._file, lambda part: save_file(tensors, part, metadata))
         self._saved = time.monotonic()
 
-    def solve(self, provenance: Mapping[str, Any] | None, **options: Unpack[SolveOptions]) -> RDModel:
+    def solve(self, **options: Unpack[SolveOptions]) -> list[Stage]:
         """Solve the stages from the moments.
 
         Args:
-            provenance: where backbones and sequences come from; the numbers of sequences and residues and the
-                options are added to it.
             **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`.
 
         Returns:
-            The model, in `eval` mode.
+            Float64 stages in order, one fewer than levels.
         """
-        widths = {name: backbone.embed_dim for name, backbone in self.family.items()}
-        stages = solve_stages(self.moments, widths, **options)
-        chosen: SolveOptions = {"regressor": SOLVE_DEFAULTS["regressor"], **options}
-        counts = {"sequences": self.sequences, "residues": self.moments.count}
-        return RDModel(
-            self.family,
-            stages,
-            predict_from=options.get("predict_from", SOLVE_DEFAULTS["predict_from"]),
-            provenance={**(provenance or {}), "fit": counts | {"solve": chosen}},
-        ).eval()
+        return solve_stages(self.moments, self.widths, **options)
 
     def __enter__(self) -> Self:
         """Return the sums themselves."""
@@ -236,7 +242,18 @@ def clear_folder(folder: Path) -> None:
         folder.rmdir()
 
 
-def _fingerprint(family: Mapping[str, Backbone]) -> str:
-    """Return a digest of every number that raw embeddings depend on."""
-    heads = [backbone.attention_heads for backbone in family.values()]
-    return digest_of(heads, {f"{name}.": backbone.embedding_tensors() for name, backbone in family.items()})
+def record_fit(
+    provenance: Mapping[str, Any] | None, counts: Mapping[str, Any], options: SolveOptions
+) -> dict[str, Any]:
+    """Add to a provenance what was fitted on, and with which options.
+
+    Args:
+        provenance: where embeddings and sequences come from.
+        counts: how much was summed, in words and numbers.
+        options: the options of `solve_stages` that were chosen.
+
+    Returns:
+        The provenance to save with the chain.
+    """
+    chosen: SolveOptions = {"regressor": SOLVE_DEFAULTS["regressor"], **options}
+    return {**(provenance or {}), "fit": {**counts, "solve": chosen}}

@@ -5,7 +5,7 @@ import math
 import torch
 from esm.model.esm2 import ESM2 as FairESM2
 
-from rd_torch import RDModel, RunningMoments, hardware, solve_stages
+from rd_torch import RDModel, RunningMoments, embed_to_store, hardware, solve_stages
 from rd_torch.config import ALPHABET
 from rd_torch.letters import RESIDUE_LETTERS
 
@@ -71,6 +71,15 @@ def small_model(predict_from="nested", special_rows="maps"):
     backbones = {name: random_esm2(*shape, seed=k) for k, (name, shape) in enumerate(SHAPES.items())}
     stages = random_stages(predict_from)
     return RDModel(backbones, stages, predict_from=predict_from, special_rows=special_rows).eval()
+
+
+def embed_alone(model, folder, suffix="h5", pool="mean", *, proteins, **options):
+    """A file of each backbone's own embeddings, as its users hold them, by level."""
+    folder.mkdir(exist_ok=True)
+    paths = {level: folder / f"{level}.{suffix}" for level in model.backbones}
+    for level, path in paths.items():
+        embed_to_store(RDModel({level: model.backbones[level]}, []), proteins, path, pool=pool, **options)
+    return paths
 
 
 def any_size(name):

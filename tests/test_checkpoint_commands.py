@@ -86,7 +86,7 @@ def test_convert_writes_published_maps_as_a_checkpoint_of_ours(hub, tmp_path, ba
     output = ran("convert", source, tmp_path / "ours", "--level", "35M", "--backbones", backbones)
     assert "Wrote the checkpoint to" in output
     folder = tmp_path / "ours" / "backbones"
-    assert sorted(path.name for path in folder.iterdir()) == (
+    assert sorted(path.name for path in folder.glob("*")) == (
         ["35M.safetensors", "8M.safetensors"] if backbones == "included" else []
     )
     expected = rd_torch.RDModel.from_pretrained(source, level="35M")

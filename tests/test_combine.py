@@ -2,16 +2,17 @@ import re
 import shutil
 import socket
 from dataclasses import replace
+from functools import partial
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import random_sequence, small_model
+from helpers import embed_alone, random_sequence, small_model
 
 import rd_torch
-from rd_torch import Nesting, RDModel, combine_stores, combining, embed_to_store, open_store
+from rd_torch import Nesting, RDModel, combine_stores, embed_to_store, open_store
 from rd_torch.cli import main
 from rd_torch.config import Reference
 from rd_torch.sequences import Protein
@@ -21,6 +22,7 @@ PROTEINS = [Protein(f"sp|P{i}/x", random_sequence(3 + 7 * (i % 5), seed=i)) for 
 MANY = [Protein(f"Q{i}", protein.sequence) for i, protein in enumerate(PROTEINS * 4)]
 SEQUENCES = [protein.sequence for protein in PROTEINS]
 NAMES = [protein.identifier for protein in PROTEINS]
+raw_files = partial(embed_alone, proteins=PROTEINS)
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +33,6 @@ def mini():
 @pytest.fixture(scope="module")
 def nesting():
     return Nesting.from_pretrained("esm2-rd-mini")
-
-
-def raw_files(model, folder, suffix="h5", pool="mean", proteins=PROTEINS, **options):
-    """A file of each backbone's own embeddings, as its users hold them."""
-    folder.mkdir(exist_ok=True)
-    paths = {level: folder / f"{level}.{suffix}" for level in model.backbones}
-    for level, path in paths.items():
-        embed_to_store(RDModel({level: model.backbones[level]}, []), proteins, path, pool=pool, **options)
-    return paths
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +61,8 @@ def assert_near(got, expected):
 @pytest.fixture
 def small_windows(monkeypatch):
     """About 20 vectors of the shipped family a window."""
-    monkeypatch.setattr(combining, "BATCH_BYTES", 10 * 4 * (32 + 48 + 64 + 128))
-    monkeypatch.setattr(combining, "BATCHES_PER_WINDOW", 2)
+    monkeypatch.setattr("rd_torch.raw_files.BATCH_BYTES", 10 * 4 * (32 + 48 + 64 + 128))
+    monkeypatch.setattr("rd_torch.raw_files.BATCHES_PER_WINDOW", 2)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +156,7 @@ def test_no_backbone_is_loaded_and_nobody_asked_for_one(mini, raw, tmp_path, mon
     levels = [replace(level, reference=Reference("nobody/nothing", "0" * 40)) for level in mini.config.levels]
     maps = {level: dict(stage.named_buffers()) for level, stage in mini.stages.items()}
     write_folder(tmp_path / "chain", replace(mini.config, levels=tuple(levels)), maps, {}, "chain")
-    assert [path.name for path in (tmp_path / "chain" / "backbones").iterdir()] == []
+    assert not (tmp_path / "chain" / "backbones").exists()
 
     def refuse(*_):
         raise AssertionError("the network was asked")
@@ -189,7 +182,7 @@ def test_the_baseline_is_one_level(tmp_path):
 @pytest.mark.usefixtures("small_windows")
 def test_memory_holds_windows_not_files(nesting, raw_residues, tmp_path, monkeypatch):
     """A batch has the rows it may have, and those of its last record, also in a window of many batches."""
-    monkeypatch.setattr(combining, "BATCHES_PER_WINDOW", 100)
+    monkeypatch.setattr("rd_torch.raw_files.BATCHES_PER_WINDOW", 100)
     rows = []
     combine = Nesting.combine
     monkeypatch.setattr(

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -265,6 +265,24 @@ def test_a_config_that_does_not_read_is_refused_by_name(hub, repo, text):
     hub.add(repo, {**(chain_files() if repo == CHAIN else backbone_files()), "config.json": text})
     with pytest.raises(ValueError, match=r"expected .*config.*config\.json"):
         load(repo)
+
+
+def test_maps_alone_are_read_and_what_they_lack_is_told(hub, tmp_path):
+    nesting = rd_torch.Nesting.from_pretrained("esm2-rd-mini", level="90K")
+    levels = tuple(rd_torch.Level(level.name, None, level.width, None) for level in nesting.config.levels)
+    names_alone = replace(nesting, config=replace(nesting.config, levels=levels))
+    for name, saved in (("maps", names_alone), ("esm2", nesting)):
+        saved.save_pretrained(tmp_path / name)
+        files = (path for path in (tmp_path / name).iterdir() if path.is_file())
+        hub.add(f"some/{name}", {path.name: path.read_bytes() for path in files})
+        assert rd_torch.Nesting.from_pretrained(f"some/{name}").fingerprint() == saved.fingerprint()
+    cure = "give backbones by RDModel.from_pretrained.'some/{}', backbones={{'28K': ..., '90K': ...}}."
+    with pytest.raises(
+        FileNotFoundError, match=f"level 28K, got some/maps without it: {cure.format('maps')}"
+    ):
+        load("some/maps")
+    with pytest.raises(FileNotFoundError, match=f"got a repository without it; or {cure.format('esm2')}"):
+        load("some/esm2")
 
 
 def test_the_cache_stays_one_that_the_hubs_own_tools_read(hub, cache):

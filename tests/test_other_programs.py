@@ -208,18 +208,18 @@ def test_our_own_raw_stores_state_their_layers_too(model, nesting, tmp_path):
 )  # fmt: skip
 def test_what_a_file_says_of_its_model_must_fit_the_level(said, fits, tmp_path):
     from rd_torch.config import ESM2_LEVELS
-    from rd_torch.matching import require_raw
+    from rd_torch.matching import require_level
 
     numbered(tmp_path / "a.h5", {"P1": np.zeros(320, np.float32)}, model_name=said)
     with open_store(tmp_path / "a.h5") as store:
         assert store.model_name == said
         if fits:
-            require_raw(ESM2_LEVELS["8M"], store)
+            require_level(ESM2_LEVELS["8M"], store)
         else:
             with pytest.raises(
                 ValueError, match="expected embeddings of ESM-2 8M, got those of .* as the file says"
             ):
-                require_raw(ESM2_LEVELS["8M"], store)
+                require_level(ESM2_LEVELS["8M"], store)
 
 
 # Ours for others

@@ -179,3 +179,20 @@ def test_configs_that_cannot_be_are_refused():
         rd_torch.Level("1.2M", 1, 32, 2)
     with pytest.raises(ValueError, match="heads of an even size"):
         rd_torch.Level("a", 1, 32, 3)
+
+
+def test_a_level_may_be_only_a_name_and_a_width():
+    level = rd_torch.Level("any", None, 7, None)
+    with pytest.raises(
+        ValueError, match="expected a level with layers and heads, got any, a name and a width"
+    ):
+        level.shape  # noqa: B018  # the access is the test
+    config = rd_torch.RDConfig((level,), (), ())
+    assert rd_torch.RDConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert rd_torch.ESM2_LEVELS["8M"].shape == (6, 320, 20)
+
+
+def test_configs_are_written_as_they_were():
+    path = shipped_checkpoints()["esm2-rd-mini"] / "config.json"
+    config = rd_torch.RDConfig.from_dict(json.loads(path.read_text()))
+    assert json.dumps(config.to_dict(), indent=2) + "\n" == path.read_text()

@@ -114,8 +114,8 @@ def random_backbone(level: Level, tokens: Tensor, curve: Sequence[float], seed: 
         seed: Seed of the weights.
     """
     torch.manual_seed(seed)
-    backbone = ESM2(level.num_layers, level.width, level.attention_heads).eval()
-    depth = np.linspace(0, 1, level.num_layers + 1)
+    backbone = ESM2(*level.shape).eval()
+    depth = np.linspace(0, 1, backbone.num_layers + 1)
     targets = np.interp(depth, np.linspace(0, 1, len(curve)), curve).tolist()
     constants = torch.zeros(level.width)
     constants[torch.randperm(level.width)[: len(CONSTANTS)]] = torch.tensor(CONSTANTS)
@@ -166,7 +166,7 @@ def lifelike_family(
     facts: Facts = {"asked for": f"growth {curve[-1] / curve[0]:.3g}, channels {CONSTANTS[0]:.3g}"}
     backbones: dict[str, ESM2] = {}
     for seed, name in enumerate(LEVELS):
-        layers = min(ESM2_LEVELS[name].num_layers, most_layers)
+        layers = min(ESM2_LEVELS[name].shape[0], most_layers)
         level = replace(ESM2_LEVELS[name], num_layers=layers)
         backbones[name] = random_backbone(level, calibrated, curve, seed)
         facts[f"{name} reached"] = reached(backbones[name], tokens)

@@ -102,7 +102,7 @@ def new_model(level: Level) -> Encoder:
             share = getattr(layer, "share", 1)  # by which ESM-C multiplies a branch
             for name, linear in linear_layers(layer):
                 if name in ("out_proj", "fc2", "o_proj", "down_proj"):
-                    linear.weight.mul_((2 * level.num_layers) ** -0.5 / share)
+                    linear.weight.mul_((2 * model.num_layers) ** -0.5 / share)
     for layer in model.layers:
         for name, linear in linear_layers(layer):
             linear.__class__ = HalfProjection if name in ("q_proj", "k_proj", "v_proj") else HalfLinear

@@ -21,7 +21,7 @@ from rd_torch.modules import StateDict
 
 
 class TransformersBackbone(Backbone):
-    """Any encoder of transformers' that gives one hidden state for each token.
+    r"""Any encoder of transformers' that gives one hidden state for each token.
 
     Tokens are made by the model's own tokenizer, and special tokens are those that it names. The model always
     gets the mask of what is no padding. Batches are padded, not packed, so that a family which is here
@@ -38,7 +38,7 @@ class TransformersBackbone(Backbone):
 
     Examples:
         >>> from transformers import BertConfig, BertModel, BertTokenizerFast
-        >>> _ = pathlib.Path("vocab.txt").write_text("\\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
+        >>> _ = pathlib.Path("vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
         ...     *"LAGVSERTIDPKQNFYMHWCXBUZO"]))
         >>> config = BertConfig(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         ...     intermediate_size=64)
@@ -49,6 +49,7 @@ class TransformersBackbone(Backbone):
     """
 
     family = TRANSFORMERS_FAMILY
+    alphabet: TokenizerAlphabet
 
     def __init__(self, model: nn.Module, tokenizer: Any, layer: int | None = None) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class TransformersBackbone(Backbone):
         """
         if tokens.is_floating_point():
             raise ValueError(
-                f"expected token ids, got distributions: {type(self.model).__name__} of transformers takes none"
+                f"expected token ids, got distributions, which {type(self.model).__name__} does not take"
             )
         self._require_positions(tokens.shape[1])
         out = self.model(
@@ -171,7 +172,7 @@ class TransformersBackbone(Backbone):
         return StateDict(self, lambda name: "pooler" not in name)
 
     @property
-    def checkpointing(self) -> bool:  # type: ignore[override]  # transformers wants to be told
+    def checkpointing(self) -> bool:
         """Whether the backward pass computes layers again."""
         return self._checkpointing
 
@@ -231,8 +232,8 @@ def _explained(name: str, error: Exception) -> Exception:
     text = str(error)
     if "trust_remote_code" in text or "custom code" in text:
         return ValueError(
-            f"expected a model whose code is transformers' own, got {name}, whose files bring Python code: none of "
-            "it was run; read it, and if you trust it, load the model by rd_torch.TransformersBackbone."
+            f"expected a model whose code is transformers' own, got {name}, whose files bring Python code: "
+            "none of it was run; read it and, if you trust it, load it by rd_torch.TransformersBackbone."
             f"from_pretrained({name!r}, trust_remote_code=True), or name it with --trust-remote-code"
         )
     kind = FileNotFoundError if isinstance(error, OSError) else ValueError

@@ -236,7 +236,7 @@ class ESM2(Encoder):
     @classmethod
     def of_level(cls, level: Level) -> Self:
         """Return a backbone of a level's shape, with fresh weights."""
-        return cls(level.num_layers, level.width, level.attention_heads, **level.facts)
+        return cls(*level.shape, **level.facts)
 
     @classmethod
     def sharing(cls, module: nn.Module) -> ESM2:

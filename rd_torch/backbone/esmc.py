@@ -199,7 +199,7 @@ class ESMC(Encoder):
     @classmethod
     def of_level(cls, level: Level) -> Self:
         """Return a backbone of a level's shape, with fresh weights."""
-        return cls(level.num_layers, level.width, level.attention_heads, **level.facts)
+        return cls(*level.shape, **level.facts)
 
     @property
     def final_norm(self) -> ResidualNorm:

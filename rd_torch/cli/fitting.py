@@ -10,6 +10,7 @@ import click
 
 from rd_torch.choices import PredictFrom, Regressor
 from rd_torch.cli.command import Command, option
+from rd_torch.cli.fitting_stores import choose_levels, fit_from_stores, require_options_for_stores
 from rd_torch.cli.reading import (
     proteins_argument,
     reading_options,
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @proteins_argument
+@option(
+    "--from-stores",
+    group="Input",
+    is_flag=True,
+    help="Fit to embeddings that you already have. Give their files in place of PROTEINS, each as "
+    "LEVEL=FILE, smallest level first.",
+)
 @option(
     "-o",
     "--output",
@@ -98,6 +106,7 @@ if TYPE_CHECKING:
 @cluster_options
 def fit(
     paths: tuple[str, ...],
+    from_stores: bool,
     output: Path,
     backbones: str | None,
     sources: tuple[str, ...],
@@ -114,6 +123,7 @@ def fit(
       rd-torch fit proteins.fasta -o ridge --regressor ridge --alpha 10
       rd-torch fit proteins.fasta -o small --backbone 8M=facebook/esm2_t6_8M_UR50D \\
           --backbone 35M=facebook/esm2_t12_35M_UR50D
+      rd-torch fit --from-stores 8M=8M.h5 35M=35M.h5 -o my-maps
 
     PROTEINS are given as for rd-torch embed, and are read once. About 1,000 natural proteins are a good
     start. The command prints the levels of the chain as rd-torch info does.
@@ -121,23 +131,29 @@ def fit(
     A record that cannot be read without doubt is left out. OUTPUT.failed.tsv then lists such records, with
     lines and reasons, and the exit status is 3.
 
+    With --from-stores no backbone runs. The files are as for rd-torch combine, but may hold the embeddings of
+    any models, by any names of levels. What is written are maps alone, which rd-torch combine takes as
+    --model.
+
     If the command is interrupted, run it again: it continues from what it saved in OUTPUT.part.
     """
-    from rd_torch.choices import check_choice
     from rd_torch.cli.progress import ResidueBar
     from rd_torch.disk import part_folder
     from rd_torch.sums import clear_folder
 
     counts = parse_added(added)
+    if from_stores:
+        require_options_for_stores()
+        maps = {name: options[name] for name in ("regressor", "alpha", "predict_from")}
+        fit_from_stores(paths, output, levels, added=counts, **maps)
+        return
     proteins = take_proteins(paths, options)
     left_out: list[Entry] = []
     work_folder = part_folder(output.resolve())
     work_folder.parent.mkdir(parents=True, exist_ok=True)
     workers = join_cluster(options, device)
     family, origin = _load_family(backbones, sources, "cpu" if workers else device)
-    wanted = list(family) if levels is None else levels.split(",")
-    for level in wanted:
-        check_choice("level", level, tuple(family))
+    wanted = choose_levels(levels, family)
     with ResidueBar(proteins) as bar:
         options |= {
             "progress": bar,

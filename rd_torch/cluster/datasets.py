@@ -19,7 +19,7 @@ from rd_torch.cluster.steps import (
 )
 from rd_torch.cluster.workers import AS_MANY_AS_FIT, Worker, Workers, run
 from rd_torch.embedding import EmbedOptions
-from rd_torch.fitting import shared_family
+from rd_torch.fitting import make_chain, shared_family, summands_of
 from rd_torch.model import RDModel
 from rd_torch.solve import SolveOptions
 from rd_torch.sums import Sums
@@ -104,11 +104,12 @@ def fit_dataset(
         TypeError: as `rd_torch.fit`.
         ChildProcessError: where a worker cannot be started.
     """
-    sums = Sums(shared_family(load_backbones(backbones, None), **options), MOST_TOKENS["cpu"])
+    family = shared_family(load_backbones(backbones, None), **options)
+    sums = Sums(summands_of(family), MOST_TOKENS["cpu"])
     workers = workers.placed()
     begin = partial(
         begin_summing, partial(load_backbones, backbones), workers.device, column, tokens_per_batch
     )
     for row in run(dataset, begin, workers, ROWS_PER_BATCH):
         merge_moments(sums, row)
-    return sums.solve(provenance, **options)
+    return make_chain(family, sums, provenance, **options)

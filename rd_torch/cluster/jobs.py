@@ -22,7 +22,7 @@ from rd_torch.cluster.steps import (
 )
 from rd_torch.cluster.workers import AS_MANY_AS_FIT, Workers, run, stream
 from rd_torch.embedding import EmbedOptions, facts_of, select_embed_options, warn_of_renamed
-from rd_torch.fitting import shared_family
+from rd_torch.fitting import make_chain, shared_family, summands_of
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.pooling import pool_name
@@ -192,7 +192,7 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
     """
     family, workers = shared_family(load("cpu"), **options), workers.placed()
     budget, is_given = tokens_per_batch or MOST_TOKENS[workers.device], tokens_per_batch is not None
-    with Sums(family, budget, folder=work_folder, fixed_budget=is_given) as sums:
+    with Sums(summands_of(family), budget, folder=work_folder, fixed_budget=is_given) as sums:
         read = partial(read_for_fit, records, sums.tokens_per_batch, sums.done)
         begin = partial(begin_summing, load, workers.device, "contents", tokens_per_batch)
         lost: list[Entry] = []
@@ -200,7 +200,7 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
         if left_out is not None:
             left_out += sorted(lost, key=lambda entry: (entry.source, entry.line))
         sums.finish(last["number"] + 1)
-        return sums.solve(provenance, **options)
+        return make_chain(family, sums, provenance, **options)
 
 
 def _add_window(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:

@@ -33,6 +33,9 @@ _KEYS: Final = {
 }
 """The key of an embedding in its file, by way to pool; fair-esm has the first two and the last."""
 
+LAST_LAYER: Final = -1
+"""The layer of an embedding where the number of layers is not known; fair-esm counts the last one so."""
+
 
 class FairESM(Format):
     """A folder with one `.pt` file for each record, with the keys of fair-esm's `extract.py`.
@@ -40,8 +43,8 @@ class FairESM(Format):
     A file holds `{"label": identifier, "mean_representations": {layers: (width,)}}`. Without pooling the key
     is `"representations"`, and the embedding `(residues, width)`. Other ways to pool have the keys
     `"bos_representations"`, for `<cls>`, `"max_representations"` and `"std_representations"`. `layers` is the
-    number of layers of the largest backbone that ran, and stands for the nested embedding. Files are named
-    by identifiers, as datasets are in HDF5.
+    number of layers of the largest backbone, or -1 where nobody described it, and stands for the nested
+    embedding. Files are named by identifiers, as datasets are in HDF5.
     """
 
     name = "pt"
@@ -63,7 +66,8 @@ class FairESM(Format):
             path = folder / f"{file_name(name)}.pt"
             kept: dict[str, Any] = {"label": name}
             for pool, start in zip(pools_of(facts.pool) or ("none",), facts.boundaries, strict=False):
-                kept[_KEYS[pool]] = {facts.num_layers: row[..., start : start + facts.width].clone()}
+                layer = LAST_LAYER if facts.num_layers is None else facts.num_layers
+                kept[_KEYS[pool]] = {layer: row[..., start : start + facts.width].clone()}
             if window.lengths[place] is not None:
                 kept["length"] = window.lengths[place]
             buffer = io.BytesIO()  # torch.save to a path would hide an error of the disk

@@ -2,7 +2,7 @@
 
 from rd_torch.weights.backbone import read_backbone, read_level, require_unchanged
 from rd_torch.weights.files import Source, find_backbone
-from rd_torch.weights.folder import CONFIG, write_folder
+from rd_torch.weights.folder import CONFIG, require_no_backbones, write_folder
 from rd_torch.weights.hub import Hub, Upload, upload
 from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256, ON_HUB, PUBLISHED_MAPS
 from rd_torch.weights.published import PublishedOptions
@@ -26,6 +26,7 @@ __all__ = [
     "read_checkpoint",
     "read_json",
     "read_level",
+    "require_no_backbones",
     "require_unchanged",
     "sha256_of",
     "shipped_checkpoints",

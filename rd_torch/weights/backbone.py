@@ -35,8 +35,9 @@ def read_level(files: Files, name: str | None = None) -> Level:
     convention.check(files.config, files.place)
     shapes = {key: tuple(tensor.shape) for key, tensor in files.tensors()}
     found = convention.level_of(shapes, files.config, files.place)
-    size = published_size(convention.sizes, found.num_layers, found.width)
-    called = size.name if size and size.attention_heads == found.attention_heads else None
+    num_layers, width, heads = found.shape
+    size = published_size(convention.sizes, num_layers, width)
+    called = size.name if size and size.attention_heads == heads else None
     expected = convention.sizes.get(name or "")
     if expected and name != called:
         raise ValueError(

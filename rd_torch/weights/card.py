@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from huggingface_hub import ModelCardData
 
 from rd_torch.config import RDConfig
@@ -12,7 +14,7 @@ _TEXT = """---
 
 # {name}
 
-This is a chain of ESM-2 models with reverse-distilled embeddings (Catrina, Bepler, Sledzieski and Singh,
+{what} (Catrina, Bepler, Sledzieski and Singh,
 ICLR 2026, arXiv 2603.07710).
 {promise}
 
@@ -22,17 +24,32 @@ ICLR 2026, arXiv 2603.07710).
 
 ## How to load it
 
-```python
-import rd_torch
-
-model = rd_torch.RDModel.from_pretrained("{name}")  # level="{first}" stops there
-vectors = rd_torch.embed(model, ["MQIFVKTLTGKTITLEVEPS"])  # (1, {width})
-```
+{loading}
 
 ## How it was made
 
 {facts}
 """
+
+_CHAIN = "This is a chain of ESM-2 models with reverse-distilled embeddings"
+
+_MAPS = "These are maps that turn raw embeddings of several models into reverse-distilled ones"
+
+_LOADING = """```python
+import rd_torch
+
+model = rd_torch.RDModel.from_pretrained("{name}")  # level="{first}" stops there
+vectors = rd_torch.embed(model, ["MQIFVKTLTGKTITLEVEPS"])  # (1, {width})
+```"""
+
+_LOADING_MAPS = """The models are not part of it. This nests files of their embeddings, one for each level:
+
+```python
+import rd_torch
+
+nesting = rd_torch.Nesting.from_pretrained("{name}")  # level="{first}" stops there
+rd_torch.combine_stores(nesting, {{{files}}}, "nested.h5")  # {width} features
+```"""
 
 _PROMISES = {
     "rd": "The embedding of each level is, to the bit, the beginning of the next level's embedding.",
@@ -52,33 +69,52 @@ _SPECIAL_ROWS = {
 }
 
 
-def model_card(config: RDConfig, name: str) -> str:
-    """Return the text of the model card, `README.md`, of a checkpoint that is called `name`."""
+def model_card(config: RDConfig, name: str, included: Collection[str]) -> str:
+    """Write the model card, `README.md`, of a checkpoint.
+
+    Args:
+        config: the checkpoint's config.
+        name: name of the checkpoint.
+        included: levels whose backbones the checkpoint holds.
+
+    Returns:
+        The text.
+    """
+    described = all(level.num_layers for level in config.levels)
+    loads = all(level.reference or level.name in included for level in config.levels)
+    families = ["protein language model", "ESM-2"] if described else []
     metadata = ModelCardData(
         library_name="rd_torch",
         pipeline_tag="feature-extraction",
-        tags=["protein language model", "ESM-2", "embeddings", "reverse distillation"],
+        tags=[*families, "embeddings", "reverse distillation"],
     )
     return _TEXT.format(
         metadata=metadata.to_yaml(),
         name=name,
+        what=_CHAIN if described else _MAPS,
         promise=_PROMISES[config.method],
         kept=_KEPT[config.method],
-        rows="\n".join(_rows(config)),
-        first=config.levels[0].name,
-        width=list(config.widths.values())[-1],
+        rows="\n".join(_rows(config, included)),
+        loading=(_LOADING if loads else _LOADING_MAPS).format(
+            name=name,
+            first=config.levels[0].name,
+            width=list(config.widths.values())[-1],
+            files=", ".join(f'"{level}": "{level}.h5"' for level in config.widths),
+        ),
         facts="\n".join(f"- {key}: {value}" for key, value in _facts(config)),
     )
 
 
-def _rows(config: RDConfig) -> list[str]:
+def _rows(config: RDConfig, included: Collection[str]) -> list[str]:
     """Return the table's rows, one for each level."""
     rows = []
     for level, explained in zip(config.levels, (None, *config.explained), strict=True):
         r2 = f"{explained.r2:.3f}" if explained and explained.r2 is not None else ""
         kept = f"{explained.kept:.3f}" if explained else ""
-        place = f"{level.reference.repo} at {level.reference.revision}" if level.reference else "included"
-        cells = (level.name, level.num_layers, level.width, config.widths[level.name], r2, kept, place)
+        place = "included" if level.name in included else "not included"
+        if level.reference:
+            place = f"{level.reference.repo} at {level.reference.revision}"
+        cells = (level.name, level.num_layers or "", level.width, config.widths[level.name], r2, kept, place)
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows
 

@@ -84,7 +84,7 @@ def _level_of(shapes: Shapes, config: Mapping[str, Any], place: str) -> Level:
     elif regression:
         heads = regression[-1] // num_layers
     elif size:
-        heads = size.attention_heads
+        *_, heads = size.shape
     elif "num_attention_heads" in config:
         heads = config["num_attention_heads"]
     else:
@@ -117,6 +117,7 @@ def _complete(tensors: Mapping[str, Tensor], level: Level) -> dict[str, Tensor]:
             so; in ESM-2 they are tied.
     """
     result = dict(tensors)
+    num_layers, width, heads = level.shape
     if level.facts.get("tied", True):
         head = result.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, result[EMBEDDING]):
@@ -130,9 +131,9 @@ def _complete(tensors: Mapping[str, Tensor], level: Level) -> dict[str, Tensor]:
             "training; this shifts embeddings slightly",
             stacklevel=4,
         )
-        shared = inverse_frequencies(level.width // level.attention_heads)
+        shared = inverse_frequencies(width // heads)
     if shared is not None:
-        result.update({ANGLES.format(layer): shared for layer in range(level.num_layers)})
+        result.update({ANGLES.format(layer): shared for layer in range(num_layers)})
     return result
 
 

@@ -39,7 +39,7 @@ def write_folder(
         backbones: by level, the tensors of the backbones to write, by fair-esm's names.
         name: name of the checkpoint in the model card.
     """
-    (folder / BACKBONES).mkdir(parents=True, exist_ok=True)
+    (folder / BACKBONES if backbones else folder).mkdir(parents=True, exist_ok=True)
     # The config is removed first and written last, so that a write that is cut off does not look whole.
     (folder / CONFIG).unlink(missing_ok=True)
     flat = {f"{level}.{name}": part for level, parts in maps.items() for name, part in parts.items()}
@@ -49,10 +49,26 @@ def write_folder(
             (folder / backbone_file(level.name)).unlink(missing_ok=True)
     for path, tensors in files.items():  # never over the old file, from which the tensors may be mapped
         write_whole(folder / path, partial(_write_tensors, tensors), durable=False)
-    (folder / CARD).write_text(model_card(config, name))
+    (folder / CARD).write_text(model_card(config, name, backbones))
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     for path in files:  # safetensors lets the owner alone read its files
         (folder / path).chmod((folder / CONFIG).stat().st_mode)
+
+
+def require_no_backbones(folder: Path) -> None:
+    """Require that a folder, if it is there, holds no backbones, before maps alone are written to it.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        ValueError: for a folder that does.
+    """
+    if any((folder / BACKBONES).glob("*.safetensors")):
+        raise ValueError(
+            f"expected a folder without backbones to write maps alone to, got {folder}: choose another "
+            "folder, because its backbones would be lost"
+        )
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

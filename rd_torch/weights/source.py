@@ -34,6 +34,7 @@ class Checkpoint:
         config: levels and choices of the chain.
         maps: by level, the tensors of the stage that leads to it.
         included: by level, a function that finds the files of a backbone which the checkpoint itself holds.
+        name: name or path by which the user asked for it.
         as_stored: whether included backbones are read in the dtype and shape that the checkpoint states; if
             false, their shape is told from their tensors, and they are read in float32.
     """
@@ -41,6 +42,7 @@ class Checkpoint:
     config: RDConfig
     maps: Mapping[str, Tensors]
     included: Mapping[str, Callable[[], Files]]
+    name: str = ""
     as_stored: bool = True
 
     def read_backbone(
@@ -71,9 +73,7 @@ class Checkpoint:
         """
         stored = self.as_stored and source is None and level.name in self.included
         files = self.find_backbone(level, source, hub)
-        found = level if stored else read_level(files, level.name)
-        if replace(found, reference=None) != replace(level, reference=None):
-            raise ValueError(f"expected a backbone of shape {level}, got {found} in {files.place}")
+        found = level if stored else _read_fitting(level, files)
         return found, read_backbone(
             files, found, dtype=dtype or (None if stored else torch.float32), device=device
         )
@@ -90,14 +90,42 @@ class Checkpoint:
             The files.
 
         Raises:
-            FileNotFoundError: if the files are not there.
+            FileNotFoundError: if the files are not there, as in a checkpoint of maps alone.
             ValueError: for a checksum that differs, or a config of another family.
         """
         if source is None and level.name in self.included:
-            return self.included[level.name]()
+            try:
+                return self.included[level.name]()
+            except MissingFileError as error:
+                raise FileNotFoundError(f"{error}; or {self._cure()}") from error
         source = source or level.reference
-        assert source is not None, "each level is included or has a reference"
+        if source is None:
+            raise FileNotFoundError(
+                f"expected a checkpoint with the backbone of level {level.name}, got {self.name} without it: "
+                + self._cure()
+            )
         return find_backbone(source, hub, level.name)
+
+    def _cure(self) -> str:
+        """Say what to do with a checkpoint that holds maps and no backbones."""
+        needed = ", ".join(f"{each.name!r}: ..." for each in self.config.levels if each.reference is None)
+        return (
+            f"give backbones by RDModel.from_pretrained({self.name!r}, backbones={{{needed}}}), or nest "
+            "embeddings that you have with rd-torch combine"
+        )
+
+
+def _read_fitting(level: Level, files: Files) -> Level:
+    """Read the level of a backbone from elsewhere; raise a ValueError unless it has the given one's shape."""
+    if level.num_layers is None:
+        found = replace(read_level(files), name=level.name)
+        fits = found.width == level.width
+    else:
+        found = read_level(files, level.name)
+        fits = replace(found, reference=None) == replace(level, reference=None)
+    if not fits:
+        raise ValueError(f"expected a backbone of shape {level}, got {found} in {files.place}")
+    return found
 
 
 def shipped_checkpoints() -> dict[str, Path]:
@@ -156,12 +184,14 @@ def read_checkpoint(
             f"{name_or_folder}"
         )
     if path.is_dir() and not list_weights(path):
-        return _read_own(lambda name: path / name, level)
+        checkpoint = _read_own(str(name_or_folder), lambda name: path / name, level)
+        has_backbones = any(find().paths[0].is_file() for find in checkpoint.included.values())
+        return checkpoint if has_backbones else replace(checkpoint, included={})
     if not path.exists():
         reference = _reference(name_or_folder, revision)
         pinned = _pin_own(reference, hub)
         if pinned:
-            return _read_own(lambda name: hub.fetch(pinned, name).path, level)
+            return _read_own(str(name_or_folder), lambda name: hub.fetch(pinned, name).path, level)
     files = find_backbone(path if path.exists() else reference, hub)
     config = RDConfig((read_level(files),), (), ())
     config = config if level is None else config.until(level)
@@ -188,8 +218,8 @@ def _pin_own(reference: Reference, hub: Hub) -> Reference | None:
     return replace(reference, revision=config.commit) if "format" in read_json(config.path) else None
 
 
-def _read_own(fetch: Callable[[str], Path], level: str | None) -> Checkpoint:
-    """Read a checkpoint of ours, whose files `fetch` finds by their names."""
+def _read_own(name: str, fetch: Callable[[str], Path], level: str | None) -> Checkpoint:
+    """Read a checkpoint of ours that the user called `name`, whose files `fetch` finds by their names."""
     config = read_config(fetch(CONFIG))
     config = config if level is None else config.until(level)
 
@@ -198,5 +228,6 @@ def _read_own(fetch: Callable[[str], Path], level: str | None) -> Checkpoint:
         file = fetch(backbone_file(each.name))
         return Files(str(file), (file,), family=each.family)
 
-    included = {each.name: partial(find, each) for each in config.levels if each.reference is None}
-    return Checkpoint(config, read_maps(fetch(MAPS), config), included)
+    own = [each for each in config.levels if each.reference is None and each.num_layers is not None]
+    included = {each.name: partial(find, each) for each in own}
+    return Checkpoint(config, read_maps(fetch(MAPS), config), included, name)
