@@ -91,6 +91,13 @@ class Level:
             )
 
     @property
+    def architecture(self) -> Any:
+        """What a digest must know besides tensors and widths: heads, and what is not as in ESM-2."""
+        if self.family == ESM2_FAMILY and not self.facts:
+            return self.attention_heads
+        return [self.attention_heads, self.family, dict(self.facts)]
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Layers, width and heads of the backbone; a ValueError where the level is a name and a width."""
         if self.num_layers is None or self.attention_heads is None:

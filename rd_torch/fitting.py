@@ -13,20 +13,23 @@ from torch import Tensor, nn
 from rd_torch.alphabet import Alphabet
 from rd_torch.backbone import Backbone, Packing, as_backbone, is_real, is_residue, one_alphabet
 from rd_torch.batching import plan_batches, run_batches
+from rd_torch.loading import Place, load_backbone
 from rd_torch.model import RDModel
-from rd_torch.modules import digest_of, evaluating
+from rd_torch.modules import device_of, digest_of, evaluating
 from rd_torch.moments import RunningMoments
 from rd_torch.reading import sequences_of
 from rd_torch.sequences import Entry, normalize_sequences
 from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions, check_options
 from rd_torch.store import ProgressCallback, cut_windows
 from rd_torch.sums import Summands, Sums, record_fit
+from rd_torch.weights import Hub, Source
 
 
 def fit(
-    backbones: Mapping[str, nn.Module],
+    backbones: Mapping[str, Source | nn.Module],
     sequences: Iterable[str],
     *,
+    device: torch.device | str | None = None,
     tokens_per_batch: int | None = None,
     progress: ProgressCallback = lambda residues, before: None,
     provenance: Mapping[str, Any] | None = None,
@@ -36,10 +39,13 @@ def fit(
     """Fit a reverse-distilled chain in one pass over the sequences.
 
     Args:
-        backbones: the family by level, smallest first, all on one device: `rd_torch.ESM2` or `esm.ESM2`
-            modules. The model that is returned shares their tensors.
+        backbones: the family by level, smallest first, each as `RDModel.from_pretrained(backbones=...)` takes
+            it: a file, a folder, a Hub id, `hf:` and a folder or Hub id, or a module. Modules are on one
+            device, and the model that is returned shares their tensors.
         sequences: amino-acid letters, in any container that `embed` takes. It may be a generator: memory does
             not grow with the number of sequences.
+        device: device to load backbones onto that are no modules; by default that of a module among them,
+            else the CPU.
         tokens_per_batch: number of tokens, padding included, that a batch holds at most; by default as many
             as half of the free memory takes. It is halved, with a warning, if memory runs out all the same.
         progress: function that is called with a number of residues that are done, and with True if an earlier
@@ -57,11 +63,13 @@ def fit(
         except that `rd_torch.ESM2` backbones, which become parts of it, keep the mode that they had.
 
     Raises:
-        FileNotFoundError: if the folder in which `work_folder` is to be made is not there.
+        FileNotFoundError: for a backbone that is not there, or if the folder in which `work_folder` is to be
+            made is not there.
         BlockingIOError: if another process works in `work_folder`.
-        ValueError: for fewer than two residues, an option that does not exist, embeddings that are not
-            finite, or a folder that was begun with other backbones or sequences.
-        TypeError: for a backbone of another kind, or a container that holds no sequences.
+        ValueError: for fewer than two residues, an option that does not exist, backbones of different
+            alphabets, embeddings that are not finite, or a folder that was begun with other backbones or
+            sequences.
+        TypeError: for a module that is no backbone, or a container that holds no sequences.
 
     Examples:
         >>> backbones = rd_torch.RDModel.from_pretrained("esm2-rd-mini").backbones
@@ -72,7 +80,7 @@ def fit(
     """
     residues = normalize_sequences(sequences_of(sequences))
     return fit_entries(
-        backbones,
+        load_backbones(backbones, device),
         (Entry("", sequence) for sequence in residues),
         tokens_per_batch=tokens_per_batch,
         progress=progress,
@@ -80,6 +88,26 @@ def fit(
         work_folder=work_folder,
         **options,
     )
+
+
+def load_backbones(
+    backbones: Mapping[str, Source | nn.Module], device: torch.device | str | None = None
+) -> dict[str, nn.Module]:
+    """Load the backbones that are no modules yet, in float32.
+
+    Args:
+        backbones: the family by level, as in `fit`.
+        device: device to load them onto; by default that of a module among them, else the CPU.
+
+    Returns:
+        The backbones by level.
+    """
+    modules = [each for each in backbones.values() if isinstance(each, nn.Module)]
+    place = Place(torch.float32, device or (device_of(modules[0]) if modules else None))
+    return {
+        name: each if isinstance(each, nn.Module) else load_backbone(each, Hub(), name, place)
+        for name, each in backbones.items()
+    }
 
 
 def fit_entries(
@@ -126,10 +154,10 @@ def summands_of(family: Mapping[str, Backbone]) -> Summands:
     Args:
         family: the backbones by level, smallest first.
     """
-    heads = [backbone.attention_heads for backbone in family.values()]
+    shapes = [backbone.level(name).architecture for name, backbone in family.items()]
     return Summands(
         {name: backbone.embed_dim for name, backbone in family.items()},
-        lambda: digest_of(heads, {f"{name}.": each.embedding_tensors() for name, each in family.items()}),
+        lambda: digest_of(shapes, {f"{name}.": each.embedding_tensors() for name, each in family.items()}),
     )
 
 

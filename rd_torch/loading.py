@@ -4,28 +4,96 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias, get_args
+from typing import Any, Final, NamedTuple, Unpack, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rd_torch.backbone import FAMILIES
+from rd_torch.backbone import FAMILIES, Backbone, TransformersBackbone, as_backbone
 from rd_torch.chain import Chain
 from rd_torch.choices import Storage, check_choice
+from rd_torch.config import TRANSFORMERS_FAMILY, Level, RDConfig, Reference
 from rd_torch.modules import StateDict
-from rd_torch.weights import Checkpoint, Hub, Source, require_unchanged, write_folder
+from rd_torch.stage import Maps, stages_of
+from rd_torch.weights import (
+    BACKBONES,
+    CONVENTIONS,
+    Checkpoint,
+    Hub,
+    PublishedOptions,
+    Source,
+    find_backbone,
+    read_backbone,
+    read_checkpoint,
+    read_level,
+    read_model_config,
+    require_unchanged,
+    write_folder,
+)
 
-Device: TypeAlias = torch.device | str | None
+FOREIGN: Final = "hf:"
+"""What stands before the name of a model that transformers is to load, whatever it is."""
+
+
+class Place(NamedTuple):
+    """How weights are held, and where.
+
+    Attributes:
+        dtype: dtype of the weights; None for the stored one in a checkpoint of ours, else float32.
+        device: device to put the weights on; None for the CPU, or where a module is.
+    """
+
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+
+
+AS_IT_IS: Final = Place()
+
+
+def read_parts(
+    name_or_folder: str | Path,
+    level: str | None,
+    others: Mapping[str, Source | nn.Module] | None,
+    hub: Hub,
+    place: Place,
+    revision: str | None = None,
+    **published: Unpack[PublishedOptions],
+) -> tuple[RDConfig, dict[str, nn.Module], list[Maps]]:
+    """Read what a chain is made of.
+
+    Args:
+        name_or_folder: the chain, as for `read_checkpoint`; or `hf:` and a folder or Hub id, which becomes a
+            chain of one level.
+        level: name of the level at which the chain ends; by default the last.
+        others: backbones to take from elsewhere, by level, as `load_backbone` takes them.
+        hub: how to reach the Hub, and whose code may run.
+        place: how weights are held, and where.
+        revision: commit, tag or branch of a Hub id.
+        **published: which of the authors' maps to read.
+
+    Returns:
+        The config, the backbones by level, and the stages.
+
+    Raises:
+        FileNotFoundError: for a file that is not there.
+        ValueError: for a file that cannot be read or does not fit, or an unknown level or option.
+    """
+    if not is_foreign(name_or_folder):
+        checkpoint = read_checkpoint(name_or_folder, level, hub, revision, **published)
+        family = read_family(checkpoint, others or {}, hub, place)
+        return checkpoint.config, family, list(stages_of(checkpoint.config, checkpoint.maps).values())
+    if published or others:
+        raise ValueError(f"expected {name_or_folder} alone, got it with options of chains of several levels")
+    backbone = load_backbone(name_or_folder, hub, None, place, revision)
+    name = level or Path(str(name_or_folder).removeprefix(FOREIGN)).name.replace(".", "_")
+    return RDConfig((backbone.level(name),), (), ()), {name: backbone}, []
 
 
 def read_family(
-    checkpoint: Checkpoint,
-    others: Mapping[str, Source | nn.Module],
-    hub: Hub,
-    dtype: torch.dtype | None = None,
-    device: Device = None,
+    checkpoint: Checkpoint, others: Mapping[str, Source | nn.Module], hub: Hub, place: Place
 ) -> dict[str, nn.Module]:
     """Read the backbones of a checkpoint.
 
@@ -33,8 +101,7 @@ def read_family(
         checkpoint: the checkpoint.
         others: backbones to take from elsewhere, by level: modules, or where their files are.
         hub: how to reach the Hub.
-        dtype: dtype of the weights; by default the stored one in a checkpoint of ours, else float32.
-        device: device to put the weights on; by default the CPU.
+        place: how weights are held, and where.
 
     Returns:
         The backbones by level, smallest first.
@@ -49,11 +116,101 @@ def read_family(
     for level in checkpoint.config.levels:
         other = others.get(level.name)
         if isinstance(other, nn.Module):
-            family[level.name] = _convert_module(other, dtype, device)
-            continue
-        found, tensors = checkpoint.read_backbone(level, other, hub, dtype=dtype, device=device)
-        family[level.name] = FAMILIES[found.family].from_tensors(found, tensors)
+            family[level.name] = _convert_module(other, place)
+        elif is_foreign(other) or (other is None and level.family == TRANSFORMERS_FAMILY):
+            family[level.name] = _read_foreign_level(checkpoint, level, other, hub, place)
+        else:
+            found, tensors = checkpoint.read_backbone(level, other, hub, **place._asdict())
+            family[level.name] = FAMILIES[found.family].from_tensors(found, tensors)
     return family
+
+
+def load_backbone(
+    source: Source | nn.Module,
+    hub: Hub,
+    name: str | None = None,
+    place: Place = AS_IT_IS,
+    revision: str | None = None,
+) -> Backbone:
+    """Load one backbone from wherever a user has it.
+
+    Args:
+        source: a file, a folder, a Hub id or a reference; `hf:` before a folder or a Hub id, for any model
+            that transformers loads; or a module, which is shared unless it needs another dtype or device.
+        hub: how to reach the Hub, and whose code may run.
+        name: name of the level that the backbone is to be; sizes of ESM-2 and ESM-C must have their shapes.
+        place: how weights are held, and where.
+        revision: commit, tag or branch of a Hub id.
+
+    Returns:
+        The backbone, in `eval` mode unless it was a module.
+
+    Raises:
+        FileNotFoundError: for a file that is not there.
+        ValueError: for a file that cannot be read or does not fit, or that would run code.
+        TypeError: for a module that is no backbone.
+    """
+    if isinstance(source, nn.Module):
+        return as_backbone(_convert_module(source, place))
+    exact = place._replace(dtype=place.dtype or torch.float32)
+    if is_foreign(source):
+        source = str(source).removeprefix(FOREIGN)
+        if not _is_native(source, hub):
+            return _read_foreign(source, hub, exact, revision=revision)
+    if isinstance(source, str) and revision is not None and not Path(source).exists():
+        source = Reference(source, revision)
+    files = find_backbone(source, hub, name)
+    level = read_level(files, name)
+    tensors = read_backbone(files, level, **exact._asdict())
+    return FAMILIES[level.family].from_tensors(level, tensors).eval()
+
+
+def is_foreign(source: object) -> bool:
+    """Return whether a source names any model of transformers', which `hf:` before its name says."""
+    return isinstance(source, str) and source.startswith(FOREIGN)
+
+
+def _is_native(name: str, hub: Hub) -> bool:
+    """Return whether a model's config says that it is computed as a family that is here natively."""
+    config = read_model_config(name, hub)
+    for convention in CONVENTIONS:
+        if config.get("model_type") == convention.model_type:
+            with suppress(ValueError):
+                convention.check(config, name)
+                return True
+    return False
+
+
+def _read_foreign(name: str, hub: Hub, place: Place, **facts: Any) -> TransformersBackbone:
+    """Load any model of transformers' by the name of its folder or its Hub id; without a dtype, as stored."""
+    return TransformersBackbone.from_pretrained(
+        name,
+        trust_remote_code=name in hub.trusted,
+        dtype=place.dtype or "auto",
+        device=place.device,
+        cache_dir=hub.cache_dir,
+        local_files_only=hub.local_files_only,
+        **facts,
+    )
+
+
+def _read_foreign_level(
+    checkpoint: Checkpoint, level: Level, other: Source | None, hub: Hub, place: Place
+) -> Backbone:
+    """Load the backbone of a level that transformers computes; raise a ValueError for another width."""
+    if other is not None:
+        backbone = load_backbone(other, hub, level.name, place)
+    elif level.reference is not None:
+        there = level.reference
+        backbone = _read_foreign(there.repo, hub, place, revision=there.revision, **level.facts)
+    else:
+        folder = checkpoint.find_backbone(level, None, hub).place
+        backbone = _read_foreign(folder, hub, place, **level.facts)
+    if backbone.embed_dim != level.width:
+        raise ValueError(
+            f"expected a backbone of width {level.width} at level {level.name}, got {backbone.embed_dim}"
+        )
+    return backbone
 
 
 def write_chain(chain: Chain, folder: Path, backbones: Storage, hub: Hub, name: str) -> None:
@@ -72,22 +229,43 @@ def write_chain(chain: Chain, folder: Path, backbones: Storage, hub: Hub, name: 
             since; and for a quantised one, whose weights are no plain tensors.
     """
     check_choice("backbones", backbones, get_args(Storage))
+    foreign = {name: each for name, each in chain.backbones.items() if isinstance(each, TransformersBackbone)}
     tensors = {level: backbone.tensors() for level, backbone in chain.backbones.items()}
     levels = chain.config.levels
     for level_name, state in tensors.items():
         state.require_plain(f"level {level_name}")
     if backbones == "referenced":
         for level in levels:
-            require_unchanged(level, tensors.pop(level.name), hub)
+            stored = _stored_tensors(level, chain.backbones[level.name], hub)
+            require_unchanged(level, tensors[level.name], stored)
+        tensors = {}
     else:
         levels = tuple(replace(level, reference=None) for level in levels)
+        for level_name, backbone in foreign.items():
+            backbone.save(folder / BACKBONES / level_name)
+    own = {name: state for name, state in tensors.items() if name not in foreign}
     maps = {level: StateDict(stage) for level, stage in chain.stages.items()}
-    write_folder(folder, replace(chain.config, levels=levels), maps, tensors, name)
+    write_folder(
+        folder, replace(chain.config, levels=levels), maps, own, name, folders=foreign if tensors else ()
+    )
 
 
-def _convert_module(module: nn.Module, dtype: torch.dtype | None, device: Device) -> nn.Module:
-    """Return a module in `dtype` and on `device`: itself, or a copy, so that the caller's stays as it is."""
-    weight = next(module.parameters())
+def _stored_tensors(level: Level, backbone: Backbone, hub: Hub) -> Mapping[str, Tensor]:
+    """Read the tensors that a level's reference points to."""
+    if level.reference is None:
+        raise ValueError(
+            f"expected a backbone that came from the Hub at level {level.name}, got one from elsewhere: "
+            'save with backbones="included"'
+        )
+    if isinstance(backbone, TransformersBackbone):
+        there = level.reference
+        return _read_foreign(there.repo, hub, AS_IT_IS, revision=there.revision, **level.facts).tensors()
+    return read_backbone(find_backbone(level.reference, hub), level)
+
+
+def _convert_module(module: nn.Module, place: Place) -> nn.Module:
+    """Return a module as and where it is wanted: itself, or a copy, so that the caller's stays as it is."""
+    weight, (dtype, device) = next(module.parameters()), place
     if dtype in (None, weight.dtype) and (device is None or torch.device(device) == weight.device):
         return module
     return copy.deepcopy(module).to(device=device, dtype=dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self, Unpack
@@ -14,11 +14,11 @@ from rd_torch import hardware
 from rd_torch.backbone import AttentionSink, Packing, Prepared, check_tokens, is_real, is_residue, token_ids
 from rd_torch.chain import Chain
 from rd_torch.choices import Storage
-from rd_torch.loading import read_family, write_chain
+from rd_torch.loading import Place, read_parts, write_chain
 from rd_torch.nesting import Nesting
 from rd_torch.output import RDOutput, check_layers
-from rd_torch.stage import nest, stages_of
-from rd_torch.weights import Hub, PublishedOptions, Source, Upload, read_checkpoint, upload
+from rd_torch.stage import nest
+from rd_torch.weights import Hub, PublishedOptions, Source, Upload, upload
 
 
 class RDModel(Chain):
@@ -62,6 +62,7 @@ class RDModel(Chain):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        trust_remote_code: Collection[str] = (),
         **published: Unpack[PublishedOptions],
     ) -> Self:
         """Load a model in `eval` mode, with nothing but what `level` needs.
@@ -69,16 +70,19 @@ class RDModel(Chain):
         Args:
             name_or_folder: a checkpoint of ours: folder, Hub id, or `"esm2-rd-mini"`, which comes with
                 the package; the authors' maps: `"singhlab/plm_reverse_distillation"` or a folder that
-                holds their `weights/`; or one ESM-2: file, folder or Hub id.
+                holds their `weights/`; or one ESM-2 or ESM-C: file, folder or Hub id; or, after `hf:`, the
+                folder or Hub id of any encoder that transformers loads.
             level: name of the level that the chain ends at, by default the last; the authors' maps need one.
             dtype: dtype of the backbones, by default float32, or as our checkpoint stores them; the maps
                 stay in float32 (float64 if that is asked for).
             device: device that the model is put on.
-            backbones: other backbones by level: file, folder, Hub id, `Reference` or module. A module
-                is shared, unless it needs another dtype or device.
+            backbones: other backbones by level: file, folder, Hub id, `hf:` and a folder or Hub id,
+                `Reference` or module. A module is shared, unless it needs another dtype or device.
             revision: commit, tag or branch of the Hub id.
             cache_dir: folder of the Hub's cache, by default where `HF_HOME` has it.
             local_files_only: whether to read from the cache alone and never ask the network.
+            trust_remote_code: names of models, as given after `hf:`, whose files may bring Python code that
+                is then run; by default none.
             **published: which of the authors' maps to load, see `PublishedOptions`.
 
         Returns:
@@ -89,11 +93,12 @@ class RDModel(Chain):
             ValueError: for a file that cannot be read or does not fit, a checksum that differs, or an
                 unknown level or option.
         """
-        hub = Hub(cache_dir, local_files_only)
-        checkpoint = read_checkpoint(name_or_folder, level, hub, revision, **published)
-        family = read_family(checkpoint, backbones or {}, hub, dtype, device)
-        stages = stages_of(checkpoint.config, checkpoint.maps)
-        return cls.of(checkpoint.config, family, list(stages.values())).to(device=device, dtype=dtype).eval()
+        hub = Hub(cache_dir, local_files_only, trust_remote_code)
+        place = Place(dtype, device)
+        config, family, stages = read_parts(
+            name_or_folder, level, backbones, hub, place, revision, **published
+        )
+        return cls.of(config, family, stages).to(device=device, dtype=dtype).eval()
 
     def save_pretrained(
         self,

@@ -116,5 +116,7 @@ def fingerprint(config: RDConfig, tensors: Mapping[str, Mapping[str, Tensor]]) -
         config: the config of the chain.
         tensors: state dicts, by the prefix of the names in them.
     """
-    heads = [level.attention_heads for level in config.levels]
-    return digest_of((config.method, config.predict_from, config.special_rows, config.widths, heads), tensors)
+    shapes = [level.architecture for level in config.levels]
+    return digest_of(
+        (config.method, config.predict_from, config.special_rows, config.widths, shapes), tensors
+    )

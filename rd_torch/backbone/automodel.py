@@ -5,8 +5,10 @@ This is the door for models that are not here natively. transformers is imported
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any, Self
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +74,7 @@ class TransformersBackbone(Backbone):
         *,
         layer: int | None = None,
         trust_remote_code: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["auto"] = torch.float32,
         device: torch.device | str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -85,7 +87,7 @@ class TransformersBackbone(Backbone):
             layer: number of the hidden layer to take; by default the last hidden state.
             trust_remote_code: whether Python code that lies beside the weights may run. Some models cannot be
                 loaded without; read the code first.
-            dtype: dtype of the weights; by default float32.
+            dtype: dtype of the weights, or `"auto"` for the stored one; by default float32.
             device: device to put the model on; by default the CPU.
             revision: commit, tag or branch of a Hub id.
             cache_dir: folder of the Hub's cache; by default the Hub's own.
@@ -108,17 +110,25 @@ class TransformersBackbone(Backbone):
             "local_files_only": local_files_only,
         }
         model, tokenizer = _load(name, options)
-        backbone = cls(model.to(device=device, dtype=dtype or torch.float32), tokenizer, layer)
+        if dtype == "auto":
+            stored = getattr(model.config, "dtype", None) or getattr(model.config, "torch_dtype", None)
+            dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+        backbone = cls(model.to(device=device, dtype=dtype), tokenizer, layer)
         commit = getattr(model.config, "_commit_hash", None)
         if commit is not None and not Path(name).exists():
             backbone.reference = Reference(name, commit)
         return backbone.eval()
 
     def save(self, folder: Path) -> None:
-        """Write the model and its tokenizer to a folder, as transformers does."""
+        """Write the model and its tokenizer to a folder, as transformers does, in place of an older one."""
         model: Any = self.model
-        model.save_pretrained(folder)
-        self.alphabet.tokenizer.save_pretrained(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Not over the old files, from which the tensors may be mapped.
+        with TemporaryDirectory(dir=folder.parent) as new:
+            model.save_pretrained(new)
+            self.alphabet.tokenizer.save_pretrained(new)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(new, folder)
 
     def forward(self, tokens: Tensor, packing: Packing, sink: AttentionSink | None = None) -> Tensor:
         """Compute the hidden states of the real tokens; see `Backbone.forward`.

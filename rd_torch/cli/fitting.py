@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from rd_torch.choices import PredictFrom, Regressor
+from rd_torch.cli.backbones import choose_backbones
 from rd_torch.cli.command import Command, option
-from rd_torch.cli.fitting_stores import choose_levels, fit_from_stores, require_options_for_stores
+from rd_torch.cli.fitting_stores import fit_from_stores, require_options_for_stores
 from rd_torch.cli.reading import (
     proteins_argument,
     reading_options,
@@ -20,13 +20,11 @@ from rd_torch.cli.reading import (
     take_proteins,
 )
 from rd_torch.cli.shared import (
-    absolute_name,
     backbone_option,
     budget_option,
     device_option,
-    load_model,
     print_levels,
-    split_by_level,
+    trust_option,
 )
 from rd_torch.cli.sharing import cluster_options, join_cluster
 
@@ -58,9 +56,11 @@ if TYPE_CHECKING:
     group="Model",
     metavar="MODEL",
     show_default="the small family that ships with rd-torch",
-    help="Take the backbones of this checkpoint: a folder or a Hub id.",
+    help="Take the backbones of this checkpoint, a folder or a Hub id; or the published sizes of a family, "
+    "esm2 or esmc, as far as --levels names them.",
 )
 @backbone_option
+@trust_option
 @option(
     "--levels",
     group="Model",
@@ -123,6 +123,9 @@ def fit(
       rd-torch fit proteins.fasta -o ridge --regressor ridge --alpha 10
       rd-torch fit proteins.fasta -o small --backbone 8M=facebook/esm2_t6_8M_UR50D \\
           --backbone 35M=facebook/esm2_t12_35M_UR50D
+      rd-torch fit proteins.fasta -o cambrian --backbones esmc --levels 300M,600M
+      rd-torch fit proteins.fasta -o others --backbone 150M=hf:airkingbd/dplm_150m \\
+          --backbone 650M=hf:airkingbd/dplm_650m
       rd-torch fit --from-stores 8M=8M.h5 35M=35M.h5 -o my-maps
 
     PROTEINS are given as for rd-torch embed, and are read once. About 1,000 natural proteins are a good
@@ -152,27 +155,23 @@ def fit(
     work_folder = part_folder(output.resolve())
     work_folder.parent.mkdir(parents=True, exist_ok=True)
     workers = join_cluster(options, device)
-    family, origin = _load_family(backbones, sources, "cpu" if workers else device)
-    wanted = choose_levels(levels, family)
+    choice = choose_backbones(backbones, sources, levels, options.pop("trusted"))
     with ResidueBar(proteins) as bar:
         options |= {
             "progress": bar,
             "provenance": {
-                "backbones": origin,
+                "backbones": choice.origin(),
                 "fasta": ", ".join(Path(source).name for source in proteins.sources),
             },
             "work_folder": work_folder,
             "added": counts,
         }
         if workers:
-            pairs = split_by_level(sources).items()
-            absolute = tuple(f"{level}={absolute_name(source)}" for level, source in pairs)
-            load = partial(_load_wanted, backbones and absolute_name(backbones), absolute, wanted)
-            chain = _fit_on_cluster(load, proteins, strict, workers=workers, left_out=left_out, **options)
-        else:
-            chain = _fit_here(
-                {level: family[level] for level in wanted}, proteins, strict, left_out, **options
+            chain = _fit_on_cluster(
+                choice.load, proteins, strict, workers=workers, left_out=left_out, **options
             )
+        else:
+            chain = _fit_here(choice.load(device), proteins, strict, left_out, **options)
     chain.save_pretrained(output)
     clear_folder(work_folder)
     print_levels(chain.config)
@@ -209,37 +208,6 @@ def _fit_on_cluster(load: Any, proteins: Proteins, strict: bool, **options: Any)
     from rd_torch.cluster import fit as fit_chain
 
     return fit_chain(load, records_of(proteins, strict=strict), **options)
-
-
-def _load_wanted(
-    checkpoint: str | None, sources: tuple[str, ...], wanted: list[str], device: str
-) -> dict[str, Any]:
-    """Load the wanted backbones, on any machine of a cluster."""
-    family, _ = _load_family(checkpoint, sources, device)
-    return {level: family[level] for level in wanted}
-
-
-def _load_family(
-    checkpoint: str | None, sources: tuple[str, ...], device: str | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load the backbones, from one checkpoint or from a source for each level.
-
-    Returns:
-        The backbones by level, and what is known of their origin.
-
-    Raises:
-        ValueError: if both a checkpoint and sources were given.
-    """
-    from rd_torch.weights import DEFAULT_MODEL
-
-    if not sources:
-        model = load_model(checkpoint or DEFAULT_MODEL, None, "float32", device)
-        return dict(model.backbones.items()), dict(model.config.provenance)
-    if checkpoint:
-        raise ValueError("expected --backbones or --backbone, got both")
-    named = split_by_level(sources)
-    models = {level: load_model(source, None, "float32", device) for level, source in named.items()}
-    return {level: next(iter(model.backbones.values())) for level, model in models.items()}, named
 
 
 def parse_added(text: str | None) -> Any:

@@ -78,8 +78,19 @@ backbone_option = option(
     metavar="LEVEL=SOURCE",
     multiple=True,
     show_default="the one that the model names",
-    help="Take the ESM-2 of this level from a file, a folder or a Hub id, as in 8M=esm2_t6_8M_UR50D.pt. "
-    "Repeat this for other levels, smallest first.",
+    help="Take the backbone of this level from a file, a folder or a Hub id, as in 8M=esm2_t6_8M_UR50D.pt. "
+    "hf: before a folder or a Hub id takes any encoder that transformers loads. Repeat this for other levels, "
+    "smallest first.",
+)
+trust_option = option(
+    "--trust-remote-code",
+    "trusted",
+    group="Model",
+    metavar="NAME",
+    multiple=True,
+    show_default="no such code is run",
+    help="Run the Python code that comes with the files of this model, which is named as after hf:. Read the "
+    "code first.",
 )
 cache_option = option(
     "--cache-dir",
@@ -152,7 +163,8 @@ def require_one(width: int | None, level: str | None) -> None:
 
 def absolute_name(name: str) -> str:
     """Return a model's name that holds in any folder: paths become absolute, other names stay."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    mark, name = ("hf:", name[3:]) if name.startswith("hf:") else ("", name)
+    return mark + (str(Path(name).resolve()) if Path(name).exists() else name)
 
 
 def split_by_level(pairs: tuple[str, ...], form: str = "--backbone as LEVEL=SOURCE") -> dict[str, str]:
@@ -204,7 +216,7 @@ def load_model(name: str, level: str | None, dtype: str, device: str | None, **p
         level: the last level to load; all levels by default.
         dtype: the type of number in which the backbones compute.
         device: the device's name; the best device by default.
-        **published: the choice among the authors' maps.
+        **published: the choice among the authors' maps, and other options of `RDModel.from_pretrained`.
     """
     import torch
 

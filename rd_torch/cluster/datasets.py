@@ -23,6 +23,7 @@ from rd_torch.fitting import make_chain, shared_family, summands_of
 from rd_torch.model import RDModel
 from rd_torch.solve import SolveOptions
 from rd_torch.sums import Sums
+from rd_torch.weights import Source
 
 ROWS_PER_BATCH: Final = 1_024
 """Rows that a worker takes at a time: enough for many batches, each of sequences of similar length."""
@@ -74,7 +75,7 @@ def embed_dataset(
 
 def fit_dataset(
     dataset: Any,
-    backbones: ModelOrName | Mapping[str, nn.Module],
+    backbones: ModelOrName | Mapping[str, Source | nn.Module],
     *,
     column: str = "sequence",
     workers: Workers = AS_MANY_AS_FIT,

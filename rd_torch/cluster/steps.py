@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from rd_torch import fitting
 from rd_torch.batching import find_budget, plan_batches
 from rd_torch.cluster.records import BULK
 from rd_torch.cluster.workers import Step
@@ -27,6 +28,7 @@ from rd_torch.moments import RunningMoments
 from rd_torch.sequences import normalize_sequences
 from rd_torch.store import Folder, Window, level_columns
 from rd_torch.sums import Sums
+from rd_torch.weights import Source
 
 ModelOrName: TypeAlias = str | Path | RDModel
 """A model, or a name or folder from which `RDModel.from_pretrained` loads it on every machine."""
@@ -212,12 +214,12 @@ def load_model(model: ModelOrName, device: str | None) -> RDModel:
 
 
 def load_backbones(
-    backbones: ModelOrName | Mapping[str, nn.Module], device: str | None
+    backbones: ModelOrName | Mapping[str, Source | nn.Module], device: str | None
 ) -> dict[str, nn.Module]:
     """Load a family's backbones onto a device, as `load_model` does a model.
 
     Args:
-        backbones: the backbones by level, or the model, name or folder that has them.
+        backbones: the backbones by level, as in `rd_torch.fit`, or the model, name or folder that has them.
         device: the device; without it, backbones that are loaded stay where they are.
 
     Returns:
@@ -225,4 +227,5 @@ def load_backbones(
     """
     if not isinstance(backbones, Mapping):
         return dict(load_model(backbones, device).backbones.items())
-    return {level: module if device is None else module.to(device) for level, module in backbones.items()}
+    loaded = fitting.load_backbones(backbones, device)
+    return {level: module if device is None else module.to(device) for level, module in loaded.items()}

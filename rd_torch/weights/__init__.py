@@ -1,8 +1,8 @@
 """Read checkpoints, wherever they lie and whoever wrote them, and write our own."""
 
 from rd_torch.weights.backbone import read_backbone, read_level, require_unchanged
-from rd_torch.weights.files import Source, find_backbone
-from rd_torch.weights.folder import CONFIG, require_no_backbones, write_folder
+from rd_torch.weights.files import CONVENTIONS, Source, find_backbone, read_model_config
+from rd_torch.weights.folder import BACKBONES, CONFIG, require_no_backbones, write_folder
 from rd_torch.weights.hub import Hub, Upload, upload
 from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256, ON_HUB, PUBLISHED_MAPS
 from rd_torch.weights.published import PublishedOptions
@@ -10,7 +10,9 @@ from rd_torch.weights.source import DEFAULT_MODEL, Checkpoint, read_checkpoint, 
 from rd_torch.weights.tensors import read_json, sha256_of
 
 __all__ = [
+    "BACKBONES",
     "CONFIG",
+    "CONVENTIONS",
     "DEFAULT_MODEL",
     "FAIR_ESM_NAMES",
     "FAIR_ESM_SHA256",
@@ -26,6 +28,7 @@ __all__ = [
     "read_checkpoint",
     "read_json",
     "read_level",
+    "read_model_config",
     "require_no_backbones",
     "require_unchanged",
     "sha256_of",

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from rd_torch.config import Level
 from rd_torch.weights.convention import published_size
-from rd_torch.weights.files import Files, find_backbone
-from rd_torch.weights.hub import Hub
+from rd_torch.weights.files import Files
 from rd_torch.weights.tensors import Tensors, require_finite
 
 
@@ -80,27 +79,22 @@ def read_backbone(
         raise ValueError(f"{error} in {files.place}") from error
 
 
-def require_unchanged(level: Level, tensors: Mapping[str, Tensor], hub: Hub) -> None:
+def require_unchanged(level: Level, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     """Require that a backbone's tensors are, in their dtype, those that its level's reference points to.
 
     Args:
         level: the level, with its reference.
         tensors: the backbone's tensors by name.
-        hub: how to reach the Hub.
+        stored: the tensors that were read from where the reference points to.
 
     Raises:
-        ValueError: for a level without a reference, or a tensor that differs.
+        ValueError: for a tensor that differs.
     """
-    if level.reference is None:
-        raise ValueError(
-            f"expected a backbone that came from the Hub at level {level.name}, got one from elsewhere: "
-            'save with backbones="included"'
-        )
-    stored = read_backbone(find_backbone(level.reference, hub), level)
     for name, tensor in tensors.items():
         if not torch.equal(stored[name].to(tensor.dtype), tensor.cpu()):
+            place = level.reference.repo if level.reference else "elsewhere"
             raise ValueError(
-                f"expected backbone {level.name} as it came from {level.reference.repo}, got a changed "
+                f"expected backbone {level.name} as it came from {place}, got a changed "
                 f'{name}: save with backbones="included"'
             )
 

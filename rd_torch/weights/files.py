@@ -124,6 +124,27 @@ def find_backbone(source: Source, hub: Hub, level: str | None = None) -> Files:
     return _fetch(reference_to(source), hub)
 
 
+def read_model_config(name: str, hub: Hub) -> dict[str, Any]:
+    """Read transformers' `config.json` of a model.
+
+    Args:
+        name: a folder or a Hub id.
+        hub: how to reach the Hub.
+
+    Returns:
+        Its content; empty where there is none.
+
+    Raises:
+        FileNotFoundError: if the network fails and the file is not in the cache.
+        ValueError: for a file that cannot be read.
+    """
+    if Path(name).exists() or not looks_like_a_repository(name):
+        return _config_beside(Path(name))
+    with suppress(MissingFileError):
+        return read_json(hub.fetch(reference_to(name), CONFIG).path)
+    return {}
+
+
 def _config_beside(path: Path) -> dict[str, Any]:
     """Return the content of transformers' config in a folder, or beside a file that transformers wrote."""
     folder = path.parent if path.name in LAYOUTS else path

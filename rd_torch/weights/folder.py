@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -29,6 +30,7 @@ def write_folder(
     maps: Mapping[str, Mapping[str, Tensor]],
     backbones: Mapping[str, Mapping[str, Tensor]],
     name: str,
+    folders: Collection[str] = (),
 ) -> None:
     """Write a checkpoint with its model card.
 
@@ -36,8 +38,9 @@ def write_folder(
         folder: the folder to write. It is made if it does not exist; files of the same names are replaced.
         config: the config, with a reference for each level whose backbone is not written.
         maps: by level, the tensors of the stage that leads to it.
-        backbones: by level, the tensors of the backbones to write, by fair-esm's names.
+        backbones: by level, the tensors of the backbones to write, by the names of their own modules.
         name: name of the checkpoint in the model card.
+        folders: levels whose backbones are in the checkpoint already, as folders of their own.
     """
     (folder / BACKBONES if backbones else folder).mkdir(parents=True, exist_ok=True)
     # The config is removed first and written last, so that a write that is cut off does not look whole.
@@ -47,9 +50,11 @@ def write_folder(
     for level in config.levels:
         if level.name not in backbones:
             (folder / backbone_file(level.name)).unlink(missing_ok=True)
+        if level.name not in folders and (folder / BACKBONES / level.name).is_dir():
+            shutil.rmtree(folder / BACKBONES / level.name)
     for path, tensors in files.items():  # never over the old file, from which the tensors may be mapped
         write_whole(folder / path, partial(_write_tensors, tensors), durable=False)
-    (folder / CARD).write_text(model_card(config, name, backbones))
+    (folder / CARD).write_text(model_card(config, name, {*backbones, *folders}))
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     for path in files:  # safetensors lets the owner alone read its files
         (folder / path).chmod((folder / CONFIG).stat().st_mode)
@@ -64,7 +69,7 @@ def require_no_backbones(folder: Path) -> None:
     Raises:
         ValueError: for a folder that does.
     """
-    if any((folder / BACKBONES).glob("*.safetensors")):
+    if any((folder / BACKBONES).glob("*")):
         raise ValueError(
             f"expected a folder without backbones to write maps alone to, got {folder}: choose another "
             "folder, because its backbones would be lost"

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypedDict, Unpack
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is a re-export
     EntryNotFoundError,
     HFValidationError,
@@ -57,10 +57,12 @@ class Hub:
     Attributes:
         cache_dir: folder of the cache; by default the Hub's own.
         local_files_only: whether to take files from the cache alone, without the network.
+        trusted: names of models whose files may bring Python code that is run.
     """
 
     cache_dir: str | Path | None = None
     local_files_only: bool = False
+    trusted: Collection[str] = ()
 
     def fetch(self, reference: Reference, filename: str) -> Fetched:
         """Find a file of a repository in the cache, or download it.
@@ -107,6 +109,31 @@ class Hub:
         if pins_first:
             _remember(folder, commit=commit)
         return Fetched(path, commit, sha256)
+
+    def fetch_folder(self, reference: Reference, folder: str) -> Path:
+        """Find a folder of a repository in the cache, or download all its files.
+
+        Args:
+            reference: the repository and its revision.
+            folder: path of the folder in the repository.
+
+        Returns:
+            The folder in the cache.
+
+        Raises:
+            FileNotFoundError: if the network fails, or the repository does not have the folder.
+        """
+        try:
+            root = snapshot_download(
+                reference.repo,
+                revision=reference.revision,
+                cache_dir=self.cache_dir,
+                local_files_only=self.local_files_only,
+                allow_patterns=f"{folder}/*",
+            )
+        except (HFValidationError, HTTPError, OSError) as error:
+            raise FileNotFoundError(_failure_message(reference.repo, folder, error)) from error
+        return Path(root) / folder
 
     @property
     def _is_offline(self) -> bool:

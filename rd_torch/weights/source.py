@@ -10,10 +10,10 @@ from typing import Final, Unpack
 
 import torch
 
-from rd_torch.config import Level, RDConfig, Reference
+from rd_torch.config import TRANSFORMERS_FAMILY, Level, RDConfig, Reference
 from rd_torch.weights.backbone import read_backbone, read_level
 from rd_torch.weights.files import Files, Source, find_backbone, list_weights, looks_like_a_repository
-from rd_torch.weights.folder import CONFIG, MAPS, backbone_file, read_config, read_maps
+from rd_torch.weights.folder import BACKBONES, CONFIG, MAPS, backbone_file, read_config, read_maps
 from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.known import PUBLISHED_MAPS, reference_to
 from rd_torch.weights.published import Choice, PublishedOptions, holds_published_maps, read_published
@@ -184,14 +184,19 @@ def read_checkpoint(
             f"{name_or_folder}"
         )
     if path.is_dir() and not list_weights(path):
-        checkpoint = _read_own(str(name_or_folder), lambda name: path / name, level)
-        has_backbones = any(find().paths[0].is_file() for find in checkpoint.included.values())
+        checkpoint = _read_own(str(name_or_folder), lambda name: path / name, lambda name: path / name, level)
+        has_backbones = any(find().paths[0].exists() for find in checkpoint.included.values())
         return checkpoint if has_backbones else replace(checkpoint, included={})
     if not path.exists():
         reference = _reference(name_or_folder, revision)
         pinned = _pin_own(reference, hub)
         if pinned:
-            return _read_own(str(name_or_folder), lambda name: hub.fetch(pinned, name).path, level)
+            return _read_own(
+                str(name_or_folder),
+                lambda name: hub.fetch(pinned, name).path,
+                partial(hub.fetch_folder, pinned),
+                level,
+            )
     files = find_backbone(path if path.exists() else reference, hub)
     config = RDConfig((read_level(files),), (), ())
     config = config if level is None else config.until(level)
@@ -218,13 +223,18 @@ def _pin_own(reference: Reference, hub: Hub) -> Reference | None:
     return replace(reference, revision=config.commit) if "format" in read_json(config.path) else None
 
 
-def _read_own(name: str, fetch: Callable[[str], Path], level: str | None) -> Checkpoint:
-    """Read a checkpoint of ours that the user called `name`, whose files `fetch` finds by their names."""
+def _read_own(
+    name: str, fetch: Callable[[str], Path], fetch_folder: Callable[[str], Path], level: str | None
+) -> Checkpoint:
+    """Read a checkpoint of ours that the user called `name`, by functions that find its files and folders."""
     config = read_config(fetch(CONFIG))
     config = config if level is None else config.until(level)
 
     def find(each: Level) -> Files:
-        """Find the file of a level's backbone."""
+        """Find the file of a level's backbone, or the folder of one that transformers reads."""
+        if each.family == TRANSFORMERS_FAMILY:
+            folder = fetch_folder(f"{BACKBONES}/{each.name}")
+            return Files(str(folder), (folder,), family=each.family)
         file = fetch(backbone_file(each.name))
         return Files(str(file), (file,), family=each.family)
 

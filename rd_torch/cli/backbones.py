@@ -1,0 +1,84 @@
+"""Which backbones a command takes, and how they are loaded, here or on the machines of a cluster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rd_torch.cli.fitting_stores import choose_levels
+from rd_torch.cli.shared import absolute_name, find_device, load_model, split_by_level
+
+if TYPE_CHECKING:
+    from rd_torch.weights import Source
+
+
+class BackboneChoice(NamedTuple):
+    """The backbones that the options of a command name. It can be sent to other machines.
+
+    Attributes:
+        levels: names of the levels, smallest first.
+        sources: by level, where the backbone is; empty where one checkpoint has all of them.
+        checkpoint: the checkpoint that has all of them.
+        trusted: names of models whose files may bring Python code that is run.
+    """
+
+    levels: list[str]
+    sources: dict[str, Source]
+    checkpoint: str
+    trusted: tuple[str, ...]
+
+    def load(self, device: str | None) -> dict[str, Any]:
+        """Load the backbones by level, in float32.
+
+        Args:
+            device: name of the device to load them onto; by default the best that there is.
+        """
+        from rd_torch.loading import Place, load_backbone
+        from rd_torch.weights import Hub
+
+        if self.sources:
+            import torch
+
+            place, hub = Place(torch.float32, find_device(device)), Hub(trusted=self.trusted)
+            return {name: load_backbone(self.sources[name], hub, name, place) for name in self.levels}
+        model = load_model(self.checkpoint, None, "float32", device, trust_remote_code=self.trusted)
+        return {name: model.backbones[name] for name in self.levels}
+
+    def origin(self) -> dict[str, Any]:
+        """Say where the backbones come from, for the record of a fit."""
+        from rd_torch.weights import read_checkpoint
+
+        if not self.sources:
+            return dict(read_checkpoint(self.checkpoint).config.provenance)
+        return {name: getattr(source, "repo", str(source)) for name, source in self.sources.items()}
+
+
+def choose_backbones(
+    backbones: str | None, pairs: tuple[str, ...], levels: str | None, trusted: tuple[str, ...]
+) -> BackboneChoice:
+    """Settle which backbones are taken.
+
+    Args:
+        backbones: a checkpoint; or the name of a family, whose published sizes are on the Hub.
+        pairs: texts such as `"8M=esm2.pt"`, in place of `backbones`.
+        levels: names of levels to take, with commas between them; by default all.
+        trusted: names of models whose files may bring Python code that is run.
+
+    Returns:
+        The choice.
+
+    Raises:
+        ValueError: if both a checkpoint and sources were given, or for a level that is not there.
+    """
+    from rd_torch.weights import DEFAULT_MODEL, ON_HUB, read_checkpoint
+
+    if pairs and backbones:
+        raise ValueError("expected --backbones or --backbone, got both")
+    if pairs:
+        sources = {level: absolute_name(source) for level, source in split_by_level(pairs).items()}
+        return BackboneChoice(choose_levels(levels, sources), dict(sources), "", trusted)
+    if backbones in ON_HUB:
+        published = ON_HUB[backbones]
+        chosen = choose_levels(levels, published)
+        return BackboneChoice(chosen, {name: published[name] for name in chosen}, "", trusted)
+    name = absolute_name(backbones or DEFAULT_MODEL)
+    return BackboneChoice(choose_levels(levels, read_checkpoint(name).config.widths), {}, name, trusted)
