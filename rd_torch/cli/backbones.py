@@ -76,7 +76,7 @@ def choose_backbones(
     if pairs:
         sources = {level: absolute_name(source) for level, source in split_by_level(pairs).items()}
         return BackboneChoice(choose_levels(levels, sources), dict(sources), "", trusted)
-    if backbones in ON_HUB:
+    if backbones is not None and backbones in ON_HUB:
         published = ON_HUB[backbones]
         chosen = choose_levels(levels, published)
         return BackboneChoice(chosen, {name: published[name] for name in chosen}, "", trusted)

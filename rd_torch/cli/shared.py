@@ -79,8 +79,8 @@ backbone_option = option(
     multiple=True,
     show_default="the one that the model names",
     help="Take the backbone of this level from a file, a folder or a Hub id, as in 8M=esm2_t6_8M_UR50D.pt. "
-    "hf: before a folder or a Hub id takes any encoder that transformers loads. Repeat this for other levels, "
-    "smallest first.",
+    "hf: before a folder or a Hub id takes any encoder that transformers loads. Repeat this for other "
+    "levels, smallest first.",
 )
 trust_option = option(
     "--trust-remote-code",
