@@ -459,7 +459,6 @@ def test_a_model_without_backbones_says_how_to_give_them(chain):
     [
         ("embed", "IN", "--model", "CHAIN", "-o", "OUT"),
         ("fit", "IN", "--backbones", "CHAIN", "-o", "OUT"),
-        ("fit", "IN", "--backbone", "a=CHAIN", "-o", "OUT"),
         ("verify", "z", "--model", "CHAIN"),
         ("convert", "CHAIN", "OUT"),
         ("export", "z", "--model", "CHAIN", "-o", "OUT.onnx"),
