@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rd_torch import cluster, pretrained
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
     from rd_torch.combining import combine_stores
-    from rd_torch.config import ESM2_LEVELS, ESMC_LEVELS, Explained, Level, RDConfig, Reference
+    from rd_torch.config import Explained, RDConfig
     from rd_torch.embedding import embed, embed_to_store
     from rd_torch.exporting import export
     from rd_torch.fitting import fit
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TransformersForSequenceClassification,
         TransformersForTokenClassification,
     )
+    from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level, Reference
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
     from rd_torch.nesting import Nesting
@@ -44,12 +45,12 @@ _HOMES = {
     "Backbone": "backbone",
     "ConcatPCA": "stage",
     "ESM2": "backbone",
-    "ESM2_LEVELS": "config",
+    "ESM2_LEVELS": "levels",
     "ESMC": "backbone",
-    "ESMC_LEVELS": "config",
+    "ESMC_LEVELS": "levels",
     "Explained": "config",
     "Fasta": "reading",
-    "Level": "config",
+    "Level": "levels",
     "MatryoshkaHead": "heads",
     "Nesting": "nesting",
     "Predictor": "predictor",
@@ -57,7 +58,7 @@ _HOMES = {
     "RDConfig": "config",
     "RDModel": "model",
     "RDOutput": "output",
-    "Reference": "config",
+    "Reference": "levels",
     "ResidueHead": "heads",
     "RunningMoments": "moments",
     "SequenceHead": "heads",

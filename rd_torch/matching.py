@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from rd_torch.config import ESM2_LEVELS, Level
+from rd_torch.levels import ESM2_LEVELS, Level
 from rd_torch.store import Store
 
 _SIZE: Final = re.compile(r"(?:^|[^0-9A-Za-z])(\d+[MB])(?![0-9A-Za-z])", re.IGNORECASE)

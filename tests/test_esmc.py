@@ -7,7 +7,7 @@ from helpers import random_sequence
 
 from rd_torch import ESMC_LEVELS
 from rd_torch.backbone.packing import Packing
-from rd_torch.config import ESMC_ALPHABET
+from rd_torch.levels import ESMC_ALPHABET
 
 TOLERANCE = 2e-5
 PAD, MASK = ESMC_ALPHABET.padding_idx, ESMC_ALPHABET.mask_idx

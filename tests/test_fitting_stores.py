@@ -28,7 +28,7 @@ from rd_torch import (
     solve_stages,
 )
 from rd_torch.cli import main
-from rd_torch.config import Reference
+from rd_torch.levels import Reference
 from rd_torch.sequences import Protein
 
 PROTEINS = [Protein(f"sp|P{i}/x", random_sequence(20 + 7 * (i % 9), seed=i)) for i in range(40)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import rd_torch
 from benchmarks.speed.batches import Batch
 from benchmarks.speed.models import random_faesm, random_fair, random_family, random_transformers
-from rd_torch.config import Level
+from rd_torch.levels import Level
 
 CHAIN, FAIR, FAIR_FLOAT32 = "rd chain", "fair-esm", "fair-esm float32"
 TRANSFORMERS, FAESM = "transformers sdpa", "faesm"

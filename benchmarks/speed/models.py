@@ -17,7 +17,7 @@ from torch import nn
 
 import rd_torch
 from rd_torch.backbone import hidden_width
-from rd_torch.config import ESM2_LEVELS, ESMC_LEVELS, Level
+from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level
 
 if TYPE_CHECKING:
     from transformers import EsmcModel, EsmConfig, EsmModel

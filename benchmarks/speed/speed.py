@@ -58,7 +58,7 @@ from benchmarks.speed.contenders import (
 )
 from benchmarks.speed.meter import GIBI
 from benchmarks.speed.models import add_model_options, levels_until, where
-from rd_torch.config import ESM2_LEVELS, ESMC_LEVELS
+from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS
 
 BUDGETS = {"cpu": [256, 512, 1024], "cuda": [8192, 16384, 32768]}
 TOKENS = {"cpu": 4096, "cuda": 131_072}
