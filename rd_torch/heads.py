@@ -225,8 +225,7 @@ class SequenceHead(Head):
             highest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
             weights = (scores - highest).exp()
         total = weights.sum(-1, keepdim=True)
-        weights = weights / total.masked_fill(total == 0, 1)
-        return self.predict(torch.einsum("bt,btw->bw", weights, features))
+        return self.predict(torch.einsum("bt,btw->bw", weights / total.masked_fill(total == 0, 1), features))
 
 
 class MatryoshkaHead(nn.Module):
