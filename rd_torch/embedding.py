@@ -109,7 +109,7 @@ def embed(
     """
     way = pool_name(pool)
     pieces = None if windows is None else Pieces.of(windows, way)
-    residues = list(normalize_sequences(sequences_of(sequences)))
+    residues = list(normalize_sequences(sequences_of(sequences), model.alphabet.kind))
     budget, device = plan_batches(model.family(width).values(), tokens_per_batch)
     if sum(map(len, residues)) > budget:  # preparing takes longer than one batch does
         prepare_where_possible(model)
@@ -203,6 +203,7 @@ def embed_to_store(
             corrections,
             strict=options.get("strict", False),
             max_length=options.get("max_length"),
+            kind=model.alphabet.kind,
         )
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
         with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
