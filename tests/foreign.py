@@ -47,7 +47,7 @@ def fast(
 
 
 def t5_tokenizer(letters=RESIDUE_LETTERS, extra=100):
-    """As ProtT5's: letters behind the mark of a word, `</s>` alone at the end, many further special tokens."""
+    """As ProtT5's: letters behind the mark of a word, `</s>` alone at the end, many special tokens."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((f"▁{letter}", -2.0) for letter in letters)]
     others = [f"<extra_id_{number}>" for number in range(extra)]
     pieces += [(name, 0.0) for name in others]

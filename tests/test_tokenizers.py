@@ -28,7 +28,7 @@ GENES = ["ACGTTGCAAGCTA", "A", "NACGNT"]
 
 @pytest.fixture
 def made(tmp_path):
-    """Tokenizers by shape, each with sequences, as its own code wants them, and how many tokens come around."""
+    """Tokenizers by shape, each with sequences, as its own code wants them, and numbers of tokens around."""
     spaced = [" ".join(each) for each in PROTEINS]
     return {
         "bert": (bert_tokenizer(tmp_path / "bert"), PROTEINS, spaced, (1, 1)),

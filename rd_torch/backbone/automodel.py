@@ -69,10 +69,11 @@ class TransformersBackbone(Backbone):
         super().__init__()
         self.model: Any = model
         self.alphabet = TokenizerAlphabet(tokenizer)
+        config: Any = getattr(model, "config", None)
         try:
-            self.embed_dim = int(self.model.config.hidden_size)
-            self.num_layers = int(self.model.config.num_hidden_layers)
-            self.attention_heads = int(self.model.config.num_attention_heads)
+            self.embed_dim = int(config.hidden_size)
+            self.num_layers = int(config.num_hidden_layers)
+            self.attention_heads = int(config.num_attention_heads)
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 f"expected a model whose config states width, layers and heads, got {self._name}: {error}"
@@ -141,19 +142,29 @@ class TransformersBackbone(Backbone):
         backbone.reference = loaded.reference
         return backbone.eval()
 
+    def require_whole(self) -> None:
+        """Require that transformers would load the model's files as what it is, before they are written.
+
+        Raises:
+            ValueError: for a model that is a part of another, or of a class that transformers does not know.
+        """
+        if not is_loaded_again(self.model):
+            raise ValueError(
+                f"expected a model that transformers loads by itself, got {self._name}: it is a part of "
+                "another, or its code is not among its files"
+            )
+
+    @property
+    def runs_code_of_files(self) -> bool:
+        """Whether the model's code came with its files."""
+        return type(self.model).__module__.startswith("transformers_modules")
+
     def save(self, folder: Path) -> None:
         """Write the model and its tokenizer to a folder, as transformers does, in place of an older one.
 
         Args:
             folder: the folder.
-
-        Raises:
-            ValueError: for a model that transformers would not load as what it is.
         """
-        if not is_loaded_again(self.model):
-            raise ValueError(
-                f"expected a model that transformers loads by itself, got {self._name}, which is a part of one"
-            )
         part = part_folder(folder)  # not over the old files, from which the tensors may be mapped
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

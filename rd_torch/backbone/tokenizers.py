@@ -37,9 +37,9 @@ class TokenizerAlphabet(Alphabet):
     """A tokenizer of transformers', with the attributes and methods that a chain asks an alphabet for.
 
     It is tried out whether the tokenizer knows the letters of proteins, of DNA or of RNA, and whether it
-    wants spaces between them. Every token that is neither special nor without letters counts as a residue, and so
-    does the one for unknown letters. A letter of which the tokenizer makes no token, or several, becomes X in
-    proteins and N in nucleic acids, unless it makes several of each letter.
+    wants spaces between them. Every token that is neither special nor without letters counts as a residue,
+    and so does the one for unknown letters. A letter of which the tokenizer makes no token, or several,
+    becomes X in proteins and N in nucleic acids, unless it makes several of each letter.
 
     Args:
         tokenizer: the tokenizer.

@@ -16,7 +16,7 @@ from rd_torch.hardware import FULL
 from rd_torch.modules import device_of, evaluating
 
 Run: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Takes `(batch, time)` ids and the mask of what is no padding; gives `(batch, time, width)` hidden states."""
+"""Makes `(batch, time, width)` hidden states of `(batch, time)` ids and the mask of what is no padding."""
 
 LIMITS: Final = {True: 1e-3, False: 0.1}
 """Mean distance, in standard deviations, that padding may make: in exact float32 or better, and otherwise.
@@ -110,10 +110,10 @@ def _recording_all(model: nn.Module) -> Iterator[None]:
 
 def _parameters_behind(result: Tensor) -> set[int]:
     """Return the identities of the parameters that a result depends on, by the graph that was recorded."""
-    waiting, seen, found = [result.grad_fn], {None}, set[int]()
+    waiting, seen, found = [result.grad_fn], set[Any](), set[int]()
     while waiting:
         node = waiting.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         found.add(id(getattr(node, "variable", None)))
