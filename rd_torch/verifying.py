@@ -138,7 +138,11 @@ def verify_chain(
     tokens = ALPHABET.get_batch_converter()([("", sequence) for sequence in SEQUENCES])[2].to(device)
     for each in model.config.levels:
         backbone = model.backbones[each.name]
-        assert isinstance(backbone, ESM2)
+        if not isinstance(backbone, ESM2) or each.facts:
+            raise ValueError(
+                f"expected levels of ESM-2, which fair-esm computes, got level {each.name} of the family "
+                f"{each.family}" + (f" with {dict(each.facts)}" if each.facts else "")
+            )
         home = (
             f"{each.reference.repo} at {each.reference.revision}"
             if each.reference

@@ -244,6 +244,20 @@ class TransformersBackbone(Backbone):
         kept = getattr(self.model, "_keep_in_fp32_modules", None) or ()
         return not set(kept).isdisjoint(name.split("."))
 
+    def bytes_beyond(self, time: int) -> int:
+        """Count four attention maps in float32, a wide feed-forward block, and all layers' hidden states.
+
+        Args:
+            time: number of tokens in the longest sequence of the batch.
+
+        Returns:
+            The number of bytes for each token.
+        """
+        config, element = self.model.config, self.dtype.itemsize
+        inner = max(int(getattr(config, name, None) or 0) for name in ("intermediate_size", "d_ff"))
+        kept = 0 if self.layer is None else (self.num_layers + 1) * self.embed_dim
+        return 16 * self.attention_heads * time + element * (4 * inner + kept)
+
     def freeze_heads(self) -> None:
         """Stop parameters from training that no hidden state depends on."""
         for name, parameter in self.named_parameters():
