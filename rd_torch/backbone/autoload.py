@@ -62,6 +62,7 @@ def load(
     try:
         with _quiet():
             reference = _find_commit(name, options)
+            options["revision"] = reference.revision if reference else None
             if not trusted:
                 _require_no_code(name, options)
             config = AutoConfig.from_pretrained(name, **options)
@@ -99,11 +100,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _find_commit(name: str, options: dict[str, Any]) -> Reference | None:
-    """Return where on the Hub the files lie, and settle their commit in the options; None for a folder."""
+    """Return where on the Hub the files lie, at the commit that a revision means now; None for a folder."""
     from transformers.utils import cached_file
 
     if Path(name).exists():
         return None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError("it is neither a folder nor a Hub id")
     options = {key: value for key, value in options.items() if key != "trust_remote_code"}
     found = cached_file(name, "config.json", **options)
     return None if found is None else Reference(name, Path(found).parent.name)
