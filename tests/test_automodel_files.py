@@ -127,15 +127,20 @@ class OwnModel(BertModel):
 """
 
 
-@pytest.fixture
-def with_code(folder, tmp_path):
-    """A model whose files bring code, which leaves a file behind when it is run; and that file."""
+def with_own_code(folder, tmp_path):
+    """A copy of a model whose files bring code, which leaves a file behind when it is run; and that file."""
     marker = tmp_path / "marker"
+    folder = shutil.copytree(folder, tmp_path / "own-code" / "model")
     (folder / "own.py").write_text(MODELING.format(marker=str(marker)))
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder, marker
+
+
+@pytest.fixture
+def with_code(folder, tmp_path):
+    return with_own_code(folder, tmp_path)
 
 
 REFUSED = "whose files bring Python code, none of which was run: read it and, if you trust it, allow it by"
@@ -375,10 +380,10 @@ def test_models_from_elsewhere_cannot_be_referenced(folder, tmp_path):
 
 def test_names_are_trusted_whole(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    hub = Hub(trusted="owner/model")
-    assert hub.trusts("owner/model")
-    assert hub.trusts("hf:owner/model")
-    assert not any(map(hub.trusts, ("owner", "model", "owner/mode", "", "other/owner/model")))
+    ours = Hub(trusted="owner/model")
+    assert ours.trusts("owner/model")
+    assert ours.trusts("hf:owner/model")
+    assert not any(map(ours.trusts, ("owner", "model", "owner/mode", "", "other/owner/model")))
     assert Hub(trusted=["model"]).trusts(str(folder))
     assert not Hub(trusted=False).trusts("owner/model")
     assert not Hub().trusts("")
