@@ -1,7 +1,7 @@
-"""Reverse-distilled ESM-2 embeddings as a PyTorch module.
+"""Reverse-distilled embeddings of protein language models as a PyTorch module.
 
-`RDModel` runs a family of ESM-2 models in one forward pass and returns nested embeddings: the first
-features of the large model's embedding are the small models' embeddings (Catrina, Bepler, Sledzieski
+`RDModel` runs a family of models, as ESM-2 or ESM-C, in one forward pass and returns nested embeddings: the
+first features of the large model's embedding are the small models' embeddings (Catrina, Bepler, Sledzieski
 and Singh, ICLR 2026, arXiv 2603.07710).
 
 A name is loaded when it is first used, so that `rd-torch --help` need not wait for torch.

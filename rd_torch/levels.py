@@ -24,6 +24,10 @@ TRANSFORMERS_FAMILY: Final = "transformers"
 """The family of a level whose backbone is any model that transformers loads."""
 
 
+TITLES: Final[Mapping[str, str]] = {ESM2_FAMILY: "ESM-2", "esmc": "ESM-C"}
+"""What people call the families that have published sizes here."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """Where a backbone lies on the Hub.
@@ -83,6 +87,11 @@ class Level:
                 f"expected heads of an even size, got width {self.width} "
                 f"over {self.attention_heads} heads in level {self.name}"
             )
+
+    @property
+    def title(self) -> str:
+        """What people call the family; empty where the level is only a name and a width."""
+        return "" if self.num_layers is None else TITLES.get(self.family, self.family)
 
     @property
     def architecture(self) -> Any:
