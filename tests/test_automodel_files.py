@@ -63,6 +63,24 @@ def test_folders_with_heads_are_read_without_them(tmp_path, recwarn, capfd):
     assert "cls.predictions" not in capfd.readouterr().err
 
 
+def test_files_of_another_shape_are_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    changed = tensors | {"encoder.layer.1.output.dense.weight": torch.zeros(32, 63)}
+    save_file(
+        {name: each.clone() for name, each in changed.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="expected a model and a tokenizer that transformers loads, got"):
+        RDModel.from_pretrained(f"hf:{folder}")
+
+
+def test_a_model_without_the_mark_is_refused_with_the_cure(folder):
+    message = (
+        "whose model_type is 'esm' or 'esmc', got 'bert' in .*: hf: before its name has transformers load"
+    )
+    with pytest.raises(ValueError, match=message):
+        RDModel.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("removed", ["encoder.layer.1.output.dense.weight", "embeddings.LayerNorm.bias"])
 @pytest.mark.parametrize("head", [False, True])
 def test_files_that_leave_weights_out_are_refused(folder, removed, head):

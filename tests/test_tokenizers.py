@@ -209,6 +209,18 @@ def test_letters_that_would_be_lost_become_x_or_are_refused():
         TokenizerAlphabet(fast(tokenizers.models.BPE(model, []), unk_token=None))
 
 
+def test_unknown_letters_are_not_taken_for_padding():
+    """Where one token stands for both, as in GPT-2's in use for proteins, their rows would vanish."""
+    end, letters = "<|endoftext|>", RESIDUE_LETTERS[:21]
+    names = {name: index for index, name in enumerate([end, *letters])}
+    options = dict.fromkeys(("pad_token", "unk_token", "eos_token"), end)
+    alphabet = TokenizerAlphabet(fast(tokenizers.models.BPE(names, [], unk_token=end), **options))
+    assert alphabet.ids_of("MUB") == alphabet.ids_of("MXX")
+    names = {name: index for index, name in enumerate([end, *letters[:20]])}
+    with pytest.raises(ValueError, match="which loses B, O, U, X, Z"):
+        TokenizerAlphabet(fast(tokenizers.models.BPE(names, [], unk_token=end), **options))
+
+
 def test_bytes_of_unknown_letters_are_no_letters():
     """Without spaces this tokenizer spells letters as bytes, with spaces it knows them."""
     names = [(f"<0x{byte:02X}>", -5.0) for byte in range(256)]

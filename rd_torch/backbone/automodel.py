@@ -83,6 +83,7 @@ class TransformersBackbone(Backbone):
         self.layer = layer
         self.facts = {"tokenizer": self.alphabet.digest} | ({} if layer is None else {"layer": layer})
         self._checkpointing = False
+        self._most_tokens = self._find_most_tokens()
         self._idle = find_idle(self.model, self.alphabet, self.embed_dim, self._run)
 
     @classmethod
@@ -186,7 +187,11 @@ class TransformersBackbone(Backbone):
             raise ValueError(f"expected token ids, got distributions, which {self._name} does not take")
         if packing.index is not None and not packing.longest:
             return torch.zeros(0, self.embed_dim, dtype=at_least_float32(self.dtype), device=tokens.device)
-        self._require_positions(tokens.shape[1])
+        if self._most_tokens is not None and tokens.shape[1] > self._most_tokens:
+            raise ValueError(
+                f"expected at most {self._most_tokens:,} tokens, for which {self._name} has positions, got "
+                f"{tokens.shape[1]:,}: cut sequences (--max-length), or embed them in pieces (--windows)"
+            )
         hidden = self._run(tokens, packing.real, sink)
         return packing.pack(hidden).to(at_least_float32(hidden.dtype))
 
@@ -204,16 +209,14 @@ class TransformersBackbone(Backbone):
             _pass_on(out.attentions, real, sink)
         return out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
 
-    def _require_positions(self, time: int) -> None:
-        """Raise a ValueError for more tokens than the model has learned positions for."""
-        for name, part in self.model.named_modules():
-            if name.endswith(POSITIONS) and isinstance(part, nn.Embedding):
-                most = part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
-                if time > most:
-                    raise ValueError(
-                        f"expected at most {most:,} tokens, for which {self._name} has positions, got "
-                        f"{time:,}: cut sequences (--max-length), or embed them in pieces (--windows)"
-                    )
+    def _find_most_tokens(self) -> int | None:
+        """Return for how many tokens the model has learned positions; None where it counts them otherwise."""
+        tables = [
+            part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+            for name, part in self.model.named_modules()
+            if name.endswith(POSITIONS) and isinstance(part, nn.Embedding)
+        ]
+        return min(tables, default=None)
 
     @property
     def _name(self) -> str:

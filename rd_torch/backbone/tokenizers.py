@@ -92,7 +92,7 @@ class TokenizerAlphabet(Alphabet):
         """Return how many tokens of a probe stand for something unknown, and how many letters are lost."""
         ids = self._encode(PROBES[spelling.kind], spelling.between)
         unknown = sum(each == self.unk_idx or each in self._bytes for each in ids)
-        lost = sum(not self._encode(letter) for letter in PROBES[spelling.kind])
+        lost = sum(self._encode(letter) in ([], [self.padding_idx]) for letter in PROBES[spelling.kind])
         return unknown + lost if ids else len(PROBES[spelling.kind])
 
     def _find_odd_letters(self) -> set[str]:
@@ -104,7 +104,7 @@ class TokenizerAlphabet(Alphabet):
         between, kind = self._spelling.between, self.kind
         odd, lost = set(), set()
         for letter in kind.letters:
-            ids = self._encode(letter)
+            ids = [index for index in self._encode(letter) if index != self.padding_idx]  # which would vanish
             # Some tokenizers make one token of several unknown letters in a row.
             fuses = self.unk_idx in ids and len(self._encode(letter + letter, between)) != 2
             if len(ids) != 1 or fuses:

@@ -172,7 +172,7 @@ def embed(
         return
     options["windows"] = parse_windows(windows)
     name, published = model or DEFAULT_MODEL, take_published(options)
-    trusting = published | {"trust_remote_code": options.pop("trusted")}
+    trusting = published | {"trust_remote_code": [*map(absolute_name, options.pop("trusted"))]}
     if width is not None and not name.startswith("hf:"):
         level = read_checkpoint(name, **published).config.levels_for(width)[-1]
     if options["cluster"]:

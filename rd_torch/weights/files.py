@@ -70,7 +70,7 @@ class Files:
         if model_type is not None:
             raise ValueError(
                 f"expected an ESM-2 or an ESM-C, whose model_type is 'esm' or 'esmc', got {model_type!r} in "
-                f"{self.place}"
+                f"{self.place}: hf: before its name has transformers load any encoder"
             )
         names = [name for path in self.paths for name, _ in read_tensors(path)]
         return next((each for each in CONVENTIONS if any(map(each.marks.search, names))), ESM2_FILES)
