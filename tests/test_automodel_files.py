@@ -20,6 +20,7 @@ from test_hub import hub  # noqa: F401  # a fixture
 
 import rd_torch
 from rd_torch import RDModel, TransformersBackbone
+from rd_torch.backbone import autoload
 from rd_torch.weights import Hub
 
 SEQUENCES = [random_sequence(length, length) for length in (40, 3, 17, 33, 8, 51)]
@@ -253,6 +254,18 @@ def test_without_transformers_one_sentence_says_so(folder, monkeypatch):
     with pytest.raises(
         ModuleNotFoundError, match="^expected the package transformers, got none: pip install tr"
     ):
+        RDModel.from_pretrained(f"hf:{folder}")
+
+
+def test_without_sentencepiece_the_error_says_what_to_install(folder, monkeypatch):
+    """transformers asks for another package, whose files these are not."""
+
+    def fail(*_, **__):
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(autoload, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="needs a package: pip install sentencepiece protobuf"):
         RDModel.from_pretrained(f"hf:{folder}")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -165,5 +167,7 @@ def _dtype_option(config: Any, dtype: torch.dtype | None) -> dict[str, Any]:
 def _explained(name: str, error: Exception) -> Exception:
     """Return the error to raise for a model that transformers does not load."""
     text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if re.search("tiktoken|sentencepiece", str(error), re.I) and find_spec("sentencepiece") is None:
+        text = "its tokenizer, as ProtT5's, needs a package: pip install sentencepiece protobuf"
     kind = FileNotFoundError if isinstance(error, OSError) else ValueError
     return kind(f"expected a model and a tokenizer that transformers loads, got {name}: {text}")
