@@ -203,6 +203,20 @@ def test_raw_stores_are_combined_to_what_the_chain_gives(chain, saved, tmp_path)
     np.testing.assert_allclose(np.stack(list(read(tmp_path / "nested.h5").values())), expected, atol=2e-5)
 
 
+def test_raw_stores_of_another_layer_are_refused(folder, tmp_path):
+    taken, other = (
+        RDModel({"a": TransformersBackbone.from_pretrained(folder / "large", layer=layer)}, [])
+        for layer in (1, None)
+    )
+    assert (taken.num_layers, other.num_layers) == (1, 3)
+    paths = {"a": tmp_path / "other.h5"}
+    rd_torch.embed_to_store(other, PROTEINS, paths["a"])
+    taken.save_pretrained(tmp_path / "taken")
+    nesting = rd_torch.Nesting.from_pretrained(tmp_path / "taken")
+    with pytest.raises(ValueError, match="expected .*layer 1.* got"):
+        rd_torch.combine_stores(nesting, paths, tmp_path / "nested.h5")
+
+
 def test_models_of_different_tokens_are_chained_by_their_stores(folder, tmp_path):
     paths = {}
     for level in ("small", "t5"):

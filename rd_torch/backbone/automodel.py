@@ -19,7 +19,7 @@ from rd_torch.backbone.layer import AttentionSink
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import apply_outside_half, at_least_float32
 from rd_torch.backbone.tokenizers import TokenizerAlphabet
-from rd_torch.backbone.trying import find_idle, giving_maps
+from rd_torch.backbone.trying import find_idle, giving_maps, pass_on
 from rd_torch.disk import move, part_folder
 from rd_torch.hardware import FULL
 from rd_torch.levels import TRANSFORMERS_FAMILY
@@ -81,6 +81,8 @@ class TransformersBackbone(Backbone):
         if layer is not None and not 0 <= layer <= self.num_layers:
             raise ValueError(f"expected a layer from 0 to {self.num_layers}, got {layer}")
         self.layer = layer
+        if layer is not None:
+            self.num_layers = layer  # by which files of embeddings are told from those of other layers
         self.facts = {"tokenizer": self.alphabet.digest} | ({} if layer is None else {"layer": layer})
         self._checkpointing = False
         self._most_tokens = self._find_most_tokens()
@@ -206,7 +208,7 @@ class TransformersBackbone(Backbone):
                 out = self.model(
                     input_ids=tokens.long(), attention_mask=real.long(), return_dict=True, **options
                 )
-            _pass_on(out.attentions, real, sink)
+            pass_on(out.attentions, real, sink)
         return out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
 
     def _find_most_tokens(self) -> int | None:
@@ -258,7 +260,7 @@ class TransformersBackbone(Backbone):
         """
         config, element = self.model.config, self.dtype.itemsize
         inner = max(int(getattr(config, name, None) or 0) for name in ("intermediate_size", "d_ff"))
-        kept = 0 if self.layer is None else (self.num_layers + 1) * self.embed_dim
+        kept = 0 if self.layer is None else (config.num_hidden_layers + 1) * self.embed_dim
         return 16 * self.attention_heads * time + element * (4 * inner + kept)
 
     def freeze_heads(self) -> None:
@@ -285,15 +287,3 @@ class TransformersBackbone(Backbone):
         elif self._checkpointing:
             getattr(self.model, f"{kind}_checkpointing_disable")()
         self._checkpointing = on
-
-
-def _pass_on(attentions: tuple[Tensor, ...] | None, real: Tensor, sink: AttentionSink) -> None:
-    """Give the attention maps of each layer to a function, with zeros at padding."""
-    if not attentions or attentions[0] is None:
-        raise ValueError(
-            "expected a model that returns attention maps, got one that does not: load it with "
-            'attn_implementation="eager"'
-        )
-    both = (real[:, None, :, None] & real[:, None, None, :]).to(attentions[0].dtype)
-    for maps in attentions:
-        sink(maps * both)

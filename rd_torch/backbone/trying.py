@@ -1,4 +1,4 @@
-"""Try a model of transformers' before a chain relies on it, and find the parameters that it uses."""
+"""Try a model of transformers' before a chain relies on it; find what it uses, and its attention maps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch import hardware
+from rd_torch.backbone.layer import AttentionSink
 from rd_torch.backbone.tokenizers import PROBES, TokenizerAlphabet
 from rd_torch.backbone.tokens import is_real, tokenize
 from rd_torch.hardware import FULL
@@ -134,3 +135,24 @@ def giving_maps(model: Any) -> Iterator[None]:
         yield
     finally:
         switch(before)
+
+
+def pass_on(attentions: tuple[Tensor, ...] | None, real: Tensor, sink: AttentionSink) -> None:
+    """Give the attention maps of each layer to a function, with zeros at padding.
+
+    Args:
+        attentions: `(batch, heads, time, time)` maps of each layer, as a model of transformers' returns them.
+        real: `(batch, time)` mask of what is no padding.
+        sink: the function.
+
+    Raises:
+        ValueError: where the model returns none.
+    """
+    if not attentions or attentions[0] is None:
+        raise ValueError(
+            "expected a model that returns attention maps, got one that does not: load it with "
+            'attn_implementation="eager"'
+        )
+    both = (real[:, None, :, None] & real[:, None, None, :]).to(attentions[0].dtype)
+    for maps in attentions:
+        sink(maps * both)
