@@ -213,7 +213,9 @@ def test_raw_stores_of_another_layer_are_refused(folder, tmp_path):
     rd_torch.embed_to_store(other, PROTEINS, paths["a"])
     taken.save_pretrained(tmp_path / "taken")
     nesting = rd_torch.Nesting.from_pretrained(tmp_path / "taken")
-    with pytest.raises(ValueError, match="expected .*layer 1.* got"):
+    with pytest.raises(
+        ValueError, match="expected embeddings of the last layer, 1, at level a, got those of layer 3"
+    ):
         rd_torch.combine_stores(nesting, paths, tmp_path / "nested.h5")
 
 
@@ -260,7 +262,7 @@ def test_commands_take_such_models(folder, saved, tmp_path):
     small = f"hf:{folder / 'small'}"
     result = run("info", small)
     assert result.exit_code == 0, result.output
-    assert re.search(r"small +2 +2 +16 +16", result.output)
+    assert re.search(r"small +\S+ +2 +2 +16 +16", result.output)
     result = run("embed", saved / "proteins.fasta", "-o", tmp_path / "a.h5", "--model", small, "--width", 8)
     assert result.exit_code == 0, result.output
     expected = rd_torch.embed(RDModel.from_pretrained(small), SEQUENCES, width=8)
@@ -365,4 +367,4 @@ with torch.inference_mode():
 print((read("VmHWM") - before) / (tokens.numel() * bytes_per_token(model.family().values(), 1000)))
 """
     answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert 0.1 < float(answer) < 1
+    assert 0.05 < float(answer) < 1

@@ -327,7 +327,7 @@ def test_records_are_read_as_locally(fasta):
     assert max(map(len, window.contents)) == 9
     cut = sum(len(sequence) > 9 for sequence in SEQUENCES)
     assert known["fraction"] == 1
-    assert known["corrections"] == [0, 1, cut]
+    assert known["corrections"] == [0, 1, cut, 0]
     assert known["left_out"] == "[]"
     entries = normalize_entries(Fasta(fasta).entries(), Corrections())
     ours = [each for each, _ in Records(fasta).windows(BUDGET, Names(str))]
