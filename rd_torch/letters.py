@@ -41,6 +41,8 @@ PROTEIN: Final = Kind("protein", RESIDUE_LETTERS, "X")
 DNA: Final = Kind("DNA", "ACGTN", "N", ("U", "T"))
 RNA: Final = Kind("RNA", "ACGUN", "N", ("T", "U"))
 
+_RESIDUES: Final = {kind.name: frozenset(kind.letters) for kind in (PROTEIN, DNA, RNA)}
+
 _PROTEINS_ALONE: Final = frozenset("EFILPQ")
 """Letters of amino acids that stand for no nucleotide and no set of nucleotides."""
 
@@ -156,7 +158,7 @@ def read_residues(
         ValueError: for a text that is no sequence or has no residues, with the first character that does not
             belong; if strict, for the first letter that is no residue, with its position.
     """
-    residues = frozenset(kind.letters)
+    residues = _RESIDUES[kind.name]
     if text and residues.issuperset(text):
         if kind == PROTEIN:
             _require_protein(text)

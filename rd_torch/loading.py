@@ -218,11 +218,21 @@ def _read_foreign_level(
     else:
         folder = checkpoint.find_backbone(level, None, hub).place
         backbone = _read_foreign(folder, hub, place, trusted=hub.trusts(checkpoint.name), layer=layer)
-    found = replace(backbone.level(level.name), reference=None)
-    is_name_alone = level.num_layers is None
-    if found.width != level.width or not (is_name_alone or found == replace(level, reference=None)):
-        raise ValueError(f"expected a backbone of shape {level}, got {found}")
+    _require_same(level, backbone.level(level.name))
     return backbone
+
+
+def _require_same(level: Level, found: Level) -> None:
+    """Raise a ValueError for a backbone that is not as its level; for a bare name, only the width counts."""
+    is_name_alone = level.num_layers is None
+    tokens = {each.facts["tokenizer"] for each in (level, found) if "tokenizer" in each.facts}
+    if len(tokens) > 1 and not is_name_alone:
+        raise ValueError(
+            f"expected the tokenizer that level {level.name} was made with, got one that makes other tokens"
+        )
+    same = is_name_alone or replace(found, reference=None) == replace(level, reference=None)
+    if found.width != level.width or not same:
+        raise ValueError(f"expected a backbone of shape {level}, got {found}")
 
 
 def write_chain(chain: Chain, folder: Path, backbones: Storage, hub: Hub, name: str) -> None:
