@@ -153,7 +153,7 @@ def test_fit_writes_a_checkpoint_that_embed_and_info_read(tmp_path):
     options = ("--levels", "28K,207K", "--added", "40", "--regressor", "ols", "--predict-from", "previous")
     result = run("fit", DEMO, "-o", tmp_path / "chain", *options)
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[2].split()[:5] == ["207K", "4", "4", "64", "72"]
+    assert result.stdout.splitlines()[2].split()[:6] == ["207K", "ESM-2", "4", "4", "64", "72"]
     info = run("info", tmp_path / "chain")
     assert "predict_from  previous" in info.stdout
     assert '"fasta": "demo.fasta"' in info.stdout
