@@ -1,0 +1,120 @@
+"""What no half type may touch in an ESM-C: angles, maps and the residual stream."""
+
+import copy
+
+import pytest
+import torch
+from esmc import SHAPES, WIDTHS, our_esmc, small_esmc, tokens_of
+from helpers import random_sequence
+
+from rd_torch import ESMC, RDModel
+from rd_torch.backbone.attention import inverse_frequencies
+from rd_torch.backbone.preparing import LIMITS, PROBES
+from rd_torch.config import ESMC_ALPHABET
+
+PAD = ESMC_ALPHABET.padding_idx
+SEQUENCES = ("MKTAYIAKQR<mask>QISFVK<mask>", "M", "XBUZO|MK|", "<mask><mask>", random_sequence(41))
+
+
+@pytest.fixture
+def tokens():
+    return tokens_of(*SEQUENCES)
+
+
+def angles_of(model):
+    return [backbone.rotary_emb.inv_freq for backbone in model.backbones.values()]
+
+
+def streams(model, tokens):
+    """Dtypes of the residual stream after every layer."""
+    found = set()
+    for backbone in model.backbones.values():
+        for layer in backbone.layers:
+            layer.register_forward_hook(lambda *call: found.add(call[-1].dtype))
+    with torch.no_grad():
+        model(tokens)
+    return found
+
+
+HALVES = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "to": lambda model: model.to(torch.float16),
+    "to the CPU": lambda model: model.to("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("convert", HALVES.values(), ids=[*HALVES])
+def test_what_no_half_type_may_touch_keeps_its_bits(convert, tokens):
+    expected, model = small_esmc(), convert(small_esmc())
+    dtype = model.dtype
+    assert dtype in (torch.float16, torch.bfloat16)
+    assert {p.dtype for p in model.backbones.parameters()} == {dtype}
+    assert {b.dtype for b in model.buffers()} == {torch.float32}
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), expected.named_buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert streams(model, tokens) == {torch.float32}
+    back = model.float()
+    assert all(map(torch.equal, angles_of(back), angles_of(expected)))
+    double = back.double()
+    assert {b.dtype for b in double.buffers()} == {torch.float64}
+    assert all(
+        torch.equal(ours.float(), theirs)
+        for ours, theirs in zip(angles_of(double), angles_of(expected), strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_loading_with_a_half_type_is_converting_what_was_loaded(dtype, tokens, tmp_path):
+    small_esmc().save_pretrained(tmp_path)
+    loaded, converted = RDModel.from_pretrained(tmp_path, dtype=dtype), small_esmc().to(dtype)
+    assert {b.dtype for b in loaded.buffers()} == {torch.float32}
+    for (name, ours), (_, theirs) in zip(loaded.named_buffers(), converted.named_buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).embeddings, converted(tokens).embeddings)
+    double = RDModel.from_pretrained(tmp_path, dtype=torch.float64)
+    assert {b.dtype for b in double.buffers()} == {torch.float64}
+    assert streams(loaded, tokens) == {torch.float32}
+
+
+@pytest.mark.parametrize("size", [16, 24, 64])
+def test_angles_are_what_float32_gives_on_any_device_in_any_default(size):
+    torch.set_default_dtype(torch.float64)
+    try:
+        angles = inverse_frequencies(size)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert angles.dtype == torch.float32
+    assert torch.equal(angles, inverse_frequencies(size))
+    with torch.device("meta"):
+        assert torch.equal(ESMC(1, 2 * size, 2).rotary_emb.inv_freq, angles)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_half_precision_is_within_the_tables_limits(dtype):
+    for level, shape in SHAPES.items():
+        exact = RDModel({level: our_esmc(*shape)}, [])
+        for probe in PROBES:
+            tokens = tokens_of(*probe)
+            real = tokens != PAD
+            expected = exact(tokens).embeddings[real]
+            got = copy.deepcopy(exact).to(dtype)(tokens).embeddings[real]
+            unit = expected.var(0).mean().sqrt()
+            assert 0 < (got - expected).abs().mean() / unit <= LIMITS[dtype].error
+
+
+@torch.no_grad()
+def test_autocast_keeps_stream_and_maps_in_float32(tokens):
+    model = small_esmc()
+    expected = model(tokens).embeddings
+    with torch.autocast("cpu", torch.bfloat16):
+        assert streams(model, tokens) == {torch.float32}
+        out = model(tokens)
+    assert out.embeddings.dtype == torch.float32
+    error = (out.embeddings - expected)[tokens != PAD].abs().mean() / expected[tokens != PAD].std()
+    assert 0 < error < LIMITS[torch.bfloat16].error
+    with torch.autocast("cpu", torch.bfloat16):
+        for width in WIDTHS.values():
+            assert torch.equal(model(tokens, width=width).embeddings, out.embeddings[..., :width])
