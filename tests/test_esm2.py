@@ -432,6 +432,15 @@ def test_a_linear_layer_has_gradients_of_gradients(products, bias):
     torch.testing.assert_close(slopes["ours"], slopes["exact"])
 
 
+@with_and_without_bias
+def test_a_frozen_layer_multiplies_by_onednn_although_gradients_are_on(products, bias):
+    layer, x = nn.Linear(64, 48, bias=bias).requires_grad_(False), torch.randn(7, 64)
+    out = project(layer, x)
+    assert len(products) == 1
+    assert not out.requires_grad
+    torch.testing.assert_close(out, layer(x))
+
+
 @pytest.mark.capability
 def test_a_frozen_backbone_multiplies_by_onednn_although_others_train(products):
     module = ESM2.sharing(random_esm2(*SMALL)).requires_grad_(False)
