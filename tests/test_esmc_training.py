@@ -254,6 +254,18 @@ def test_the_compiled_model_trains_as_one_graph_for_any_length(how, backend):
         assert_same(gradients(model), expected, 0.1 if how == "bfloat16" else 2e-4)
 
 
+@pytest.mark.skipif(not hardware.has_compiler("C++"), reason="needs a C++ compiler")
+@torch.no_grad()
+def test_a_compiled_layer_adds_the_same_share_of_its_branches():
+    """PyTorch's default compiler forgot the alpha of a sum with a matrix product."""
+    layer = our_esmc(1, 32, 2).layers[0]
+    assert layer.share == 6
+    x, mixed = torch.randn(2, 20, 32).unbind()
+    mixed = mixed.unflatten(1, (2, 16))
+    (got,), (expected,) = torch.compile(layer.finish)(x, mixed), layer.finish(x, mixed)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_every_length_runs_what_was_compiled_once():
     model, counter = two_levels().eval(), torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
