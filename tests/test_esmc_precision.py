@@ -91,6 +91,25 @@ def test_angles_are_what_float32_gives_on_any_device_in_any_default(size):
         assert torch.equal(ESMC(1, 2 * size, 2).rotary_emb.inv_freq, angles)
 
 
+def test_a_chain_that_is_made_without_memory_gets_its_angles_with_it(tokens):
+    """As FSDP2's users do: no state dict holds the angles."""
+    model = small_esmc().to("meta")
+    assert all(each.is_meta for each in angles_of(model))
+    model.to_empty(device="cpu")
+    model.load_state_dict(small_esmc().state_dict())
+    assert all(map(torch.equal, angles_of(model), angles_of(small_esmc())))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).embeddings, small_esmc()(tokens).embeddings)
+
+
+def test_moving_to_where_it_is_keeps_the_very_tensors():
+    model = small_esmc()
+    before = angles_of(model)
+    assert all(
+        ours is theirs for ours, theirs in zip(angles_of(model.to("cpu").float()), before, strict=True)
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_half_precision_is_within_the_tables_limits(dtype):
