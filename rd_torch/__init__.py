@@ -1,7 +1,7 @@
-"""Reverse-distilled ESM-2 embeddings as a PyTorch module.
+"""Reverse-distilled embeddings of protein language models as a PyTorch module.
 
-`RDModel` runs a family of ESM-2 models in one forward pass and returns nested embeddings: the first
-features of the large model's embedding are the small models' embeddings (Catrina, Bepler, Sledzieski
+`RDModel` runs a family of models, as ESM-2 or ESM-C, in one forward pass and returns nested embeddings: the
+first features of the large model's embedding are the small models' embeddings (Catrina, Bepler, Sledzieski
 and Singh, ICLR 2026, arXiv 2603.07710).
 
 A name is loaded when it is first used, so that `rd-torch --help` need not wait for torch.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rd_torch import cluster, pretrained
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
     from rd_torch.combining import combine_stores
-    from rd_torch.config import ESM2_LEVELS, ESMC_LEVELS, Explained, Level, RDConfig, Reference
+    from rd_torch.config import Explained, RDConfig
     from rd_torch.embedding import embed, embed_to_store
     from rd_torch.exporting import export
     from rd_torch.fitting import fit
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TransformersForSequenceClassification,
         TransformersForTokenClassification,
     )
+    from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level, Reference
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
     from rd_torch.nesting import Nesting
@@ -44,12 +45,12 @@ _HOMES = {
     "Backbone": "backbone",
     "ConcatPCA": "stage",
     "ESM2": "backbone",
-    "ESM2_LEVELS": "config",
+    "ESM2_LEVELS": "levels",
     "ESMC": "backbone",
-    "ESMC_LEVELS": "config",
+    "ESMC_LEVELS": "levels",
     "Explained": "config",
     "Fasta": "reading",
-    "Level": "config",
+    "Level": "levels",
     "MatryoshkaHead": "heads",
     "Nesting": "nesting",
     "Predictor": "predictor",
@@ -57,7 +58,7 @@ _HOMES = {
     "RDConfig": "config",
     "RDModel": "model",
     "RDOutput": "output",
-    "Reference": "config",
+    "Reference": "levels",
     "ResidueHead": "heads",
     "RunningMoments": "moments",
     "SequenceHead": "heads",

@@ -12,7 +12,7 @@ from torch import Tensor
 from rd_torch import hardware
 from rd_torch.alphabet import Alphabet
 from rd_torch.backbone import Backbone, tokenize
-from rd_torch.config import SPECIAL_TOKENS
+from rd_torch.levels import SPECIAL_TOKENS
 from rd_torch.sequences import cut_batches
 
 Result = TypeVar("Result")

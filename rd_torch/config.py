@@ -1,4 +1,4 @@
-"""Facts of ESM-2 and of a checkpoint: the alphabet, the sizes, `Level` and `RDConfig`."""
+"""Everything that a checkpoint states, apart from its tensors: `RDConfig`."""
 
 from __future__ import annotations
 
@@ -8,136 +8,11 @@ from itertools import accumulate
 from numbers import Integral
 from typing import Any, Final, get_args
 
-from rd_torch.alphabet import Alphabet
 from rd_torch.choices import Method, PredictFrom, SpecialRows, check_choice
-
-ALPHABET: Final = Alphabet()
-"""The alphabet that all sizes of ESM-2 share."""
-
-ESMC_ALPHABET: Final = Alphabet(chain_break=True)
-"""The alphabet that all sizes of ESM-C share."""
-
-SPECIAL_TOKENS: Final = 2
-"""Number of tokens around a sequence: `<cls>` before it and `<eos>` after it."""
-
-ESM2_FAMILY: Final = "esm2"
-"""The family of a level that states none, as those of earlier versions."""
-
-TRANSFORMERS_FAMILY: Final = "transformers"
-"""The family of a level whose backbone is any model that transformers loads."""
+from rd_torch.levels import Level, level_from_dict, level_to_dict
 
 FORMAT_VERSION: Final = 1
 """The format of `config.json`; a config of another format is refused."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Where a backbone lies on the Hub.
-
-    Attributes:
-        repo: name of the repository, such as `"facebook/esm2_t6_8M_UR50D"`.
-        revision: commit, tag or branch; None stands for the main branch.
-        sha256: known checksums by file name; each is checked when the file has been downloaded.
-
-    Examples:
-        >>> rd_torch.Reference("facebook/esm2_t6_8M_UR50D", revision="main").repo
-        'facebook/esm2_t6_8M_UR50D'
-    """
-
-    repo: str
-    revision: str | None = None
-    sha256: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Level:
-    """The name and the shape of one backbone of a family.
-
-    Attributes:
-        name: name of the level, such as `"650M"`. It names a module, so it has no dot.
-        num_layers: number of transformer layers; None where the level is only a name and a width.
-        width: number of features of each token's embedding.
-        attention_heads: number of attention heads in a layer; each has `width / attention_heads` features.
-            None where the level is only a name and a width.
-        reference: where on the Hub the backbone came from. In a saved checkpoint, where it is read from,
-            instead of from the checkpoint.
-        family: name of the family of models that the backbone belongs to.
-        facts: further facts of its architecture, by the names that its family gives them.
-
-    Raises:
-        ValueError: for a name that no module can have, or heads that would not be of one even size.
-
-    Examples:
-        >>> rd_torch.Level("tiny", num_layers=2, width=32, attention_heads=4).width
-        32
-    """
-
-    name: str
-    num_layers: int | None
-    width: int
-    attention_heads: int | None
-    reference: Reference | None = None
-    family: str = ESM2_FAMILY
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.name or "." in self.name:
-            raise ValueError(f"expected a level name without a dot, got {self.name!r}")
-        heads = self.attention_heads
-        if heads and self.family != TRANSFORMERS_FAMILY and self.width % (2 * heads):
-            raise ValueError(
-                f"expected heads of an even size, got width {self.width} "
-                f"over {self.attention_heads} heads in level {self.name}"
-            )
-
-    @property
-    def architecture(self) -> Any:
-        """What a digest must know besides tensors and widths: heads, and what is not as in ESM-2."""
-        if self.family == ESM2_FAMILY and not self.facts:
-            return self.attention_heads
-        return [self.attention_heads, self.family, dict(self.facts)]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Layers, width and heads of the backbone; a ValueError where the level is a name and a width."""
-        if self.num_layers is None or self.attention_heads is None:
-            raise ValueError(f"expected a level with layers and heads, got {self.name}, a name and a width")
-        return self.num_layers, self.width, self.attention_heads
-
-
-ESM2_LEVELS: Final[Mapping[str, Level]] = {
-    name: Level(name, num_layers, width, attention_heads)
-    for name, num_layers, width, attention_heads in (
-        ("8M", 6, 320, 20),
-        ("35M", 12, 480, 20),
-        ("150M", 30, 640, 20),
-        ("650M", 33, 1280, 20),
-        ("3B", 36, 2560, 40),
-        ("15B", 48, 5120, 40),
-    )
-}
-"""The published sizes of ESM-2 (Lin et al., Science 2023, doi:10.1126/science.ade2574).
-
-Examples:
-    >>> {name: level.width for name, level in rd_torch.ESM2_LEVELS.items()}
-    {'8M': 320, '35M': 480, '150M': 640, '650M': 1280, '3B': 2560, '15B': 5120}
-"""
-
-
-ESMC_LEVELS: Final[Mapping[str, Level]] = {
-    name: Level(name, num_layers, width, attention_heads, family="esmc")
-    for name, num_layers, width, attention_heads in (
-        ("300M", 30, 960, 15),
-        ("600M", 36, 1152, 18),
-        ("6B", 80, 2560, 40),
-    )
-}
-"""The published sizes of ESM-C (biohub/ESMC-300M, -600M and -6B).
-
-Examples:
-    >>> {name: level.width for name, level in rd_torch.ESMC_LEVELS.items()}
-    {'300M': 960, '600M': 1152, '6B': 2560}
-"""
 
 
 @dataclass(frozen=True)
@@ -302,7 +177,7 @@ class RDConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return this config as a dictionary of JSON values."""
-        levels = [_level_to_dict(level) for level in self.levels]
+        levels = [level_to_dict(level) for level in self.levels]
         return {"format": FORMAT_VERSION, **asdict(self), "levels": levels}
 
     @classmethod
@@ -320,7 +195,7 @@ class RDConfig:
         try:
             return cls(
                 **{key: value for key, value in values.items() if key not in _CONVERTED},
-                levels=tuple(_level_from_dict(level) for level in values["levels"]),
+                levels=tuple(level_from_dict(level) for level in values["levels"]),
                 added=tuple(values["added"]),
                 explained=tuple(item and Explained(**item) for item in values["explained"]),
             )
@@ -328,19 +203,6 @@ class RDConfig:
             raise ValueError(
                 f"expected a config with the keys that rd_torch writes, got one with others: {error}"
             ) from error
-
-
-def _level_to_dict(level: Level) -> dict[str, Any]:
-    """Return a level as a dictionary of JSON values, in which usual facts are left out."""
-    values = asdict(level)
-    usual = {"family": ESM2_FAMILY, "facts": {}}
-    return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
-
-
-def _level_from_dict(values: Mapping[str, Any]) -> Level:
-    """Return the level of which `RDConfig.to_dict` returned these values."""
-    reference = values.get("reference")
-    return Level(**{**values, "reference": reference and Reference(**reference)})
 
 
 # Keys of a config that are not passed on as they are.

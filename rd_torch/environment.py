@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from rd_torch import hardware
-from rd_torch.config import ESM2_LEVELS
+from rd_torch.levels import ESM2_LEVELS
 
 PACKAGES: Final = (
     *("torch", "numpy", "safetensors", "huggingface_hub", "h5py", "pyarrow"),

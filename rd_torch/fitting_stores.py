@@ -10,7 +10,8 @@ from typing import Any, Unpack
 
 import torch
 
-from rd_torch.config import Level, RDConfig
+from rd_torch.config import RDConfig
+from rd_torch.levels import Level
 from rd_torch.modules import digest_of, modules_of
 from rd_torch.moments import RunningMoments
 from rd_torch.nesting import Nesting

@@ -1,7 +1,6 @@
 """Small heads that predict labels from embeddings, for each residue or for the whole sequence.
 
-Heads take embeddings, from a model or from a file, and the residue mask. Positions that have no label, or are
-no residue, count in no loss.
+They take embeddings, of a model or a file, and the residue mask. Positions without label count in no loss.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch.nn import functional
 from rd_torch.alphabet import Alphabet
 from rd_torch.backbone import is_real
 from rd_torch.choices import check_choice
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 from rd_torch.modules import modules_of
 
 Task = Literal["regression", "classification"]
@@ -226,8 +225,7 @@ class SequenceHead(Head):
             highest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
             weights = (scores - highest).exp()
         total = weights.sum(-1, keepdim=True)
-        weights = weights / total.masked_fill(total == 0, 1)
-        return self.predict(torch.einsum("bt,btw->bw", weights, features))
+        return self.predict(torch.einsum("bt,btw->bw", weights / total.masked_fill(total == 0, 1), features))
 
 
 class MatryoshkaHead(nn.Module):
@@ -277,11 +275,10 @@ def align_labels(
     Args:
         labels: for each protein, one label for each residue.
         tokens: `(batch, time)` token ids that the batch converter made of the same proteins.
-        alphabet: alphabet of the token ids, `model.alphabet`; by default ESM-2's, which serves ESM-C too.
+        alphabet: alphabet of the ids, `model.alphabet`; by default ESM-2's, which serves ESM-C too.
 
     Returns:
-        `(batch, time)` labels. `<cls>`, `<eos>` and padding have none, which is -100 for integer labels and
-        NaN for floating ones.
+        `(batch, time)` labels; -100, or NaN for floating ones, at `<cls>`, `<eos>` and padding.
 
     Raises:
         ValueError: where a protein does not have as many labels as residues.
@@ -291,13 +288,12 @@ def align_labels(
         tensor([[-100,    0,    1,    2, -100]])
     """
     rows = [torch.as_tensor(row) for row in labels]
-    before, after = int(alphabet.prepend_bos), int(alphabet.append_eos)
-    lengths = (is_real(tokens, alphabet).sum(1) - before - after).tolist()
+    before = int(alphabet.prepend_bos)
+    lengths = (is_real(tokens, alphabet).sum(1) - before - int(alphabet.append_eos)).tolist()
     if (got := [len(row) for row in rows]) != lengths:
         raise ValueError(f"expected one label for each residue, so {lengths} labels, got {got}")
     floating = any(row.is_floating_point() for row in rows)
-    filling = torch.nan if floating else UNLABELLED
-    dtype = torch.get_default_dtype() if floating else torch.int64
+    filling, dtype = (torch.nan, torch.get_default_dtype()) if floating else (UNLABELLED, torch.int64)
     aligned = torch.full(tokens.shape[:2], filling, dtype=dtype, device=tokens.device)
     for place, row in zip(aligned, rows, strict=True):
         place[before : len(row) + before] = row

@@ -12,10 +12,11 @@ from typing import Any, Final, NamedTuple, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
-from rd_torch.backbone import FAMILIES, Backbone, TransformersBackbone, as_backbone
+from rd_torch.backbone import Backbone, TransformersBackbone, as_backbone, class_of
 from rd_torch.chain import Chain
 from rd_torch.choices import Storage, check_choice
-from rd_torch.config import TRANSFORMERS_FAMILY, Level, RDConfig, Reference
+from rd_torch.config import RDConfig
+from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference
 from rd_torch.modules import StateDict
 from rd_torch.stage import Maps, stages_of
 from rd_torch.weights import (
@@ -121,7 +122,7 @@ def read_family(
             family[level.name] = _read_foreign_level(checkpoint, level, other, hub, place)
         else:
             found, tensors = checkpoint.read_backbone(level, other, hub, **place._asdict())
-            family[level.name] = FAMILIES[found.family].from_tensors(found, tensors)
+            family[level.name] = class_of(found).from_tensors(found, tensors)
     return family
 
 
@@ -162,7 +163,7 @@ def load_backbone(
     files = find_backbone(source, hub, name)
     level = read_level(files, name)
     tensors = read_backbone(files, level, **exact._asdict())
-    return FAMILIES[level.family].from_tensors(level, tensors).eval()
+    return class_of(level).from_tensors(level, tensors).eval()
 
 
 def is_foreign(source: object) -> bool:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from rd_torch.config import ESM2_LEVELS, Level
+from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level
 from rd_torch.store import Store
 
 _SIZE: Final = re.compile(r"(?:^|[^0-9A-Za-z])(\d+[MB])(?![0-9A-Za-z])", re.IGNORECASE)
-"""The size in the name of an ESM-2 model, such as `esm2_t33_650M_UR50D`."""
+"""The size in the name of a model, such as `esm2_t33_650M_UR50D` or `ESMC-600M`."""
 
-_OTHER_FAMILIES: Final = re.compile(
-    r"t5|bert|xlnet|esm[-_]?(?:1|3|c|msa)|ankh|seqvec|unirep|progen|word2vec|fasttext|glove", re.IGNORECASE
-)
-"""Parts of the names of models that are not ESM-2."""
+_OTHER_FAMILIES: Final = {
+    family: re.compile(
+        rf"t5|bert|xlnet|esm[-_]?(?:{others}|msa)|ankh|seqvec|unirep|progen|word2vec|fasttext|glove",
+        re.IGNORECASE,
+    )
+    for family, others in {"esm2": "1|3|c", "esmc": "1|2|3"}.items()
+}
+"""Parts of the names of models that are not of a family with published sizes."""
+
+_SIZES: Final = {"esm2": ESM2_LEVELS, "esmc": ESMC_LEVELS}
 
 
 def require_raw(name: str, store: Store) -> None:
@@ -62,13 +68,14 @@ def require_level(level: Level, store: Store) -> None:
             f"expected embeddings of the last layer, {level.num_layers}, at level {level.name}, got those "
             f"of layer {store.layer} in {store.path}: {cure}, and take its last layer"
         )
+    if store.facts is not None or level.name not in _SIZES.get(level.family, {}):
+        return
     model = store.model_name or ""
     size = _SIZE.search(model)
-    other = (size and size[1].upper() != level.name) or _OTHER_FAMILIES.search(model)
-    if store.facts is None and level.name in ESM2_LEVELS and other:
+    if (size and size[1].upper() != level.name) or _OTHER_FAMILIES[level.family].search(model):
         raise ValueError(
-            f"expected embeddings of ESM-2 {level.name}, got those of {model} in {store.path}, as the "
-            f"file says: {cure}"
+            f"expected embeddings of {level.title} {level.name}, got those of {model} in {store.path}, as "
+            f"the file says: {cure}"
         )
 
 

@@ -22,15 +22,15 @@ from rd_torch.weights import Hub, PublishedOptions, Source, Upload, upload
 
 
 class RDModel(Chain):
-    """A family of ESM-2 backbones, and the stages that nest their embeddings, as one module.
+    """A family of backbones, and the stages that nest their embeddings, as one module.
 
     Every prefix of the embedding that ends at a level's width is, to the bit, the embedding of the
     chain that ends there (reverse distillation: Catrina et al., ICLR 2026, arXiv 2603.07710).
 
     Args:
-        backbones: backbones by level name, smallest first: `rd_torch.ESM2` modules or `esm.ESM2` objects,
-            whose tensors are shared, not copied. Their language-model and contact heads are frozen;
-            everything else stays as trainable as it is.
+        backbones: backbones by level name, smallest first, of one alphabet: modules of `rd_torch.ESM2`,
+            `rd_torch.ESMC` or another `rd_torch.Backbone`, or `esm.ESM2` objects, whose tensors are shared,
+            not copied. Their heads are frozen; everything else stays as trainable as it is.
         stages: stages, one fewer than backbones, from `solve_stages`, or from `concat_pca` for the baseline;
             the model keeps them in float32 (in float64 where the backbones are).
         predict_from: whether the stages' W acts on the nested embedding or on the previous raw one.
@@ -39,8 +39,8 @@ class RDModel(Chain):
         provenance: where backbones and maps come from; saved with the model.
 
     Raises:
-        ValueError: for stages and backbones that do not fit together.
-        TypeError: for a backbone of another kind.
+        ValueError: for stages and backbones that do not fit together, or backbones of several alphabets.
+        TypeError: for a module that is no backbone.
 
     Examples:
         >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
@@ -159,8 +159,8 @@ class RDModel(Chain):
         """Compute nested embeddings, logits and whatever else is asked for.
 
         Args:
-            tokens: `(batch, time)` integer ids of fair-esm's alphabet, `<pad>` id 1; or soft sequences:
-                `(batch, time, 33)` distributions over the alphabet, with 1 at `<pad>` for padding, through
+            tokens: `(batch, time)` integer ids of `alphabet`, which is fair-esm's for ESM-2; or soft
+                sequences: `(batch, time, 33)` distributions over it, with 1 at `<pad>` for padding, through
                 which gradients reach the sequence. Masks are then made from each position's likeliest id.
             repr_layers: `[num_layers]` or None, as code written for fair-esm passes it; hidden layers
                 have no reverse-distilled form.

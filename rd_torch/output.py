@@ -17,8 +17,8 @@ class RDOutput:
 
     Attributes:
         embeddings: `(batch, time, width)` nested embeddings, with zeros at padding.
-        logits: `(batch, time, 33)` logits of the largest backbone that ran, with zeros at padding; None
-            where its checkpoint has no language-model head.
+        logits: `(batch, time, 33)` logits of the largest backbone that ran, with zeros at padding (64 of
+            ESM-C, the last 31 of which stand for no token); None where it has no language-model head.
         residue_mask: `(batch, time)`, True at amino acids, which are the positions to average over.
         nested: `(batch, time, width)` tensor that narrower levels are views of. It is `embeddings`, unless
             the checkpoint takes special rows from the larger backbone.

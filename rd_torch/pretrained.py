@@ -17,7 +17,7 @@ from torch import nn
 
 from rd_torch.alphabet import Alphabet
 from rd_torch.choices import PCA, Method, PublishedRegressor, SequenceCount, check_choice
-from rd_torch.config import ESM2_LEVELS
+from rd_torch.levels import ESM2_LEVELS
 from rd_torch.model import RDModel
 from rd_torch.weights import PUBLISHED_MAPS, Source
 

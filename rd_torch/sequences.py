@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Final, NamedTuple
 
-from rd_torch.config import SPECIAL_TOKENS
 from rd_torch.letters import Corrections, read_residues
+from rd_torch.levels import SPECIAL_TOKENS
 
 WINDOW_BATCHES: Final = 16
 """Number of batches that a window of records is cut for.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch.backbone import ESM2
-from rd_torch.config import ALPHABET, ESM2_LEVELS
+from rd_torch.levels import ALPHABET, ESM2_LEVELS
 from rd_torch.model import RDModel
 from rd_torch.weights import (
     FAIR_ESM_NAMES,

@@ -6,8 +6,8 @@ import torch
 from esm.model.esm2 import ESM2 as FairESM2
 
 from rd_torch import RDModel, RunningMoments, embed_to_store, hardware, solve_stages
-from rd_torch.config import ALPHABET
 from rd_torch.letters import RESIDUE_LETTERS
+from rd_torch.levels import ALPHABET
 
 SHAPES = {"a": (2, 32, 4), "b": (2, 48, 4), "c": (3, 64, 4)}
 WIDTHS = {name: width for name, (_, width, _) in SHAPES.items()}

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from rd_torch.alphabet import Alphabet
-from rd_torch.config import ALPHABET
 from rd_torch.letters import LETTERS, RESIDUE_LETTERS
+from rd_torch.levels import ALPHABET
 
 OURS, THEIRS = Alphabet.from_architecture("ESM-1b"), FairAlphabet.from_architecture("ESM-1b")
 

@@ -10,7 +10,7 @@ from helpers import tokens_of
 
 import rd_torch
 from rd_torch.cli import main
-from rd_torch.config import Level, Reference
+from rd_torch.levels import Level, Reference
 from rd_torch.weights import known, read_checkpoint
 
 TOKENS = tokens_of("MKTAYIAKQR<mask>QISFVK", "ACDEF")

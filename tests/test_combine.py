@@ -14,7 +14,7 @@ from helpers import embed_alone, random_sequence, small_model
 import rd_torch
 from rd_torch import Nesting, RDModel, combine_stores, embed_to_store, open_store
 from rd_torch.cli import main
-from rd_torch.config import Reference
+from rd_torch.levels import Reference
 from rd_torch.sequences import Protein
 from rd_torch.weights import write_folder
 

@@ -21,7 +21,7 @@ from rd_torch.backbone.engine import Engine, Inputs, Shape, Slot, shape_for
 from rd_torch.backbone.esm2 import TransformerLayer, token_dropout
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.preparing import LIMITS, PROBES, Prepared
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 from rd_torch.model import RDModel
 
 BATCHES = [

@@ -11,7 +11,7 @@ from rd_torch.backbone import linear as layers
 from rd_torch.backbone.attention import RotaryEmbedding
 from rd_torch.backbone.linear import project
 from rd_torch.backbone.packing import Packing
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 
 TOLERANCE = 2e-5
 PAD, MASK = ALPHABET.padding_idx, ALPHABET.mask_idx

@@ -10,7 +10,7 @@ from torch import nn
 
 from rd_torch import ESM2
 from rd_torch.backbone.esm2_heads import ContactHead, LMHead
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 BATCHES = {

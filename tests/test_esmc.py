@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from rd_torch import ESMC_LEVELS, RDModel, TransformersForMaskedLM
 from rd_torch.backbone.packing import Packing
-from rd_torch.config import ESMC_ALPHABET
+from rd_torch.levels import ESMC_ALPHABET
 
 TOLERANCE = 2e-5
 PAD, MASK = ESMC_ALPHABET.padding_idx, ESMC_ALPHABET.mask_idx

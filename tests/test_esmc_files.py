@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import rd_torch
 from rd_torch import ESMC, RDModel
-from rd_torch.config import ESMC_ALPHABET
+from rd_torch.levels import ESMC_ALPHABET
 
 SHAPE = (2, 64, 4)
 

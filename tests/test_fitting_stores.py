@@ -28,7 +28,7 @@ from rd_torch import (
     solve_stages,
 )
 from rd_torch.cli import main
-from rd_torch.config import Reference
+from rd_torch.levels import Reference
 from rd_torch.sequences import Protein
 
 PROTEINS = [Protein(f"sp|P{i}/x", random_sequence(20 + 7 * (i % 9), seed=i)) for i in range(40)]
@@ -459,7 +459,6 @@ def test_a_model_without_backbones_says_how_to_give_them(chain):
     [
         ("embed", "IN", "--model", "CHAIN", "-o", "OUT"),
         ("fit", "IN", "--backbones", "CHAIN", "-o", "OUT"),
-        ("fit", "IN", "--backbone", "a=CHAIN", "-o", "OUT"),
         ("verify", "z", "--model", "CHAIN"),
         ("convert", "CHAIN", "OUT"),
         ("export", "z", "--model", "CHAIN", "-o", "OUT.onnx"),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from rd_torch import MatryoshkaHead, Predictor, ResidueHead, SequenceHead, align_labels
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 
 NAN = float("nan")
 SEQUENCES = "MKTAYIAKQR", "M", "XBUZO"

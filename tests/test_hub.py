@@ -26,7 +26,7 @@ from helpers import random_esm2, small_model
 from hub_server import FakeHub, Fault, no_fault
 
 import rd_torch
-from rd_torch.config import ESM2_LEVELS, Reference
+from rd_torch.levels import ESM2_LEVELS, Reference
 from rd_torch.weights import Hub, read_checkpoint, shipped_checkpoints
 from rd_torch.weights.known import ESM2_ON_HUB, PUBLISHED_MAPS
 

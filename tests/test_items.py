@@ -13,7 +13,7 @@ from Bio.SeqRecord import SeqRecord
 from helpers import tiny_model
 
 import rd_torch
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 from rd_torch.sequences import Protein
 from rd_torch.store import open_store
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from rd_torch import RDModel
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 
 LEVELS = [*SHAPES]
 PAD = ALPHABET.padding_idx

@@ -207,7 +207,7 @@ def test_our_own_raw_stores_state_their_layers_too(model, nesting, tmp_path):
     ],
 )  # fmt: skip
 def test_what_a_file_says_of_its_model_must_fit_the_level(said, fits, tmp_path):
-    from rd_torch.config import ESM2_LEVELS
+    from rd_torch.levels import ESM2_LEVELS
     from rd_torch.matching import require_level
 
     numbered(tmp_path / "a.h5", {"P1": np.zeros(320, np.float32)}, model_name=said)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from rd_torch.backbone.tokens import is_residue, tokenize
 from rd_torch.cli import main
-from rd_torch.config import ALPHABET
 from rd_torch.letters import RESIDUE_LETTERS, Corrections, read_residues
+from rd_torch.levels import ALPHABET
 from rd_torch.reading import Fasta
 from rd_torch.sequences import Protein, cut_batches, normalize, normalize_sequences
 

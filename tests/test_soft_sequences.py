@@ -12,7 +12,7 @@ from rd_torch import ESM2, RDModel
 from rd_torch.backbone.esm2 import token_dropout
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.tokens import is_real, token_ids
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 
 PAD, MASK, SIZE = ALPHABET.padding_idx, ALPHABET.mask_idx, len(ALPHABET)
 RESIDUES = slice(4, 29)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rd_torch import RDModel, hardware
 from rd_torch.backbone import esm2
 from rd_torch.backbone.packing import Packing
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 
 PAD = ALPHABET.padding_idx
 LEVELS = [*SHAPES]

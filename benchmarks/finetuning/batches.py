@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 import rd_torch
 from benchmarks.finetuning.problem import Example, Problem, Scores
 from rd_torch.backbone import is_residue, tokenize
-from rd_torch.config import ALPHABET, SPECIAL_TOKENS
 from rd_torch.heads import Head
+from rd_torch.levels import ALPHABET, SPECIAL_TOKENS
 from rd_torch.sequences import cut_batches
 
 Batch = tuple[Tensor, Tensor | None, Any]

@@ -21,7 +21,7 @@ from benchmarks.proteins import MAX_RESIDUES
 from benchmarks.result import Row
 from benchmarks.speed.lifelike_weights import Facts, lifelike_family
 from rd_torch.backbone import is_residue, tokenize
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 from rd_torch.reading import Fasta
 from rd_torch.sequences import cut_batches, normalize_sequences
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rd_torch.backbone import tokenize
-from rd_torch.config import ALPHABET, SPECIAL_TOKENS
+from rd_torch.levels import ALPHABET, SPECIAL_TOKENS
 from rd_torch.sequences import cut_batches
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"

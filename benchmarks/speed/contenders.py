@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import rd_torch
 from benchmarks.speed.batches import Batch
 from benchmarks.speed.models import random_faesm, random_fair, random_family, random_transformers
-from rd_torch.config import Level
+from rd_torch.levels import Level
 
 CHAIN, FAIR, FAIR_FLOAT32 = "rd chain", "fair-esm", "fair-esm float32"
 TRANSFORMERS, FAESM = "transformers sdpa", "faesm"
@@ -104,6 +104,8 @@ def contenders(
 ) -> Iterator[Contender]:
     """Yield the chain, each of our backbones alone, then what people use in the largest level's shape.
 
+    For ESM-C that is transformers alone.
+
     Args:
         levels: Shapes of the backbones, smallest first.
         dtype: Type of the weights.
@@ -114,7 +116,10 @@ def contenders(
     yield own(CHAIN, family.chain)
     for level, model in family.alone.items():
         yield own(alone(level), model)
-    yield fair_contender(FAIR, family.fair)
+    if not isinstance(family.theirs, FairESM2):
+        yield masked_contender(TRANSFORMERS, family.theirs)
+        return
+    yield fair_contender(FAIR, family.theirs)
     if dtype != torch.float32 and FAIR_FLOAT32 not in without:
         yield fair_contender(FAIR_FLOAT32, random_fair(levels[-1], device))
     if TRANSFORMERS not in without:

@@ -33,7 +33,7 @@ from benchmarks.speed.clock import now
 from benchmarks.speed.models import add_model_options, levels_until, random_fair, where
 from rd_torch import sums
 from rd_torch.backbone import tokenize
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 
 PAPER_RESIDUES = 1000 * 400
 FORWARD, UPDATE, SOLVE, REST = "forward passes", "update of the moments", "solving", "everything else"

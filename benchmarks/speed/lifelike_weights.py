@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import rd_torch
 from rd_torch.backbone import ESM2, MEAN_SHARE_KEPT, Packing, tokenize
-from rd_torch.config import ALPHABET, ESM2_LEVELS, Level
+from rd_torch.levels import ALPHABET, ESM2_LEVELS, Level
 
 LEVELS = ("8M", "35M", "150M", "650M")
 GAIN = 2.0

@@ -1,12 +1,12 @@
 """Models with random weights of the published shapes, for neither speed nor memory depends on the weights.
 
-Our backbones share the tensors of fair-esm's.
+Our backbones share the tensors of fair-esm's or, where they are ESM-C's, of transformers'.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,22 +16,28 @@ from esm.model.esm2 import ESM2 as FairESM2
 from torch import nn
 
 import rd_torch
-from rd_torch.config import ESM2_LEVELS, Level
+from rd_torch.backbone import hidden_width
+from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level
 
 if TYPE_CHECKING:
-    from transformers import EsmConfig, EsmModel
+    from transformers import EsmcModel, EsmConfig, EsmModel
+
+Levels = Mapping[str, Level]
 
 
-def add_model_options(parser: argparse.ArgumentParser, level: str = "650M") -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, level: str = "650M", families: Sequence[Levels] = (ESM2_LEVELS,)
+) -> None:
     """Let a parser take which models run, and where.
 
     Args:
         parser: The parser.
         level: The last level of the chain, where nobody names one.
+        families: The levels that may be asked for, family by family.
     """
     parser.add_argument(
         "--level",
-        choices=list(ESM2_LEVELS),
+        choices=[name for levels in families for name in levels],
         default=level,
         help="Last level of the chain. [default: %(default)s]",
     )
@@ -47,8 +53,9 @@ def add_model_options(parser: argparse.ArgumentParser, level: str = "650M") -> N
 
 def levels_until(arguments: argparse.Namespace) -> list[Level]:
     """Return the published levels up to `--level`, smallest first, cut to `--layers`."""
-    names = list(ESM2_LEVELS)
-    levels = [ESM2_LEVELS[name] for name in names[: names.index(arguments.level) + 1]]
+    published = ESM2_LEVELS if arguments.level in ESM2_LEVELS else ESMC_LEVELS
+    names = list(published)
+    levels = [published[name] for name in names[: names.index(arguments.level) + 1]]
     layers = arguments.layers
     return [
         level if layers is None else replace(level, num_layers=min(layers, level.num_layers))
@@ -70,12 +77,12 @@ class Family:
     Attributes:
         chain: The chain itself.
         alone: By level, its backbone as a model of its own.
-        fair: The largest backbone as fair-esm's model.
+        theirs: The largest backbone as fair-esm's model or, if it is ESM-C's, as transformers'.
     """
 
     chain: rd_torch.RDModel
     alone: dict[str, rd_torch.RDModel]
-    fair: FairESM2
+    theirs: nn.Module
 
 
 def random_fair(level: Level, device: str) -> FairESM2:
@@ -107,10 +114,32 @@ def random_family(levels: Sequence[Level], dtype: torch.dtype, device: str) -> F
         device: Device that holds everything.
     """
     torch.manual_seed(0)
-    fair = {level.name: random_fair(level, device) for level in levels}
-    chain = rd_torch.RDModel(fair, random_stages(levels, device)).eval().to(dtype)
+    is_esmc = levels[-1].family == rd_torch.ESMC.family
+    theirs = {level.name: (random_esmc if is_esmc else random_fair)(level, device) for level in levels}
+    ours = {level.name: shared_esmc(level, theirs[level.name]) for level in levels} if is_esmc else theirs
+    chain = rd_torch.RDModel(ours, random_stages(levels, device)).eval().to(dtype)
     alone = {name: rd_torch.RDModel({name: part}, []).eval() for name, part in chain.backbones.items()}
-    return Family(chain, alone, fair[levels[-1].name].to(dtype))
+    return Family(chain, alone, theirs[levels[-1].name].to(dtype))
+
+
+def random_esmc(level: Level, device: str) -> EsmcModel:
+    """Return transformers' ESM-C with the weights that it draws itself, with scaled-dot-product attention."""
+    from transformers import EsmcConfig, EsmcModel
+
+    config = EsmcConfig(
+        hidden_size=level.width,
+        intermediate_size=hidden_width(level.width),
+        num_hidden_layers=level.num_layers,
+        num_attention_heads=level.attention_heads,
+        attn_implementation="sdpa",
+    )
+    with torch.device(device):
+        return EsmcModel(config).eval()
+
+
+def shared_esmc(level: Level, theirs: nn.Module) -> rd_torch.ESMC:
+    """Return our ESM-C around the tensors of transformers'."""
+    return rd_torch.ESMC.from_tensors(level, dict(theirs.named_parameters()))
 
 
 def random_transformers(level: Level, dtype: torch.dtype, device: str) -> EsmModel:

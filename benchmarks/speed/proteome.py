@@ -31,7 +31,7 @@ from benchmarks.speed.meter import MEBI, status_bytes
 from benchmarks.speed.models import random_family
 from benchmarks.speed.processes import in_own_process
 from rd_torch.backbone import tokenize
-from rd_torch.config import ALPHABET, ESM2_LEVELS
+from rd_torch.levels import ALPHABET, ESM2_LEVELS
 from rd_torch.reading import Fasta
 from rd_torch.sequences import Entry, Protein, cut_batches, normalize_proteins
 from rd_torch.store import Names, cut_windows

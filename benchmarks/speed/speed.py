@@ -4,9 +4,9 @@
 
 The script runs models with random weights of the published shapes: the chain up to `--level`, its backbones
 one by one, and the largest one's shape in fair-esm, in transformers with scaled-dot-product attention (SDPA)
-and, on CUDA, in FAESM. Every contender gets the same sequences, sorted by length, cut at a token budget and
-tokenised before the clock runs, in inference mode, on the same threads, and answers with the padded final
-embeddings.
+and, on CUDA, in FAESM; for the levels of ESM-C, which are 300M, 600M and 6B, in transformers alone. Every
+contender gets the same sequences, sorted by length, cut at a token budget and tokenised before the clock
+runs, in inference mode, on the same threads, and answers with the padded final embeddings.
 
 Each contender gets the budget that suits it: a first pass times everybody once at each of `--budgets`. Then
 everybody takes turns for `--rounds` rounds, each at its own budget, and every other round runs in reversed
@@ -17,7 +17,8 @@ that nobody pays for what another left in the caches. Figures are of medians ove
 The row "sum of own backbones alone" adds the times of each of our backbones as a model by itself, at its own
 budget: the chain has the maps besides, and saves packing. Ours answer in float32 in every dtype, which is in
 the clock; so are fair-esm's logits (0.3 % of its work), for it cannot be told not to compute them. Our
-largest backbone and fair-esm's share their weights and must agree before anything is timed.
+largest backbone and fair-esm's, or transformers' for ESM-C, share their weights and must agree before
+anything is timed.
 
 `--lengths` takes "validation" (natural proteins as they come), "100-500" (those of so many residues) or a
 number (random residues, at least two sequences). Of natural proteins it takes four groups of neighbours in
@@ -57,6 +58,7 @@ from benchmarks.speed.contenders import (
 )
 from benchmarks.speed.meter import GIBI
 from benchmarks.speed.models import add_model_options, levels_until, where
+from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS
 
 BUDGETS = {"cpu": [256, 512, 1024], "cuda": [8192, 16384, 32768]}
 TOKENS = {"cpu": 4096, "cuda": 131_072}
@@ -104,14 +106,17 @@ def plans_of(groups: Sequence[Sequence[str]], budgets: Sequence[int], device: st
 
 @torch.inference_mode()
 def check(entries: Sequence[Entry], largest: str, device: str) -> None:
-    """Stop unless our largest backbone and fair-esm's, which share their weights, agree."""
+    """Stop unless our largest backbone and the one that shares its weights agree."""
     batch = Batch.of(["MQIFVKTLTGKTITLEVEPS" * 5, "MKV"], device)
     named = {entry.contender.name: entry.contender for entry in entries}
-    ours, theirs = (named[name](batch)[batch.mask.bool()] for name in (largest, FAIR))
+    reference = FAIR if FAIR in named else TRANSFORMERS
+    ours, theirs = (named[name](batch)[batch.mask.bool()] for name in (largest, reference))
     allowed = 1e-3 if theirs.dtype == torch.float32 else 0.05
     difference = float((ours - theirs).abs().mean() / theirs.float().std())
     if not difference < allowed:
-        raise SystemExit(f"expected {largest} within {allowed} of {FAIR} on average, got {difference:.2g}")
+        raise SystemExit(
+            f"expected {largest} within {allowed} of {reference} on average, got {difference:.2g}"
+        )
 
 
 @torch.inference_mode()
@@ -227,7 +232,7 @@ def measure_dtype(arguments: argparse.Namespace, dtype: str, rate: float | None)
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    add_model_options(parser)
+    add_model_options(parser, families=(ESM2_LEVELS, ESMC_LEVELS))
     add_data_option(parser)
     add_dtypes_option(parser)
     parser.add_argument(

@@ -36,7 +36,7 @@ from benchmarks.speed.meter import MEBI, Meter
 from benchmarks.speed.models import add_model_options, levels_until, random_fair, random_stages, where
 from benchmarks.speed.processes import in_own_process
 from rd_torch.backbone import is_residue
-from rd_torch.config import ALPHABET
+from rd_torch.levels import ALPHABET
 
 STATES = 3
 HEAD, FULL = "head", "full"

@@ -21,7 +21,7 @@ from recipe import CHAINS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, 
 
 from rd_torch import fit
 from rd_torch.backbone import FAMILIES, Backbone, tokenize
-from rd_torch.config import ALPHABET, SPECIAL_TOKENS
+from rd_torch.levels import ALPHABET, SPECIAL_TOKENS
 from rd_torch.sequences import cut_batches
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rd_torch.backbone import Backbone, Packing, is_residue
-from rd_torch.config import ALPHABET, Level
+from rd_torch.levels import ALPHABET, Level
 from rd_torch.reading import Fasta
 from rd_torch.sequences import normalize_sequences
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rd_torch.backbone import FAMILIES, Encoder, tokenize
-from rd_torch.config import ALPHABET, Level
 from rd_torch.disk import write_whole
+from rd_torch.levels import ALPHABET, Level
 
 TOKENS_PER_STEP = 8_192
 SHORT_WINDOWS = {128: 0.80, 256: 0.17, 1024: 0.03}  # tokens: share of the steps

@@ -6,7 +6,7 @@ from rd_torch.backbone.backbone import Backbone
 from rd_torch.backbone.encoder import EMBEDDING, Encoder, MissingHead
 from rd_torch.backbone.esm2 import ESM2, MEAN_SHARE_KEPT, TransformerLayer
 from rd_torch.backbone.esmc import ESMC, hidden_width
-from rd_torch.backbone.families import FAMILIES, as_backbone, one_alphabet
+from rd_torch.backbone.families import FAMILIES, as_backbone, class_of, one_alphabet
 from rd_torch.backbone.layer import AttentionSink, Layer
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import apply_outside_half, at_least_float32
@@ -35,6 +35,7 @@ __all__ = [
     "as_backbone",
     "at_least_float32",
     "check_tokens",
+    "class_of",
     "hidden_width",
     "inverse_frequencies",
     "is_real",

@@ -18,7 +18,7 @@ from rd_torch.backbone.layer import AttentionSink
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import at_least_float32
 from rd_torch.backbone.tokenizers import TokenizerAlphabet
-from rd_torch.config import TRANSFORMERS_FAMILY, Reference
+from rd_torch.levels import TRANSFORMERS_FAMILY, Reference
 from rd_torch.modules import StateDict
 
 

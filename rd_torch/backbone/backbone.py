@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rd_torch.alphabet import Alphabet
 from rd_torch.backbone.layer import AttentionSink
 from rd_torch.backbone.packing import Packing
-from rd_torch.config import Level, Reference
+from rd_torch.levels import Level, Reference
 from rd_torch.modules import StateDict, device_of, is_fetched
 
 
@@ -79,8 +79,12 @@ class Backbone(nn.Module):
 
     @classmethod
     def of_level(cls, level: Level) -> Self:
-        """Return a backbone of a level's shape, with fresh weights."""
-        raise NotImplementedError
+        """Return a backbone of a level's shape, with fresh weights.
+
+        Raises:
+            ValueError: for a family whose shape a level does not tell.
+        """
+        raise ValueError(f"expected a level that tells a backbone's shape, got one of {level.family}")
 
     def level(self, name: str) -> Level:
         """Return the level that this backbone is, under a name."""

@@ -14,7 +14,7 @@ from rd_torch.backbone.backbone import Backbone
 from rd_torch.backbone.layer import AttentionSink, Layer
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import ResidualNorm, at_least_float32
-from rd_torch.config import Level
+from rd_torch.levels import Level
 from rd_torch.modules import ModuleRow
 
 EMBEDDING = "embed_tokens.weight"

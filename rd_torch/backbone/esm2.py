@@ -22,7 +22,7 @@ from rd_torch.backbone.layer import Heads, Layer, recompute
 from rd_torch.backbone.linear import project
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import BranchNorm, ResidualNorm, at_least_float32
-from rd_torch.config import ALPHABET, Level
+from rd_torch.levels import ALPHABET, Level
 from rd_torch.modules import ModuleRow, row_of
 
 # Training turned 80 % of 15 % of the residues into `<mask>`, whose embeddings token dropout set to zero. This

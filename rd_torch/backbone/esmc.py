@@ -22,7 +22,7 @@ from rd_torch.backbone.encoder import Encoder
 from rd_torch.backbone.layer import Heads, Layer, recompute
 from rd_torch.backbone.linear import project
 from rd_torch.backbone.precision import BranchNorm, ResidualNorm, at_least_float32
-from rd_torch.config import ESMC_ALPHABET, Level
+from rd_torch.levels import ESMC_ALPHABET, Level
 from rd_torch.modules import ModuleRow, row_of
 
 DEPTH_WITHOUT_SCALE = 36

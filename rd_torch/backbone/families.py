@@ -8,13 +8,31 @@ from typing import Final
 from torch import nn
 
 from rd_torch.alphabet import Alphabet
+from rd_torch.backbone.automodel import TransformersBackbone
 from rd_torch.backbone.backbone import Backbone
 from rd_torch.backbone.esm2 import ESM2
 from rd_torch.backbone.esmc import ESMC
 from rd_torch.backbone.tokens import find_difference
+from rd_torch.levels import Level
 
-FAMILIES: Final[Mapping[str, type[Backbone]]] = {kind.family: kind for kind in (ESM2, ESMC)}
-"""The families that checkpoints can name, each a class of its own file."""
+FAMILIES: Final[dict[str, type[Backbone]]] = {
+    kind.family: kind for kind in (ESM2, ESMC, TransformersBackbone)
+}
+"""The families that checkpoints can name, each a class of its own file. Other packages may add to it."""
+
+
+def class_of(level: Level) -> type[Backbone]:
+    """Return the class of the family that a level states.
+
+    Raises:
+        ValueError: for a family that is not among `FAMILIES`.
+    """
+    if level.family not in FAMILIES:
+        raise ValueError(
+            f"expected a level of a family among {', '.join(FAMILIES)}, got {level.family} at level "
+            f"{level.name}: import the package that adds this family, or a newer version of rd_torch"
+        )
+    return FAMILIES[level.family]
 
 
 def as_backbone(module: nn.Module) -> Backbone:

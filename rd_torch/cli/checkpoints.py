@@ -167,9 +167,9 @@ def export(
 
     The command runs the file before it keeps it, and compares its embeddings with the model's.
     """
-    from rd_torch.config import ESM2_LEVELS
     from rd_torch.exporting import MismatchError, exporter_for
     from rd_torch.exporting import export as write
+    from rd_torch.levels import ESM2_LEVELS
     from rd_torch.model import RDModel
     from rd_torch.weights import DEFAULT_MODEL, PUBLISHED_MAPS
 

@@ -228,10 +228,13 @@ def load_model(name: str, level: str | None, dtype: str, device: str | None, **p
 def print_levels(config: RDConfig) -> None:
     """Print a table of a model's levels, with what each stage explains."""
     click.echo(
-        f"{'level':>8} {'layers':>6} {'heads':>5} {'backbone':>8} {'nested':>6} {'R^2':>6} {'kept':>6}"
+        f"{'level':>8} {'family':>12} {'layers':>6} {'heads':>5} {'backbone':>8} {'nested':>6} {'R^2':>6} "
+        f"{'kept':>6}"
     )
     for level, explained in zip(config.levels, (None, *config.explained), strict=True):
         r2 = f"{explained.r2:6.3f}" if explained and explained.r2 is not None else " " * 6
         kept = f"{explained.kept:6.3f}" if explained else ""
-        shape = f"{level.num_layers or '':>6} {level.attention_heads or '':>5} {level.width:>8}"
+        shape = (
+            f"{level.title:>12} {level.num_layers or '':>6} {level.attention_heads or '':>5} {level.width:>8}"
+        )
         click.echo(f"{level.name:>8} {shape} {config.widths[level.name]:>6} {r2} {kept}".rstrip())

@@ -8,8 +8,9 @@ from typing import Any, Self
 import torch
 from transformers import PretrainedConfig
 
-from rd_torch.backbone import FAMILIES, MissingHead
-from rd_torch.config import ALPHABET, RDConfig
+from rd_torch.backbone import MissingHead, class_of
+from rd_torch.config import RDConfig
+from rd_torch.levels import ALPHABET
 from rd_torch.model import RDModel
 from rd_torch.stage import map_shapes, stages_of
 
@@ -80,7 +81,7 @@ class RDTransformersConfig(PretrainedConfig):  # type: ignore[misc]  # transform
         config = RDConfig.from_dict(self.chain or {})
         backbones = {}
         for level in config.levels:
-            backbone = FAMILIES[level.family].of_level(level)
+            backbone = class_of(level).of_level(level)
             backbone.reference = level.reference
             for head in backbone.heads:
                 if f"{level.name}.{head}" in self.missing_heads:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Self, TypeAlias, TypeVar
 
-from rd_torch.config import SPECIAL_TOKENS
+from rd_torch.levels import SPECIAL_TOKENS
 from rd_torch.sequences import WINDOW_BATCHES, Entry
 from rd_torch.store.naming import Names
 

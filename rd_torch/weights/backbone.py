@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rd_torch.config import Level
+from rd_torch.levels import Level
 from rd_torch.weights.convention import published_size
 from rd_torch.weights.files import Files
 from rd_torch.weights.tensors import Tensors, require_finite

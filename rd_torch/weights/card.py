@@ -31,7 +31,7 @@ ICLR 2026, arXiv 2603.07710).
 {facts}
 """
 
-_CHAIN = "This is a chain of ESM-2 models with reverse-distilled embeddings"
+_CHAIN = "This is a chain of {titles} models with reverse-distilled embeddings"
 
 _MAPS = "These are maps that turn raw embeddings of several models into reverse-distilled ones"
 
@@ -82,7 +82,8 @@ def model_card(config: RDConfig, name: str, included: Collection[str]) -> str:
     """
     described = all(level.num_layers for level in config.levels)
     loads = all(level.reference or level.name in included for level in config.levels)
-    families = ["protein language model", "ESM-2"] if described else []
+    titles = list(dict.fromkeys(level.title for level in config.levels))
+    families = ["protein language model", *titles] if described else []
     metadata = ModelCardData(
         library_name="rd_torch",
         pipeline_tag="feature-extraction",
@@ -91,7 +92,7 @@ def model_card(config: RDConfig, name: str, included: Collection[str]) -> str:
     return _TEXT.format(
         metadata=metadata.to_yaml(),
         name=name,
-        what=_CHAIN if described else _MAPS,
+        what=_CHAIN.format(titles=" and ".join(titles)) if described else _MAPS,
         promise=_PROMISES[config.method],
         kept=_KEPT[config.method],
         rows="\n".join(_rows(config, included)),

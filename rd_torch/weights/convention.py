@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from rd_torch.config import Level
+from rd_torch.levels import Level
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rd_torch.backbone import EMBEDDING, ESM2, inverse_frequencies
-from rd_torch.config import ESM2_LEVELS, Level
+from rd_torch.levels import ESM2_LEVELS, Level
 from rd_torch.weights.convention import Convention, Shapes, published_size
 
 SHARED_ANGLES: Final = "rot_emb.inv_freq"

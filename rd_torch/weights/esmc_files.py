@@ -9,7 +9,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from rd_torch.backbone import EMBEDDING, ESMC, hidden_width
-from rd_torch.config import ESMC_LEVELS, Level
+from rd_torch.levels import ESMC_LEVELS, Level
 from rd_torch.weights.convention import Convention, Shapes, published_size
 
 # Names of the packed layout (transformer-engine's, then PyTorch's own before it), and of heads. The order

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias
 
 from torch import Tensor
 
-from rd_torch.config import Reference
+from rd_torch.levels import Reference
 from rd_torch.weights.convention import Convention, own_convention
 from rd_torch.weights.esm2_files import ESM2_FILES
 from rd_torch.weights.esmc_files import ESMC_FILES

@@ -22,8 +22,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # a public re-export
 
-from rd_torch.config import Reference
 from rd_torch.disk import write_whole
+from rd_torch.levels import Reference
 from rd_torch.weights.known import ON_HUB, PINNED_ON_FIRST_USE, PUBLISHED_MAPS
 from rd_torch.weights.tensors import sha256_of
 

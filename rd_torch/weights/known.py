@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from rd_torch.config import ESMC_LEVELS, Reference
+from rd_torch.levels import ESMC_LEVELS, Reference
 
 PUBLISHED_MAPS: Final = "singhlab/plm_reverse_distillation"
 """The repository of the authors' maps (Catrina et al., ICLR 2026), whose checksums nobody published."""

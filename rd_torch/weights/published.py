@@ -24,7 +24,8 @@ from rd_torch.choices import (
     SpecialRows,
     check_choice,
 )
-from rd_torch.config import ESM2_LEVELS, Explained, RDConfig, Reference
+from rd_torch.config import Explained, RDConfig
+from rd_torch.levels import ESM2_LEVELS, Reference
 from rd_torch.stage import STAGES
 from rd_torch.weights.hub import Hub
 from rd_torch.weights.known import ESM2_ON_HUB, PUBLISHED_MAPS

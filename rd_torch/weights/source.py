@@ -10,7 +10,8 @@ from typing import Final, Unpack
 
 import torch
 
-from rd_torch.config import TRANSFORMERS_FAMILY, Level, RDConfig, Reference
+from rd_torch.config import RDConfig
+from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference
 from rd_torch.weights.backbone import read_backbone, read_level
 from rd_torch.weights.files import Files, Source, find_backbone, list_weights, looks_like_a_repository
 from rd_torch.weights.folder import BACKBONES, CONFIG, MAPS, backbone_file, read_config, read_maps
