@@ -250,7 +250,7 @@ def test_ordinary_use_imports_no_package_called_esm(tmp_path, installed, verdict
 @pytest.mark.parametrize("imported", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_verify_knows_the_other_package_from_fair_esm(tmp_path, monkeypatch, imported, mixed):
-    from rd_torch.verifying import require_fair_esm
+    from rd_torch.oracles import require_fair_esm
 
     require_fair_esm()
     write_other_esm(tmp_path)
