@@ -9,7 +9,7 @@ from helpers import random_stages
 from safetensors.torch import save_file
 
 from rd_torch import ESMC, Level, RDModel
-from rd_torch.config import ESMC_ALPHABET
+from rd_torch.levels import ESMC_ALPHABET
 
 SHAPES = {"a": (2, 32, 2), "b": (2, 48, 2), "c": (3, 64, 4)}
 WIDTHS = {name: width for name, (_, width, _) in SHAPES.items()}

@@ -14,7 +14,7 @@ import rd_torch
 from rd_torch import ESMC, RDModel
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.preparing import LIMITS
-from rd_torch.config import ESMC_ALPHABET
+from rd_torch.levels import ESMC_ALPHABET
 
 PAD, MASK, BREAK = ESMC_ALPHABET.padding_idx, ESMC_ALPHABET.mask_idx, ESMC_ALPHABET.get_idx("|")
 SEQUENCES = ("MKTAYIAKQR<mask>QISFVK<mask>", "M", "XBUZO|MK|", "<mask><mask>", random_sequence(41))

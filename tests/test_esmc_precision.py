@@ -10,7 +10,7 @@ from helpers import random_sequence
 from rd_torch import ESMC, RDModel
 from rd_torch.backbone.attention import inverse_frequencies
 from rd_torch.backbone.preparing import LIMITS, PROBES
-from rd_torch.config import ESMC_ALPHABET
+from rd_torch.levels import ESMC_ALPHABET
 
 PAD = ESMC_ALPHABET.padding_idx
 SEQUENCES = ("MKTAYIAKQR<mask>QISFVK<mask>", "M", "XBUZO|MK|", "<mask><mask>", random_sequence(41))

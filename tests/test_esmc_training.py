@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rd_torch import MatryoshkaHead, Predictor, RDModel, ResidueHead, SequenceHead, hardware
 from rd_torch.backbone import esmc
 from rd_torch.backbone.packing import Packing
-from rd_torch.config import ESMC_ALPHABET
+from rd_torch.levels import ESMC_ALPHABET
 
 PAD = ESMC_ALPHABET.padding_idx
 TOKENS = tokens_of("MKTAYIAKQR<mask>QISFVK<mask>", "M", "XBUZO|MK", random_sequence(41))
