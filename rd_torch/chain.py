@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import nn
@@ -14,9 +14,27 @@ from rd_torch.alphabet import Alphabet
 from rd_torch.backbone import Backbone, as_backbone, at_least_float32, one_alphabet
 from rd_torch.choices import Method, PredictFrom, SpecialRows
 from rd_torch.config import RDConfig
+from rd_torch.levels import ALPHABET
 from rd_torch.modules import Modules, StateDict, modules_of
 from rd_torch.nesting import fingerprint
 from rd_torch.stage import Maps, map_shapes
+
+Fact = TypeVar("Fact")
+
+
+class OfAlphabet(Generic[Fact]):
+    """A fact of a chain's alphabet, as an attribute; asked of the class, it is ESM-2's.
+
+    Args:
+        read: function that reads the fact off an alphabet.
+    """
+
+    def __init__(self, read: Callable[[Alphabet], Fact]) -> None:
+        self._read = read
+
+    def __get__(self, chain: Chain | None, _: type) -> Fact:
+        """Return the fact."""
+        return self._read(ALPHABET if chain is None else next(iter(chain.family().values())).alphabet)
 
 
 class Chain(nn.Module):
@@ -28,7 +46,24 @@ class Chain(nn.Module):
         config: levels and choices of the chain.
         backbones: backbones by level, smallest first.
         stages: stages by the level that each leads to.
+        alphabet: the alphabet of the token ids, which all backbones have.
+        alphabet_size: number of its tokens.
+        padding_idx: id of the token that fills shorter sequences up.
+        mask_idx: id of the token that stands for a masked residue.
+        cls_idx: id of the token before a sequence.
+        eos_idx: id of the token after a sequence.
+        prepend_bos: whether a token stands before a sequence.
+        append_eos: whether a token stands after a sequence.
     """
+
+    alphabet = OfAlphabet(lambda alphabet: alphabet)
+    alphabet_size = OfAlphabet(len)
+    padding_idx = OfAlphabet(lambda alphabet: alphabet.padding_idx)
+    mask_idx = OfAlphabet(lambda alphabet: alphabet.mask_idx)
+    cls_idx = OfAlphabet(lambda alphabet: alphabet.cls_idx)
+    eos_idx = OfAlphabet(lambda alphabet: alphabet.eos_idx)
+    prepend_bos = OfAlphabet(lambda alphabet: alphabet.prepend_bos)
+    append_eos = OfAlphabet(lambda alphabet: alphabet.append_eos)
 
     config: RDConfig
     backbones: Modules[Backbone]
@@ -111,46 +146,6 @@ class Chain(nn.Module):
     def device(self) -> torch.device:
         """Device that token ids must be on."""
         return next(iter(self.family().values())).device
-
-    @property
-    def alphabet(self) -> Alphabet:
-        """The alphabet of the token ids, which all backbones have."""
-        return next(iter(self.family().values())).alphabet
-
-    @property
-    def alphabet_size(self) -> int:
-        """Number of tokens of the alphabet."""
-        return len(self.alphabet)
-
-    @property
-    def padding_idx(self) -> int:
-        """Id of the token that fills shorter sequences up."""
-        return self.alphabet.padding_idx
-
-    @property
-    def mask_idx(self) -> int:
-        """Id of the token that stands for a masked residue."""
-        return self.alphabet.mask_idx
-
-    @property
-    def cls_idx(self) -> int:
-        """Id of the token before a sequence."""
-        return self.alphabet.cls_idx
-
-    @property
-    def eos_idx(self) -> int:
-        """Id of the token after a sequence."""
-        return self.alphabet.eos_idx
-
-    @property
-    def prepend_bos(self) -> bool:
-        """Whether a token stands before a sequence."""
-        return self.alphabet.prepend_bos
-
-    @property
-    def append_eos(self) -> bool:
-        """Whether a token stands after a sequence."""
-        return self.alphabet.append_eos
 
     @property
     def num_layers(self) -> int:

@@ -60,7 +60,7 @@ def fit(
 
     Returns:
         The fitted model, with the numbers of sequences and residues in its provenance. It is in `eval` mode,
-        except that `rd_torch.ESM2` backbones, which become parts of it, keep the mode that they had.
+        except that an `rd_torch.Backbone`, which becomes a part of it, keeps the mode that it had.
 
     Raises:
         FileNotFoundError: for a backbone that is not there, or if the folder in which `work_folder` is to be

@@ -73,7 +73,9 @@ def fit_stores(
     if not inputs:
         raise ValueError("expected a file of embeddings for at least one level, got none")
     with open_raw(inputs) as files:
-        levels = tuple(Level(name, None, width, None) for name, width in files.widths.items())
+        levels = tuple(
+            Level(name, None, width, None, facts=files.origins[name]) for name, width in files.widths.items()
+        )
         added = check_options(list(files.widths.values()), **options)
         with Sums(_summands_of(files), files.rows_per_batch, folder=work_folder) as sums:
             _add_windows(files, sums, progress)

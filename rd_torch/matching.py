@@ -49,7 +49,8 @@ def require_level(level: Level, store: Store) -> None:
     """Require that a file can hold a level's raw embeddings, by all that it states of itself.
 
     Args:
-        level: the level. If it is only a name and a width, any model's embeddings of that width are taken.
+        level: the level. If it is only a name and a width, the file must state no other model than the file
+            that the maps were fitted to.
         store: the file.
 
     Raises:
@@ -62,6 +63,7 @@ def require_level(level: Level, store: Store) -> None:
             f"expected width {level.width} at level {level.name}, got {store.width} in {store.path}: {cure}"
         )
     if level.num_layers is None:
+        _require_origin(level, store)
         return
     if store.layer not in (None, level.num_layers):
         raise ValueError(
@@ -77,6 +79,34 @@ def require_level(level: Level, store: Store) -> None:
             f"expected embeddings of {level.title} {level.name}, got those of {model} in {store.path}, as "
             f"the file says: {cure}"
         )
+
+
+def origin_of(store: Store) -> dict[str, str]:
+    """Return what a file states of the model that made it, by which another file can be told from it.
+
+    Args:
+        store: the file.
+
+    Returns:
+        Fingerprint and dtype of the model for a store of ours, the model's name for another program's file;
+        empty where the file states none.
+    """
+    if store.facts is not None:
+        return {"fingerprint": store.facts.fingerprint, "dtype": store.facts.backbone_dtype}
+    return {"model": store.model_name} if store.model_name else {}
+
+
+def _require_origin(level: Level, store: Store) -> None:
+    """Require that a file states no other model than the one whose embeddings a level was fitted to."""
+    stated = origin_of(store)
+    alike = stated.get("dtype") == level.facts.get("dtype")  # in another dtype the fingerprint differs too
+    for fact in ("fingerprint", "model"):
+        known, got = level.facts.get(fact), stated.get(fact)
+        if alike and known and got and known != got:
+            raise ValueError(
+                f"expected embeddings of {fact} {known} at level {level.name}, as the maps were fitted to, "
+                f"got those of {got} in {store.path}: embed with the same model, up to the same level"
+            )
 
 
 def require_names(store: Store) -> None:

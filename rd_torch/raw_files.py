@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor
 
-from rd_torch.matching import require_names, require_raw
+from rd_torch.matching import origin_of, require_names, require_raw
 from rd_torch.modules import bytes_of
 from rd_torch.store import Names, Record, Store, Window, gather, open_store
 from rd_torch.threads import run_ahead
@@ -44,6 +44,7 @@ class RawFiles:
         widths: width of the embeddings by level.
         pool: `"mean"` for files of means over residues, `"none"` for files of a row for each residue.
         windows: how all files cut long sequences into pieces, which is the option `windows` of `embed`.
+        origins: by level, what the file states of the model that made it, as `origin_of` returns it.
 
     Raises:
         ValueError: for files that do not fit each other.
@@ -52,6 +53,7 @@ class RawFiles:
     def __init__(self, stores: Mapping[str, Store]) -> None:
         self._stores = stores
         self.widths = {level: store.width for level, store in stores.items()}
+        self.origins = {level: origin_of(store) for level, store in stores.items()}
         self._first, *others = stores.values()
         self.pool = self._first.pool
         if others:

@@ -12,6 +12,7 @@ from helpers import random_sequence, small_model
 import rd_torch
 from rd_torch import batching, hardware
 from rd_torch.batching import LEAST_TOKENS, MOST_TOKENS, bytes_per_token, find_budget, run_batches
+from rd_torch.levels import ALPHABET
 
 CPU = torch.device("cpu")
 SEQUENCES = [random_sequence(length, seed) for seed, length in enumerate((5, 60, 61, 1, 33, 8, 59, 30, 2))]
@@ -34,7 +35,7 @@ def test_a_batch_too_large_is_halved_with_a_warning_and_nothing_is_lost(most, er
     with pytest.warns(
         UserWarning, match="tokens were too many for the memory of cpu: batches hold at most"
     ) as said:
-        done = list(run_batches(scarce(most, error), SEQUENCES, 1_000, CPU))
+        done = list(run_batches(scarce(most, error), SEQUENCES, ALPHABET, 1_000, CPU))
     assert sorted(index for batch in done for index in batch.indices) == list(range(len(SEQUENCES)))
     assert max(batch.result.numel() for batch in done) <= most
     assert len(said) <= 5  # the budget stays halved
@@ -44,7 +45,7 @@ def test_a_batch_too_large_is_halved_with_a_warning_and_nothing_is_lost(most, er
 
 def test_the_budget_stays_halved_for_the_batches_that_follow():
     with pytest.warns(UserWarning, match="too many") as said:
-        done = list(run_batches(scarce(130), ["A" * 30] * 100, 1_000, CPU))
+        done = list(run_batches(scarce(130), ["A" * 30] * 100, ALPHABET, 1_000, CPU))
     assert sum(len(batch.indices) for batch in done) == 100
     assert len(said) == 2  # 992 and 256 tokens of the first batch; none of the three after it
 
@@ -56,7 +57,7 @@ def test_one_sequence_that_takes_too_much_is_an_error_that_says_how_long_it_is()
             MemoryError, match="expected memory for one sequence of 61 residues, got none left on cpu: cut"
         ),
     ):
-        list(run_batches(scarce(62), SEQUENCES, 1_000, CPU))
+        list(run_batches(scarce(62), SEQUENCES, ALPHABET, 1_000, CPU))
 
 
 @pytest.mark.parametrize("words", batching._SHORT_OF_MEMORY)
@@ -66,7 +67,7 @@ def test_words_of_onednn_and_cpp_are_known_for_a_lack_of_memory(words):
             raise RuntimeError(words)
 
     with pytest.warns(UserWarning, match="too many"):
-        assert len(list(run_batches(compute, SEQUENCES, 1_000, CPU))) > 1
+        assert len(list(run_batches(compute, SEQUENCES, ALPHABET, 1_000, CPU))) > 1
 
 
 @pytest.mark.parametrize(
@@ -77,16 +78,16 @@ def test_other_errors_pass(words):
         raise RuntimeError(words)
 
     with pytest.raises(RuntimeError, match=words):
-        list(run_batches(compute, SEQUENCES, 100, CPU))
+        list(run_batches(compute, SEQUENCES, ALPHABET, 100, CPU))
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
 def test_a_sequence_longer_than_the_budget_goes_alone_without_a_warning(budget):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        done = list(run_batches(lambda tokens: tokens.numel(), SEQUENCES, budget, CPU))
+        done = list(run_batches(lambda tokens: tokens.numel(), SEQUENCES, ALPHABET, budget, CPU))
     assert all(batch.result <= budget or len(batch.indices) == 1 for batch in done)
-    assert list(run_batches(lambda tokens: 0, [], budget, CPU)) == []
+    assert list(run_batches(lambda tokens: 0, [], ALPHABET, budget, CPU)) == []
 
 
 def test_embeddings_are_the_same_when_memory_was_short(monkeypatch):
@@ -169,6 +170,7 @@ def test_a_real_shortage_of_memory_halves_the_batch(tmp_path):
 import resource, warnings, torch, psutil
 from rd_torch import RDModel, embed
 from rd_torch.backbone.esm2 import ESM2
+from rd_torch.levels import ALPHABET
 torch.set_num_threads(1)
 model = RDModel({"only": ESM2(1, 640, 20)}, []).eval()
 embed(model, ["MKV"])

@@ -438,6 +438,38 @@ def test_combine_looks_at_widths_alone_where_levels_are_names(chain, means, tmp_
         combine_stores(nesting, means | {"x": means["y"]}, tmp_path / "three.h5")
 
 
+def test_combine_refuses_files_that_state_another_model_than_the_fitted_one(mini, tmp_path):
+    def embedded(model, level, name):
+        path = tmp_path / f"{name}.h5"
+        rd_torch.embed_to_store(RDModel({level: model.backbones[level]}, []), PROTEINS, path, pool="none")
+        return path
+
+    files = {level: embedded(mini, level, level) for level in ("28K", "90K")}
+    nesting = fit_stores(files)
+    combine_stores(nesting, files, tmp_path / "good.h5")
+    exact = RDModel.from_pretrained("esm2-rd-mini", dtype=torch.float64)  # has another fingerprint, and may
+    combine_stores(nesting, files | {"28K": embedded(exact, "28K", "exact")}, tmp_path / "exact.h5")
+    other = RDModel.from_pretrained("esm2-rd-mini")
+    with torch.no_grad():
+        other.backbones["28K"].embed_tokens.weight[5] += 1
+    changed = files | {"28K": embedded(other, "28K", "changed")}
+    with pytest.raises(ValueError, match="expected embeddings of fingerprint .* at level 28K, .* same model"):
+        combine_stores(nesting, changed, tmp_path / "bad.h5")
+
+
+def test_combine_refuses_another_programs_file_of_another_model(means, tmp_path):
+    for name, model in (("x", "prot_t5"), ("other", "ankh")):
+        path = put(tmp_path / f"{name}.h5", vectors()["x"])
+        with h5py.File(path, "a") as file:
+            file.attrs["model_name"] = model
+    nesting = fit_stores(means | {"x": tmp_path / "x.h5"})
+    assert nesting.config.levels[0].facts == {"model": "prot_t5"}
+    with pytest.raises(
+        ValueError, match="expected embeddings of model prot_t5 at level x, .* got those of ankh"
+    ):
+        combine_stores(nesting, means | {"x": tmp_path / "other.h5"}, tmp_path / "bad.h5")
+
+
 def said_of(chain, levels="xyz"):
     needed = ", ".join(f"'{level}': ..." for level in levels)
     return (

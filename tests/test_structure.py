@@ -121,6 +121,18 @@ def test_the_answers_to_contributors_are_true(question, answer):
         assert not any(imported in imported_rooms(path) for path in others)
 
 
+FAMILIES = {"ESM2", "ESMC", "FairESM2", "EsmcModel", "SelfAttention", "ESMCLayer"}
+AT_HOME = ("backbone/", "weights/", "levels.py", "__init__.py", "verifying.py")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not str(path).startswith(AT_HOME)], ids=str)
+def test_no_room_but_backbones_and_their_files_knows_a_family(path):
+    nodes = list(ast.walk(ast.parse((PACKAGE / path).read_text())))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {each.name for node in nodes if isinstance(node, ast.ImportFrom) for each in node.names}
+    assert not names & FAMILIES
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_files_and_functions_keep_their_size(path):
     text = (PACKAGE / path).read_text()

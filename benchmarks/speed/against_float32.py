@@ -19,7 +19,7 @@ import rd_torch
 from benchmarks.options import add_data_option, data_folder, new_parser
 from benchmarks.proteins import MAX_RESIDUES
 from benchmarks.result import Row
-from benchmarks.speed.lifelike_weights import Facts, lifelike_family
+from benchmarks.speed.lifelike_weights import FAMILIES, Facts, lifelike_family
 from rd_torch.backbone import is_residue, tokenize
 from rd_torch.levels import ALPHABET
 from rd_torch.reading import Fasta
@@ -89,22 +89,23 @@ def new_family_parser(description: str | None) -> argparse.ArgumentParser:
     add_data_option(parser)
     parser.add_argument(
         "family",
-        choices=(MINI, "650M"),
-        help="mini is the shipped, trained family; 650M has ESM-2's shapes and random weights.",
+        choices=(MINI, *FAMILIES),
+        help="mini is the shipped, trained family; the others have random weights: 650M ESM-2's shapes, esmc "
+        "those of ESM-C 300M and 600M, and 6B's depth.",
     )
     parser.add_argument(
         "--residues",
         type=int,
-        help="Number of residues to compare, by default 22,000 for mini and 1,500 for 650M.",
+        help="Number of residues to compare, by default 22,000 for mini and 1,500 for the others.",
     )
     parser.add_argument(
         "--fit-residues",
         type=int,
         default=5_000,
-        help="Number of residues that the maps of 650M are fitted on, by default %(default)s.",
+        help="Number of residues that the maps of random weights are fitted on, by default %(default)s.",
     )
     parser.add_argument(
-        "--layers", type=int, default=33, help="Number of layers that a random backbone has at the most."
+        "--layers", type=int, default=80, help="Number of layers that a random backbone has at the most."
     )
     return parser
 
@@ -121,5 +122,5 @@ def prepare(arguments: argparse.Namespace) -> tuple[rd_torch.RDModel, list[Tenso
     if arguments.family == MINI:
         return rd_torch.RDModel.from_pretrained("esm2-rd-mini"), batches, facts
     fitted = take(short, arguments.fit_residues)
-    model, more = lifelike_family(fitted, batches[0], arguments.layers, TOKENS_PER_BATCH)
+    model, more = lifelike_family(arguments.family, fitted, batches[0], arguments.layers, TOKENS_PER_BATCH)
     return model, batches, facts | more

@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed.half_precision mini --output benchmarks/results/half_precision_mini.json
     python -m benchmarks.speed.half_precision 650M --output benchmarks/results/half_precision_650M.json
+    python -m benchmarks.speed.half_precision esmc --output benchmarks/results/half_precision_esmc.json
 
 A level's block is what it adds to the nested embedding. Each variant turns the backbones alone; weights and
 float32 maps are those of the reference. In `float16` and `bfloat16` the residual stream has that type too,
@@ -11,11 +12,12 @@ deviation in float32: the root of its features' mean variance over residues. The
 error of a protein's mean, in the same units. Cosines are between a residue's two block vectors, both less the
 mean in float32. Proteins are natural ones of the validation set, of at most 1,022 residues.
 
-`mini` is the shipped, trained family. `650M` has the full shapes of ESM-2 8M to 650M and random weights whose
-numbers behave like a trained model's, by the recipe in `benchmarks/speed/lifelike_weights.py`; its maps are
-fitted by `rd_torch.fit` in float32, on proteins that are not compared. What the recipe reached, on proteins
-that are compared, stands with the environment: the growth from the embedding to the last layer; the magnitude
-of the four large channels at the end, median over tokens; the number of keys that a query attends to (the
+`mini` is the shipped, trained family. `650M` has the full shapes of ESM-2 8M to 650M, and `esmc` those of
+ESM-C 300M and 600M above a backbone of 6B's 80 layers, 640 wide. Both have random weights whose numbers
+behave like a trained model's, by the recipe in `benchmarks/speed/lifelike_weights.py`; their maps are fitted
+by `rd_torch.fit` in float32, on proteins that are not compared. What the recipe reached, on proteins that are
+compared, stands with the environment: the growth from the embedding to the last layer; the magnitude of the
+four large channels at the end, median over tokens; the number of keys that a query attends to (the
 exponential of the attention's entropy, mean over queries, heads and layers); and the share of the stream's
 mean square that varies between tokens, the four channels apart.
 """

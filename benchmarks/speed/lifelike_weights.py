@@ -1,14 +1,16 @@
-"""Random weights of ESM-2's shapes whose numbers behave like a trained model's.
+"""Random weights of ESM-2's and ESM-C's shapes whose numbers behave like a trained model's.
 
 Rounding errors depend on the weights, so plain random ones would not do. The recipe:
 
 - PyTorch's initial weights from a seed for each level, `q_proj` and `k_proj` doubled, so that a query attends
-  to about as many keys as in the shipped family's largest backbone;
-- each layer's `out_proj` and `fc2`, weights and biases, scaled so that the root-mean-square of the residual
-  stream follows that of the shipped family's largest backbone, after the embedding and after each layer,
-  interpolated over relative depth; attention goes half of each layer's way;
+  to about as many keys as in the shipped family's largest backbone (in ESM-C their LayerNorms are set to the
+  same effect);
+- the linear layers that end a layer's two branches, weights and biases, scaled so that the root-mean-square
+  of the residual stream follows that of the shipped family's largest backbone, after the embedding and after
+  each layer, interpolated over relative depth; attention goes half of each layer's way;
 - four random channels, which the growth leaves out, hold constants of both signs, 50 times the median
-  channel's root-mean-square, set by the biases of `out_proj` and `fc2`. The LayerNorms before attention and
+  channel's root-mean-square, set by the biases of these linear layers, or, as ESM-C has none, by the table of
+  embeddings. The LayerNorms before attention and
   before the feed-forward block have weights that bring all channels to unit size; the last one's are ones.
 
 Growth and constants are closed forms, found layer after layer on the first 126 residues of two proteins.
@@ -20,17 +22,36 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from math import sqrt
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import rd_torch
-from rd_torch.backbone import ESM2, MEAN_SHARE_KEPT, Packing, tokenize
-from rd_torch.levels import ALPHABET, ESM2_LEVELS, Level
+from rd_torch.backbone import (
+    ESM2,
+    ESMC,
+    MEAN_SHARE_KEPT,
+    Encoder,
+    Packing,
+    TransformerLayer,
+    class_of,
+    tokenize,
+)
+from rd_torch.levels import ALPHABET, ESM2_LEVELS, ESMC_LEVELS, Level
 
-LEVELS = ("8M", "35M", "150M", "650M")
+FAMILIES = {
+    "650M": [ESM2_LEVELS[name] for name in ("8M", "35M", "150M", "650M")],
+    # The depth of ESM-C 6B at a fourth of its width, then the two sizes that fit a small machine.
+    "esmc": [
+        Level("80 layers", num_layers=80, width=640, attention_heads=10, family=ESMC.family),
+        *(ESMC_LEVELS[name] for name in ("300M", "600M")),
+    ],
+}
+"""The levels of each family that can be made."""
+
 GAIN = 2.0
 CONSTANTS = (50.0, -50.0, 50.0, -50.0)
 CALIBRATED_ON = 126
@@ -44,7 +65,30 @@ def root_mean_square(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
-def residual_stream(backbone: ESM2, tokens: Tensor) -> tuple[list[Tensor], float]:
+class Ends(NamedTuple):
+    """What the recipe sets in a layer, whatever its family calls it.
+
+    Attributes:
+        norms: The LayerNorms at the beginning of the two branches.
+        linears: The linear layers at their ends.
+        share: What the branches are multiplied by before they are added.
+    """
+
+    norms: tuple[nn.LayerNorm, ...]
+    linears: tuple[nn.Linear, ...]
+    share: float
+
+    @classmethod
+    def of(cls, layer: Any) -> Self:
+        """Return those of a layer of ESM-2 or of ESM-C."""
+        if isinstance(layer, TransformerLayer):
+            norms = (layer.self_attn_layer_norm, layer.final_layer_norm)
+            return cls(norms, (layer.self_attn.out_proj, layer.fc2), 1.0)
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        return cls(norms, (layer.self_attn.o_proj, layer.mlp.down_proj), layer.share)
+
+
+def residual_stream(backbone: Encoder, tokens: Tensor) -> tuple[list[Tensor], float]:
     """Return the packed stream after the embedding and each layer, and how many keys a query attends to."""
     stream: list[Tensor] = []
     keys: list[float] = []
@@ -78,24 +122,29 @@ class Calibration:
         constants: `(width,)` signed constants in units of the median channel, zero in the others.
     """
 
-    def __init__(self, backbone: ESM2, targets: Sequence[float], constants: Tensor) -> None:
+    def __init__(self, backbone: Encoder, targets: Sequence[float], constants: Tensor) -> None:
         self.x = torch.zeros(())
         self.constants = constants
         layers = backbone.layers
         self.hooks = [layers[0].register_forward_pre_hook(self.start)]
         for layer, (before, after) in zip(layers, pairwise(targets), strict=True):
-            for linear, target in ((layer.self_attn.out_proj, (before + after) / 2), (layer.fc2, after)):
-                self.hooks.append(linear.register_forward_hook(partial(self.grow, target)))
+            ends = Ends.of(layer)
+            for linear, target in zip(ends.linears, ((before + after) / 2, after), strict=True):
+                self.hooks.append(linear.register_forward_hook(partial(self.grow, target, ends.share)))
 
     def start(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Take the embedding."""
         self.x = inputs[0]
 
-    def grow(self, target: float, linear: nn.Linear, _: object, out: Tensor) -> Tensor:
+    def grow(self, target: float, share: float, linear: nn.Linear, _: object, out: Tensor) -> Tensor:
         """Scale a branch to the target, and move the four channels' mean by its bias."""
         plain = self.constants == 0
-        scale = branch_scale(self.x[:, plain], out[:, plain], target)
-        after = self.x + scale * out
+        scale = branch_scale(self.x[:, plain], share * out[:, plain], target)
+        after = self.x + share * scale * out
+        if linear.bias is None:
+            linear.weight.mul_(scale)
+            self.x = after
+            return scale * out
         unit = after.square().mean(0).sqrt().median()
         shift = torch.where(plain, 0, self.constants * unit - after.mean(0))
         linear.weight.mul_(scale)
@@ -104,7 +153,7 @@ class Calibration:
         return scale * out + shift
 
 
-def random_backbone(level: Level, tokens: Tensor, curve: Sequence[float], seed: int) -> ESM2:
+def random_backbone(level: Level, tokens: Tensor, curve: Sequence[float], seed: int) -> Encoder:
     """Return a backbone whose random weights follow the recipe.
 
     Args:
@@ -114,17 +163,24 @@ def random_backbone(level: Level, tokens: Tensor, curve: Sequence[float], seed: 
         seed: Seed of the weights.
     """
     torch.manual_seed(seed)
-    backbone = ESM2(*level.shape).eval()
+    backbone = class_of(level).of_level(level).eval()
+    assert isinstance(backbone, Encoder)
     depth = np.linspace(0, 1, backbone.num_layers + 1)
     targets = np.interp(depth, np.linspace(0, 1, len(curve)), curve).tolist()
     constants = torch.zeros(level.width)
     constants[torch.randperm(level.width)[: len(CONSTANTS)]] = torch.tensor(CONSTANTS)
     size = constants.abs().clamp(min=1)
-    backbone.embed_tokens.weight.mul_(targets[0] / MEAN_SHARE_KEPT)
+    kept = MEAN_SHARE_KEPT if isinstance(backbone, ESM2) else 1.0
+    backbone.embed_tokens.weight.mul_(targets[0] / kept)
+    if isinstance(backbone, ESMC):
+        backbone.embed_tokens.weight[:, constants != 0] = constants[constants != 0] * targets[-1]
     for layer in backbone.layers:
-        layer.self_attn.q_proj.weight.mul_(GAIN)
-        layer.self_attn.k_proj.weight.mul_(GAIN)
-        for norm in (layer.self_attn_layer_norm, layer.final_layer_norm):
+        for name, part in layer.named_modules():
+            if name.endswith(("q_proj", "k_proj")) and isinstance(backbone, ESM2):
+                part.weight.mul_(GAIN)
+            elif name.endswith(("q_norm", "k_norm")):  # PyTorch's initial q and k have the variance 1/3
+                part.weight.fill_(GAIN / sqrt(3))
+        for norm in Ends.of(layer).norms:
             norm.weight.copy_(size.square().mean().sqrt() / size)
     calibration = Calibration(backbone, targets, constants)
     backbone(tokens, Packing.of(tokens != ALPHABET.padding_idx))
@@ -133,7 +189,7 @@ def random_backbone(level: Level, tokens: Tensor, curve: Sequence[float], seed: 
     return backbone
 
 
-def reached(backbone: ESM2, tokens: Tensor) -> str:
+def reached(backbone: Encoder, tokens: Tensor) -> str:
     """Return in words what the recipe made of a backbone, on tokens that it was not calibrated on."""
     stream, keys = residual_stream(backbone, tokens)
     last = stream[-1]
@@ -149,11 +205,12 @@ def reached(backbone: ESM2, tokens: Tensor) -> str:
 
 
 def lifelike_family(
-    fitted: Sequence[str], tokens: Tensor, most_layers: int, tokens_per_batch: int
+    family: str, fitted: Sequence[str], tokens: Tensor, most_layers: int, tokens_per_batch: int
 ) -> tuple[rd_torch.RDModel, Facts]:
-    """Return the 650M chain with such weights and fitted maps, and what the recipe reached.
+    """Return a family's chain with such weights and fitted maps, and what the recipe reached.
 
     Args:
+        family: Name of the family, one of `FAMILIES`.
         fitted: Sequences that the maps are fitted on; the first two calibrate the weights.
         tokens: Batch that what was reached is measured on.
         most_layers: Number of layers that a backbone has at the most.
@@ -164,12 +221,11 @@ def lifelike_family(
     curve = [root_mean_square(x) for x in residual_stream(largest, tokens)[0]]
     calibrated = tokenize([sequence[:CALIBRATED_ON] for sequence in fitted[:2]], ALPHABET)
     facts: Facts = {"asked for": f"growth {curve[-1] / curve[0]:.3g}, channels {CONSTANTS[0]:.3g}"}
-    backbones: dict[str, ESM2] = {}
-    for seed, name in enumerate(LEVELS):
-        layers = min(ESM2_LEVELS[name].shape[0], most_layers)
-        level = replace(ESM2_LEVELS[name], num_layers=layers)
-        backbones[name] = random_backbone(level, calibrated, curve, seed)
-        facts[f"{name} reached"] = reached(backbones[name], tokens)
+    backbones: dict[str, Encoder] = {}
+    for seed, published in enumerate(FAMILIES[family]):
+        level = replace(published, num_layers=min(published.shape[0], most_layers))
+        backbones[level.name] = random_backbone(level, calibrated, curve, seed)
+        facts[f"{level.name} reached"] = reached(backbones[level.name], tokens)
     model = rd_torch.fit(backbones, fitted, tokens_per_batch=tokens_per_batch)
     facts["residues fitted on"] = model.config.provenance["fit"]["residues"]
     facts["R^2"] = ", ".join(f"{each.r2:.3g}" for each in model.config.explained if each)
