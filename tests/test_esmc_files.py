@@ -111,7 +111,7 @@ def test_a_size_has_its_shape(theirs, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_chains_are_saved_and_loaded_to_the_bit(tmp_path, tokens, dtype):
-    backbones = {name: ours_of(random_esmc(2, width, 2, seed)) for seed, (name, width) in enumerate(
+    backbones = {name: our_esmc(2, width, 2, seed) for seed, (name, width) in enumerate(
         {"a": 32, "b": 48}.items()
     )}  # fmt: skip
     model = RDModel(backbones, random_stages(widths={"a": 32, "b": 48})).eval().to(dtype)

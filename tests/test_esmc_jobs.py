@@ -172,6 +172,19 @@ def test_info_embed_and_convert_take_a_chain(model, folder, fasta, tmp_path):
     assert "ESM-C" in card
 
 
+def test_a_record_with_a_chain_break_is_listed_and_the_others_are_embedded(model, folder, tmp_path):
+    path = tmp_path / "in.fasta"
+    path.write_text(">one\nMK|V\n>two\nMKV\n")
+    result = run("embed", path, "-o", tmp_path / "out.h5", "--model", folder, "--device", "cpu")
+    assert result.exit_code == 3
+    listed = (tmp_path / "out.h5.failed.tsv").read_text().splitlines()
+    assert listed[1].startswith("one\t")
+    assert "got '|' at position 3" in listed[1]
+    with open_store(tmp_path / "out.h5") as store:
+        assert list(store) == ["two"]
+        assert np.array_equal(store[:], rd_torch.embed(model, ["MKV"]))
+
+
 @pytest.mark.parametrize("layout", ["transformers", "packed", "first"])
 def test_one_backbone_converts_from_every_layout(layout, fasta, tmp_path):
     theirs = random_esmc(2, 64, 4)

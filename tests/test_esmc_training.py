@@ -184,6 +184,24 @@ def test_lora_trains_what_an_ordinary_config_names_and_merges(targets, count, tm
             torch.testing.assert_close(each(TOKENS).embeddings, after, rtol=0, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*embedding")
+def test_the_table_takes_adapters_and_may_be_trained_whole(tmp_path):
+    before = small_esmc()(TOKENS).embeddings.detach()
+    for number, options in enumerate(({"targets": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]})):
+        model = train_some(with_lora(**options))
+        with torch.no_grad():
+            after = model(TOKENS).embeddings
+            soft = functional.one_hot(TOKENS, len(ESMC_ALPHABET)).float()
+            torch.testing.assert_close(model(soft).embeddings, after, rtol=0, atol=2e-5)
+        assert (after - before).abs().max() > 1e-3
+        model.save_pretrained(tmp_path / str(number))
+        again = PeftModel.from_pretrained(small_esmc(), tmp_path / str(number)).eval()
+        with torch.no_grad():
+            assert torch.equal(again(TOKENS).embeddings, after)
+            merged = model.merge_and_unload()
+            torch.testing.assert_close(merged(TOKENS).embeddings, after, rtol=0, atol=5e-5)
+
+
 def test_lora_on_half_precision_backbones_trains_in_float32():
     config = LoraConfig(r=4, target_modules=EVERY_LINEAR)
     model = get_peft_model(small_esmc().to(torch.bfloat16), config)
