@@ -6,14 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
-from rd_torch.letters import BLANKS, RESIDUE_LETTERS, Corrections, read_residues
+from rd_torch.letters import BLANKS, PROTEIN, RESIDUE_LETTERS, Corrections, Kind, read_residues
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BEFORE: Final = ("<cls>", "<pad>", "<eos>", "<unk>")
-_GAPS: Final = ".-"
-_STANDARD: Final = RESIDUE_LETTERS + _GAPS
+GAPS: Final = ".-"
+"""Characters that stand for gaps in alignments."""
+
+_STANDARD: Final = RESIDUE_LETTERS + GAPS
 _NO_TOKEN: Final = "<null_1>"
 _MASK: Final = "<mask>"
 CHAIN_BREAK: Final = "|"
@@ -45,8 +47,14 @@ class Alphabet:
         cls_idx: id of `<cls>`, 0; likewise `padding_idx`, `eos_idx`, `unk_idx` and `mask_idx`.
         residue_ranges: first and last id of each run of ids that stand for residues: those of amino acids and
             X, B, U, Z, O.
+        kind: what the sequences are of: proteins, unless the alphabet is of a model of nucleic acids.
+        gaps: characters for gaps that are tokens.
+        is_per_letter: whether each letter of a sequence becomes one token.
     """
 
+    kind: Kind = PROTEIN
+    gaps: str = GAPS
+    is_per_letter: bool = True
     residue_ranges: tuple[tuple[int, int], ...] = ((len(_BEFORE), len(_BEFORE) + len(RESIDUE_LETTERS) - 1),)
 
     def __init__(self, chain_break: bool = False) -> None:
@@ -234,17 +242,19 @@ class BatchConverter:
 
     def _ids(self, number: int, string: str, corrections: Corrections) -> list[int]:
         """Return the ids of one string of a batch."""
+        alphabet = self.alphabet
         try:
-            return self.alphabet.encode(string)
-        except (
-            KeyError
-        ):  # fair-esm's converter fails here; ours reads the string as the rest of the package does
-            parts = [part for part in self.alphabet.spelled.split(str(string)) if part.strip(BLANKS)]
+            return alphabet.encode(string)
+        except KeyError:  # fair-esm's converter fails here; ours reads as the rest of the package does
+            spelled = alphabet.spelled
+        parts = [part for part in spelled.split(str(string)) if part.strip(BLANKS)]
         try:
             read = [
-                part if self.alphabet.spelled.match(part) else read_residues(part, corrections, gaps=_GAPS)
+                part
+                if spelled.match(part)
+                else read_residues(part, corrections, gaps=alphabet.gaps, kind=alphabet.kind)
                 for part in parts
             ]
         except ValueError as error:
             raise ValueError(f"{error} of string number {number:,}") from None
-        return self.alphabet.encode("".join(read))
+        return alphabet.encode("".join(read))

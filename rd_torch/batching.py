@@ -49,17 +49,23 @@ class Batch(NamedTuple, Generic[Result]):
     result: Result
 
 
-def bytes_per_token(family: Iterable[Backbone]) -> int:
+def bytes_per_token(family: Iterable[Backbone], longest: int = 0) -> int:
     """Return a rough upper bound of the bytes that a forward pass without gradients takes for each token.
 
     In the widest layer it counts the residual stream, its normalised copy, the heads and the feed-forward
     block; in the chain every raw embedding, also in float64 for moments, and the nested one packed, padded
     and averaged. It does not count weights.
+
+    Args:
+        family: the backbones.
+        longest: number of tokens in the longest sequence, on which it depends where whole attention maps are
+            in memory.
     """
     members = list(family)
     element = members[-1].dtype.itemsize
     widths = [member.embed_dim for member in members]
-    return (12 + 14 * element) * max(widths) + 20 * sum(widths) + 28 * max(widths)
+    beyond = max(member.bytes_beyond(longest) for member in members)
+    return (12 + 14 * element) * max(widths) + 20 * sum(widths) + 28 * max(widths) + beyond
 
 
 def find_budget(family: Iterable[Backbone], device: torch.device) -> int:
@@ -76,7 +82,11 @@ def find_budget(family: Iterable[Backbone], device: torch.device) -> int:
     free = hardware.free_bytes(device)
     if free is None:
         return most
-    return max(LEAST_TOKENS, min(most, int(SHARE_OF_FREE * free) // bytes_per_token(family)))
+    members, room = list(family), int(SHARE_OF_FREE * free)
+    tokens = min(most, room // bytes_per_token(members))
+    while tokens > LEAST_TOKENS and tokens * bytes_per_token(members, tokens) > room:
+        tokens -= tokens // 16  # one sequence may fill the batch, and its attention maps grow with its square
+    return max(LEAST_TOKENS, tokens)
 
 
 def plan_batches(family: Iterable[Backbone], tokens_per_batch: int | None) -> tuple[int, torch.device]:
@@ -105,7 +115,8 @@ def require_memory(family: Iterable[Backbone], tokens: Tensor) -> None:
     """
     if tokens.device.type != "cpu":
         return  # a GPU refuses by itself
-    needed, free = bytes_per_token(family) * tokens.numel(), hardware.free_bytes(tokens.device) or 0
+    needed = bytes_per_token(family, tokens.shape[1]) * tokens.numel()
+    free = hardware.free_bytes(tokens.device) or 0
     if needed > free:
         raise MemoryError(f"about {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rd_torch.alphabet import Alphabet
 from rd_torch.backbone import is_residue, obstacle
 from rd_torch.batching import require_memory, run_batches
 from rd_torch.model import RDModel
 from rd_torch.pieces import Blend, Pieces
-from rd_torch.pooling import pool_residues
+from rd_torch.pooling import pool_residues, pools_of
 from rd_torch.store import Row
 
 
@@ -103,6 +104,30 @@ def prepare_where_possible(model: RDModel) -> None:
     """
     if not model.training and obstacle(model.family()) is None:
         model.prepare_inference()
+
+
+def require_tokens_for(alphabet: Alphabet, pool: str, pieces: Pieces | None) -> None:
+    """Require that an alphabet has the tokens that a way to embed needs.
+
+    Args:
+        alphabet: the alphabet of the model.
+        pool: ways to pool residues, as `pool_name` joins them.
+        pieces: how long sequences are cut into pieces; None keeps them whole.
+
+    Raises:
+        ValueError: for `cls`, where no token stands before a sequence; for pieces, where a token may be of
+            several letters.
+    """
+    if "cls" in pools_of(pool) and not alphabet.prepend_bos:
+        raise ValueError(
+            "expected a pool over residues, got 'cls', though the model's tokenizer puts no token before a "
+            "sequence"
+        )
+    if pieces is not None and not alphabet.is_per_letter:
+        raise ValueError(
+            "expected whole sequences, got windows, though the model's tokenizer makes tokens of several "
+            "letters: cut long sequences (--max-length)"
+        )
 
 
 def batch_embedder(model: RDModel, pool: str, width: int | None) -> Callable[[Tensor], list[Tensor]]:

@@ -13,7 +13,7 @@ import torch
 
 from rd_torch.batching import plan_batches
 from rd_torch.choices import check_names
-from rd_torch.embedder import Embedder, prepare_where_possible
+from rd_torch.embedder import Embedder, prepare_where_possible, require_tokens_for
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.modules import evaluating
@@ -109,7 +109,8 @@ def embed(
     """
     way = pool_name(pool)
     pieces = None if windows is None else Pieces.of(windows, way)
-    residues = list(normalize_sequences(sequences_of(sequences)))
+    require_tokens_for(model.alphabet, way, pieces)
+    residues = list(normalize_sequences(sequences_of(sequences), model.alphabet.kind))
     budget, device = plan_batches(model.family(width).values(), tokens_per_batch)
     if sum(map(len, residues)) > budget:  # preparing takes longer than one batch does
         prepare_where_possible(model)
@@ -203,6 +204,7 @@ def embed_to_store(
             corrections,
             strict=options.get("strict", False),
             max_length=options.get("max_length"),
+            kind=model.alphabet.kind,
         )
         cut = cut_windows(read, work.facts.tokens_per_batch, names)
         with closing(run_ahead(cut, WINDOWS_AHEAD)) as windows:
@@ -273,9 +275,11 @@ def facts_of(
         The facts of the store.
 
     Raises:
-        ValueError: for a `pool`, `width` or `windows` that does not exist.
+        ValueError: for a `pool`, `width` or `windows` that does not exist or does not fit the model's tokens.
     """
     pool, windows = pool_name(options.get("pool", "mean")), options.get("windows")
+    pieces = None if windows is None else Pieces.of(windows, pool)
+    require_tokens_for(model.alphabet, pool, pieces)
     prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
     return Facts(
         model=name,
@@ -287,5 +291,5 @@ def facts_of(
         backbone_dtype=str(model.dtype).removeprefix("torch."),
         save_dtype=save_dtype,
         tokens_per_batch=budget,
-        windows=None if windows is None else Pieces.of(windows, pool),
+        windows=pieces,
     )

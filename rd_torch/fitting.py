@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rd_torch.alphabet import Alphabet
 from rd_torch.backbone import Backbone, Packing, as_backbone, is_real, is_residue, one_alphabet
 from rd_torch.batching import plan_batches, run_batches
+from rd_torch.letters import Kind
 from rd_torch.loading import Place, load_backbone
 from rd_torch.model import RDModel
 from rd_torch.modules import device_of, digest_of, evaluating
@@ -78,9 +79,10 @@ def fit(
         >>> chain.config.provenance["fit"]["residues"]
         68
     """
-    residues = normalize_sequences(sequences_of(sequences))
+    family = shared_family(load_backbones(backbones, device), **options)
+    residues = normalize_sequences(sequences_of(sequences), kind_of(family))
     return fit_entries(
-        load_backbones(backbones, device),
+        family,
         (Entry("", sequence) for sequence in residues),
         tokens_per_batch=tokens_per_batch,
         progress=progress,
@@ -146,6 +148,15 @@ def fit_entries(
             sums.mark_done(window.number, window.checksum)
         sums.finish(windows)
         return make_chain(family, sums, provenance, **options)
+
+
+def kind_of(family: Mapping[str, Backbone]) -> Kind:
+    """Return what the sequences of a family are of, as the alphabet of its backbones says.
+
+    Args:
+        family: the backbones by level.
+    """
+    return next(iter(family.values())).alphabet.kind
 
 
 def summands_of(family: Mapping[str, Backbone]) -> Summands:

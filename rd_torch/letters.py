@@ -6,7 +6,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from string import ascii_letters
-from typing import Final
+from typing import Final, NamedTuple
 
 RESIDUE_LETTERS: Final = "LAGVSERTIDPKQNFYMHWCXBUZO"
 """The letters that are residues, in the order of their ids, 4 to 28."""
@@ -20,7 +20,32 @@ LETTERS: Final = frozenset(ascii_letters + "-.*")
 MISSING: Final = frozenset(("nan", "NaN", "None", "none", "null", "Null"))
 """How programs write a missing value, where that is spelled with letters; "NA" may be two residues."""
 
-_RESIDUES: Final = frozenset(RESIDUE_LETTERS)
+
+class Kind(NamedTuple):
+    """What sequences are made of.
+
+    Attributes:
+        name: what they are.
+        letters: the letters of their residues.
+        unknown: the letter that every other letter becomes.
+        alike: letters that mean a residue of theirs, but are not its letter, and that letter.
+    """
+
+    name: str
+    letters: str
+    unknown: str
+    alike: tuple[str, str] = ("", "")
+
+
+PROTEIN: Final = Kind("protein", RESIDUE_LETTERS, "X")
+DNA: Final = Kind("DNA", "ACGTN", "N", ("U", "T"))
+RNA: Final = Kind("RNA", "ACGUN", "N", ("T", "U"))
+
+_RESIDUES: Final = {kind.name: frozenset(kind.letters) for kind in (PROTEIN, DNA, RNA)}
+
+_PROTEINS_ALONE: Final = frozenset("EFILPQ")
+"""Letters of amino acids that stand for no nucleotide and no set of nucleotides."""
+
 _NUCLEOTIDES: Final = frozenset("ACGTUN-.*")
 _LONGEST_PROTEIN_OF_NUCLEOTIDES: Final = 39
 """Residues of the longest sequence of nucleotide letters that may be a protein.
@@ -39,17 +64,20 @@ class Corrections:
         stops: number of sequences that lost a `*` at the end.
         unknown: number of letters that are no residue and became X.
         truncated: number of sequences that were cut to the maximal length.
+        nucleotides: number of letters that are no nucleotide and became N.
     """
 
     stops: int = 0
     unknown: int = 0
     truncated: int = 0
+    nucleotides: int = 0
 
     def warn(self) -> None:
         """Issue one warning that counts every kind of change; issue none where nothing changed."""
         kinds = (
             (self.stops, "sequences whose '*' at the end was dropped"),
             (self.unknown, "letters that are no residue, read as X"),
+            (self.nucleotides, "letters that are no nucleotide, read as N"),
             (self.truncated, "sequences cut to the maximal length"),
         )
         changes = [f"{what}: {count:,}" for count, what in kinds if count]
@@ -96,18 +124,32 @@ def _require_protein(letters: str) -> None:
             )
 
 
-def read_residues(text: str, corrections: Corrections, *, strict: bool = False, gaps: str = "") -> str:
+def _require_nucleic(letters: str, kind: Kind) -> None:
+    """Raise a ValueError for a protein, where a nucleic acid is wanted."""
+    place = next((place for place, letter in enumerate(letters) if letter in _PROTEINS_ALONE), None)
+    if place is not None:
+        raise ValueError(
+            f"expected the sequence of {kind.name}, got {letters[place]!r} at position {place + 1:,}, which "
+            "stands in proteins alone: take a model of proteins"
+        )
+
+
+def read_residues(
+    text: str, corrections: Corrections, *, strict: bool = False, gaps: str = "", kind: Kind = PROTEIN
+) -> str:
     """Read a sequence as people write it.
 
     Blanks, line breaks and a `*` at the end are dropped, and lower case is read as upper. Every other letter
     that is no residue (J, `-`, `.`, an inner `*`) becomes X. Forty or more letters that all are nucleotides
-    are DNA or RNA, and are refused.
+    are DNA or RNA, and are refused. For models of nucleic acids, other letters become N, U and T are read as
+    the one that the model knows, and proteins are refused.
 
     Args:
         text: the sequence.
         corrections: counts of changes, to which those of this sequence are added.
         strict: whether to refuse letters that are no residue.
         gaps: characters that stay as they are, for a caller who has tokens for them.
+        kind: what the sequence is of.
 
     Returns:
         The residues, one upper-case letter each.
@@ -116,8 +158,10 @@ def read_residues(text: str, corrections: Corrections, *, strict: bool = False, 
         ValueError: for a text that is no sequence or has no residues, with the first character that does not
             belong; if strict, for the first letter that is no residue, with its position.
     """
-    if text and _RESIDUES.issuperset(text):
-        _require_protein(text)
+    residues = _RESIDUES[kind.name]
+    if text and residues.issuperset(text):
+        if kind == PROTEIN:
+            _require_protein(text)
         return text
     require_letters(text)
     letters = "".join(_PARTED.findall(text))
@@ -129,15 +173,29 @@ def read_residues(text: str, corrections: Corrections, *, strict: bool = False, 
         corrections.stops += 1
     if not letters.strip("*"):
         raise ValueError("expected a sequence, got none")
-    _require_protein(letters)
-    known = _RESIDUES.union(gaps)
-    if not known.issuperset(letters):
-        places = [place for place, letter in enumerate(letters) if letter not in known]
-        if strict:
-            raise ValueError(
-                f"expected residues ({''.join(sorted(_RESIDUES))}), got {letters[places[0]]!r} at position "
-                f"{places[0] + 1:,}"
-            )
+    if kind == PROTEIN:
+        _require_protein(letters)
+    else:
+        _require_nucleic(letters, kind)
+        letters = letters.replace(*kind.alike)
+    known = residues.union(gaps)
+    return (
+        letters if known.issuperset(letters) else _replace_unknown(letters, known, corrections, strict, kind)
+    )
+
+
+def _replace_unknown(
+    letters: str, known: frozenset[str], corrections: Corrections, strict: bool, kind: Kind
+) -> str:
+    """Return letters with those that are no residue replaced, or raise a ValueError if strict."""
+    places = [place for place, letter in enumerate(letters) if letter not in known]
+    if strict:
+        raise ValueError(
+            f"expected residues ({''.join(sorted(kind.letters))}), got {letters[places[0]]!r} at position "
+            f"{places[0] + 1:,}"
+        )
+    if kind == PROTEIN:
         corrections.unknown += len(places)
-        letters = "".join(letter if letter in known else "X" for letter in letters)
-    return letters
+    else:
+        corrections.nucleotides += len(places)
+    return "".join(letter if letter in known else kind.unknown for letter in letters)

@@ -21,6 +21,7 @@ from rd_torch.modules import StateDict
 from rd_torch.stage import Maps, stages_of
 from rd_torch.weights import (
     BACKBONES,
+    CONFIG,
     CONVENTIONS,
     Checkpoint,
     Hub,
@@ -89,7 +90,8 @@ def read_parts(
     if published or others:
         raise ValueError(f"expected {name_or_folder} alone, got it with options of chains of several levels")
     backbone = load_backbone(name_or_folder, hub, None, place, revision)
-    name = level or Path(str(name_or_folder).removeprefix(FOREIGN)).name.replace(".", "_")
+    place_name = Path(str(name_or_folder).removeprefix(FOREIGN)).resolve().name
+    name = level or place_name.replace(".", "_")
     return RDConfig((backbone.level(name),), (), ()), {name: backbone}, []
 
 
@@ -156,7 +158,7 @@ def load_backbone(
     exact = place._replace(dtype=place.dtype or torch.float32)
     if is_foreign(source):
         source = str(source).removeprefix(FOREIGN)
-        if not _is_native(source, hub):
+        if not _is_native(source, hub, revision):
             return _read_foreign(source, hub, exact, revision=revision)
     if isinstance(source, str) and revision is not None and not Path(source).exists():
         source = Reference(source, revision)
@@ -171,9 +173,11 @@ def is_foreign(source: object) -> bool:
     return isinstance(source, str) and source.startswith(FOREIGN)
 
 
-def _is_native(name: str, hub: Hub) -> bool:
+def _is_native(name: str, hub: Hub, revision: str | None) -> bool:
     """Return whether a model's config says that it is computed as a family that is here natively."""
-    config = read_model_config(name, hub)
+    config = read_model_config(name, hub, revision)
+    if "auto_map" in config:  # its own code may compute something else
+        return False
     for convention in CONVENTIONS:
         if config.get("model_type") == convention.model_type:
             with suppress(ValueError):
@@ -182,36 +186,53 @@ def _is_native(name: str, hub: Hub) -> bool:
     return False
 
 
-def _read_foreign(name: str, hub: Hub, place: Place, **facts: Any) -> TransformersBackbone:
+def _read_foreign(
+    name: str, hub: Hub, place: Place, *, trusted: bool = False, **options: Any
+) -> TransformersBackbone:
     """Load any model of transformers' by the name of its folder or its Hub id; without a dtype, as stored."""
     return TransformersBackbone.from_pretrained(
         name,
-        trust_remote_code=name in hub.trusted,
+        trust_remote_code=trusted or hub.trusts(name),
         dtype=place.dtype or "auto",
         device=place.device,
         cache_dir=hub.cache_dir,
         local_files_only=hub.local_files_only,
-        **facts,
+        **options,
     )
 
 
 def _read_foreign_level(
     checkpoint: Checkpoint, level: Level, other: Source | None, hub: Hub, place: Place
 ) -> Backbone:
-    """Load the backbone of a level that transformers computes; raise a ValueError for another width."""
-    if other is not None:
+    """Load the backbone of a level by transformers; raise a ValueError for another than the checkpoint's."""
+    exact = place._replace(dtype=place.dtype or torch.float32)
+    layer = level.facts.get("layer")
+    backbone: Backbone
+    if other is not None and (layer is None or not is_foreign(other)):
         backbone = load_backbone(other, hub, level.name, place)
+    elif other is not None:
+        backbone = _read_foreign(str(other).removeprefix(FOREIGN), hub, exact, layer=layer)
     elif level.reference is not None:
         there = level.reference
-        backbone = _read_foreign(there.repo, hub, place, revision=there.revision, **level.facts)
+        backbone = _read_foreign(there.repo, hub, exact, revision=there.revision, layer=layer)
     else:
         folder = checkpoint.find_backbone(level, None, hub).place
-        backbone = _read_foreign(folder, hub, place, **level.facts)
-    if backbone.embed_dim != level.width:
-        raise ValueError(
-            f"expected a backbone of width {level.width} at level {level.name}, got {backbone.embed_dim}"
-        )
+        backbone = _read_foreign(folder, hub, place, trusted=hub.trusts(checkpoint.name), layer=layer)
+    _require_same(level, backbone.level(level.name))
     return backbone
+
+
+def _require_same(level: Level, found: Level) -> None:
+    """Raise a ValueError for a backbone that is not as its level; for a bare name, only the width counts."""
+    is_name_alone = level.num_layers is None
+    tokens = {each.facts["tokenizer"] for each in (level, found) if "tokenizer" in each.facts}
+    if len(tokens) > 1 and not is_name_alone:
+        raise ValueError(
+            f"expected the tokenizer that level {level.name} was made with, got one that makes other tokens"
+        )
+    same = is_name_alone or replace(found, reference=None) == replace(level, reference=None)
+    if found.width != level.width or not same:
+        raise ValueError(f"expected a backbone of shape {level}, got {found}")
 
 
 def write_chain(chain: Chain, folder: Path, backbones: Storage, hub: Hub, name: str) -> None:
@@ -235,6 +256,8 @@ def write_chain(chain: Chain, folder: Path, backbones: Storage, hub: Hub, name: 
     levels = chain.config.levels
     for level_name, state in tensors.items():
         state.require_plain(f"level {level_name}")
+    for backbone in foreign.values():
+        backbone.require_whole()
     if backbones == "referenced":
         for level in levels:
             stored = _stored_tensors(level, chain.backbones[level.name], hub)
@@ -242,6 +265,7 @@ def write_chain(chain: Chain, folder: Path, backbones: Storage, hub: Hub, name: 
         tensors = {}
     else:
         levels = tuple(replace(level, reference=None) for level in levels)
+        (folder / CONFIG).unlink(missing_ok=True)  # so that a write that is cut off does not look whole
         for level_name, backbone in foreign.items():
             backbone.save(folder / BACKBONES / level_name)
     own = {name: state for name, state in tensors.items() if name not in foreign}
@@ -259,8 +283,11 @@ def _stored_tensors(level: Level, backbone: Backbone, hub: Hub) -> Mapping[str, 
             'save with backbones="included"'
         )
     if isinstance(backbone, TransformersBackbone):
-        there = level.reference
-        return _read_foreign(there.repo, hub, AS_IT_IS, revision=there.revision, **level.facts).tensors()
+        there, layer = level.reference, level.facts.get("layer")
+        runs_here = backbone.runs_code_of_files
+        return _read_foreign(
+            there.repo, hub, AS_IT_IS, trusted=runs_here, revision=there.revision, layer=layer
+        ).tensors()
     return read_backbone(find_backbone(level.reference, hub), level)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Final, NamedTuple
 
-from rd_torch.letters import Corrections, read_residues
+from rd_torch.letters import PROTEIN, Corrections, Kind, read_residues
 from rd_torch.levels import SPECIAL_TOKENS
 
 WINDOW_BATCHES: Final = 16
@@ -77,6 +77,7 @@ def normalize_entries(
     *,
     strict: bool = False,
     max_length: int | None = None,
+    kind: Kind = PROTEIN,
 ) -> Iterator[Entry]:
     """Read the letters of records as they come, as `normalize` does.
 
@@ -86,6 +87,7 @@ def normalize_entries(
         strict: whether to refuse letters that are no residue, and to stop at the first record that cannot be
             read.
         max_length: number of residues to keep of each sequence; by default all.
+        kind: what the sequences are of, as the alphabet of a model says.
 
     Yields:
         Each record, with nothing but residues in it, or with a fault.
@@ -94,16 +96,16 @@ def normalize_entries(
         ValueError: if strict, for the first record that cannot be read.
     """
     for entry in entries:
-        read = entry if entry.fault else _read(entry, corrections, strict=strict, max_length=max_length)
+        read = entry if entry.fault else _read(entry, corrections, strict, max_length, kind)
         if read.fault and strict:
             raise ValueError(describe_fault(read))
         yield read
 
 
-def _read(entry: Entry, corrections: Corrections, *, strict: bool, max_length: int | None) -> Entry:
+def _read(entry: Entry, corrections: Corrections, strict: bool, max_length: int | None, kind: Kind) -> Entry:
     """Return the record with its residues, or with its fault."""
     try:
-        letters = read_residues(entry.sequence, corrections, strict=strict)
+        letters = read_residues(entry.sequence, corrections, strict=strict, kind=kind)
     except ValueError as error:
         return entry._replace(sequence="", fault=str(error))
     if max_length is not None and len(letters) > max_length:
@@ -130,7 +132,11 @@ def require_sound(entries: Iterable[Entry]) -> Iterator[Protein]:
 
 
 def normalize_proteins(
-    proteins: Iterable[tuple[str, str]], *, strict: bool = False, max_length: int | None = None
+    proteins: Iterable[tuple[str, str]],
+    *,
+    strict: bool = False,
+    max_length: int | None = None,
+    kind: Kind = PROTEIN,
 ) -> Iterator[Protein]:
     """Read the letters of proteins as they come, as `normalize` does; one warning counts the changes.
 
@@ -138,20 +144,22 @@ def normalize_proteins(
         proteins: pairs of identifier and sequence.
         strict: whether to refuse letters that are no residue.
         max_length: number of residues to keep of each sequence; by default all.
+        kind: what the sequences are of, as the alphabet of a model says.
 
     Yields:
         Each protein, with nothing but residues in it.
     """
     corrections = Corrections()
     entries = (Entry(*protein) for protein in proteins)
-    yield from require_sound(normalize_entries(entries, corrections, strict=strict, max_length=max_length))
+    read = normalize_entries(entries, corrections, strict=strict, max_length=max_length, kind=kind)
+    yield from require_sound(read)
     corrections.warn()
 
 
-def normalize_sequences(sequences: Iterable[str]) -> Iterator[str]:
+def normalize_sequences(sequences: Iterable[str], kind: Kind = PROTEIN) -> Iterator[str]:
     """Read sequences without identifiers, as `normalize` does; errors name them by their number, from 1."""
     proteins = ((f"number {number:,}", sequence) for number, sequence in enumerate(sequences, start=1))
-    return (protein.sequence for protein in normalize_proteins(proteins))
+    return (protein.sequence for protein in normalize_proteins(proteins, kind=kind))
 
 
 def cut_batches(sequences: Iterable[str], tokens_per_batch: int) -> Iterator[list[tuple[int, str]]]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-_API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|branch|preupload|commit)/([^/]+))?")
+_API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|branch|preupload|commit)/([^/]+))?(/.+)?")
 
 
 class Request(NamedTuple):
@@ -244,6 +244,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _state(self, request: Request, commit: str) -> tuple[int, dict[str, str], bytes]:
         """A repository's state, or the list of its files."""
         files = self.hub.files(request.repo, commit)
+        _, _, below = request.address.partition(f"/tree/{request.revision}/")
+        if below and not any(path.startswith(f"{below}/") for path in files):
+            raise RefusedError(404, "EntryNotFound", commit=commit)
         if "/tree/" in request.address:
             return _json(
                 [

@@ -157,6 +157,26 @@ def test_ways_to_pool_are_the_local_ones_to_the_byte(fasta, tmp_path, ways):
         assert store.facts.pool == ways.replace(",", "+")
 
 
+def test_models_of_transformers_give_the_local_stores_to_the_byte(tmp_path):
+    """One of DNA, whose letters would be refused as those of proteins."""
+    foreign = pytest.importorskip("foreign")
+    tokenizer = foreign.bpe_tokenizer("ACGTN")
+    foreign.bert(tmp_path / "model", vocab=len(tokenizer), tokenizer=tokenizer)
+    rd_torch.RDModel.from_pretrained(f"hf:{tmp_path / 'model'}", "a").save_pretrained(tmp_path / "chain")
+    genes = "".join(f">g{k}\n{'ACGTTGCAAGCTANCGU'[k % 5 :] * (1 + k % 7)}\n" for k in range(30))
+    (tmp_path / "genes.fasta").write_text(genes)
+    for name, where in (("local", ()), ("out", ON_ONE)):
+        output = tmp_path / f"{name}.parquet"
+        result = run("embed", tmp_path / "genes.fasta", "-o", output, "--model", tmp_path / "chain", *where)
+        assert result.exit_code == 0, result.output
+        backbone = f"a=hf:{tmp_path / 'model'}"
+        result = run("fit", tmp_path / "genes.fasta", "-o", tmp_path / name, "--backbone", backbone, *where)
+        assert result.exit_code == 0, result.output
+    assert files(tmp_path / "out.parquet") == files(tmp_path / "local.parquet")
+    local, ours = (rd_torch.RDModel.from_pretrained(tmp_path / name).config for name in ("local", "out"))
+    assert ours.provenance["fit"] == local.provenance["fit"]
+
+
 def test_the_cluster_finishes_what_a_local_run_has_begun(mini, fasta, local, tmp_path):
     out = tmp_path / "out.parquet"
     windows, _ = begun_locally(mini, fasta, out, 2)
@@ -308,7 +328,7 @@ def test_records_are_read_as_locally(fasta):
     assert max(map(len, window.contents)) == 9
     cut = sum(len(sequence) > 9 for sequence in SEQUENCES)
     assert known["fraction"] == 1
-    assert known["corrections"] == [0, 1, cut]
+    assert known["corrections"] == [0, 1, cut, 0]
     assert known["left_out"] == "[]"
     entries = normalize_entries(Fasta(fasta).entries(), Corrections())
     ours = [each for each, _ in Records(fasta).windows(BUDGET, Names(str))]

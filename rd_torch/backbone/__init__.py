@@ -11,6 +11,7 @@ from rd_torch.backbone.layer import AttentionSink, Layer
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import apply_outside_half, at_least_float32
 from rd_torch.backbone.preparing import PROBES, Prepared, obstacle
+from rd_torch.backbone.tokenizers import TokenizerAlphabet
 from rd_torch.backbone.tokens import UBIQUITIN, check_tokens, is_real, is_residue, token_ids, tokenize
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Packing",
     "Prepared",
     "RotaryEmbedding",
+    "TokenizerAlphabet",
     "TransformerLayer",
     "TransformersBackbone",
     "apply_outside_half",

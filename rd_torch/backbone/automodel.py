@@ -6,20 +6,27 @@ This is the door for models that are not here natively. transformers is imported
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from rd_torch.backbone.autoload import is_loaded_again, load
 from rd_torch.backbone.backbone import Backbone
 from rd_torch.backbone.layer import AttentionSink
 from rd_torch.backbone.packing import Packing
-from rd_torch.backbone.precision import at_least_float32
+from rd_torch.backbone.precision import apply_outside_half, at_least_float32
 from rd_torch.backbone.tokenizers import TokenizerAlphabet
-from rd_torch.levels import TRANSFORMERS_FAMILY, Reference
+from rd_torch.backbone.trying import find_idle, giving_maps, pass_on
+from rd_torch.disk import move, part_folder
+from rd_torch.hardware import FULL
+from rd_torch.levels import TRANSFORMERS_FAMILY
 from rd_torch.modules import StateDict
+
+POSITIONS: Final = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+"""What models call tables of positions, which have a row for each position that was trained."""
 
 
 class TransformersBackbone(Backbone):
@@ -29,22 +36,27 @@ class TransformersBackbone(Backbone):
     gets the mask of what is no padding. Batches are padded, not packed, so that a family which is here
     natively runs faster: ESM-2, ESM-C.
 
+    The model is tried on two short sequences. Parameters that its hidden states do not depend on, such as a
+    pooler's, are frozen in a chain, and are no part of its fingerprint.
+
     Args:
         model: a model of transformers' that answers with `last_hidden_state`.
         tokenizer: its tokenizer.
         layer: number of the hidden layer to take, 0 for the embeddings of tokens; by default the last hidden
-            state, after whatever the model does to it.
+            state, after whatever the model does to it. Layers above it run all the same.
 
     Raises:
-        ValueError: for a layer that the model does not have, or a tokenizer that cannot be used.
+        ValueError: for a layer that the model does not have, a tokenizer that cannot be used or does not
+            belong to the model, and a model that does not give one hidden state for each token, numbers that
+            are not finite, or other numbers where a sequence is padded.
 
     Examples:
+        >>> from pathlib import Path
         >>> from transformers import BertConfig, BertModel, BertTokenizerFast
-        >>> _ = pathlib.Path("vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
-        ...     *"LAGVSERTIDPKQNFYMHWCXBUZO"]))
-        >>> config = BertConfig(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        ...     intermediate_size=64)
+        >>> tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"LAGVSERTIDPKQNFYMHWCXBUZO"]
+        >>> _ = Path("vocab.txt").write_text("\n".join(tokens))
         >>> tokenizer = BertTokenizerFast("vocab.txt", do_lower_case=False)
+        >>> config = BertConfig(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
         >>> backbone = rd_torch.TransformersBackbone(BertModel(config), tokenizer)
         >>> rd_torch.embed(rd_torch.RDModel({"tiny": backbone}, []), ["MQIFVK"]).shape
         (1, 32)
@@ -55,17 +67,26 @@ class TransformersBackbone(Backbone):
 
     def __init__(self, model: nn.Module, tokenizer: Any, layer: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.alphabet = TokenizerAlphabet(tokenizer)
-        config: Any = model.config
-        self.embed_dim = config.hidden_size
-        self.num_layers = config.num_hidden_layers
-        self.attention_heads = config.num_attention_heads
+        config: Any = getattr(model, "config", None)
+        try:
+            self.embed_dim = int(config.hidden_size)
+            self.num_layers = int(config.num_hidden_layers)
+            self.attention_heads = int(config.num_attention_heads)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"expected a model whose config states width, layers and heads, got {self._name}: {error}"
+            ) from error
         if layer is not None and not 0 <= layer <= self.num_layers:
             raise ValueError(f"expected a layer from 0 to {self.num_layers}, got {layer}")
         self.layer = layer
-        self.facts = {} if layer is None else {"layer": layer}
+        if layer is not None:
+            self.num_layers = layer  # by which files of embeddings are told from those of other layers
+        self.facts = {"tokenizer": self.alphabet.digest} | ({} if layer is None else {"layer": layer})
         self._checkpointing = False
+        self._most_tokens = self._find_most_tokens()
+        self._idle = find_idle(self.model, self.alphabet, self.embed_dim, self._run)
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913  # mirrors transformers' own
@@ -98,88 +119,159 @@ class TransformersBackbone(Backbone):
 
         Raises:
             FileNotFoundError: if nothing is there.
-            ValueError: for files that would run code of their own, that leave weights of the encoder out, or
-                that transformers cannot read.
+            ValueError: for files that would run code of their own, that leave weights out, or that
+                transformers cannot load; and as the class itself.
             ModuleNotFoundError: where transformers is not installed.
         """
         name = str(name_or_folder)
-        options = {
-            "trust_remote_code": trust_remote_code,
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }
-        model, tokenizer = _load(name, options)
-        if dtype == "auto":
-            stored = getattr(model.config, "dtype", None) or getattr(model.config, "torch_dtype", None)
-            dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-        backbone = cls(model.to(device=device, dtype=dtype), tokenizer, layer)
-        commit = getattr(model.config, "_commit_hash", None)
-        if commit is not None and not Path(name).exists():
-            backbone.reference = Reference(name, commit)
+        loaded = load(
+            name,
+            trusted=trust_remote_code,
+            dtype=None if dtype == "auto" else dtype,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        try:
+            backbone = cls(loaded.model.to(device), loaded.tokenizer, layer)
+        except ValueError as error:
+            raise ValueError(f"{error}, in {name}") from error
+        missing = sorted(key for key in loaded.missing if key not in backbone._idle)
+        if missing:
+            raise ValueError(
+                f"expected a file with every weight of {backbone._name}, got {name} without {missing[0]} "
+                f"({len(missing)} in all), which would be random numbers"
+            )
+        backbone.reference = loaded.reference
         return backbone.eval()
 
+    def require_whole(self) -> None:
+        """Require that transformers would load the model's files as what it is, before they are written.
+
+        Raises:
+            ValueError: for a model that is a part of another, or of a class that transformers does not know.
+        """
+        if not is_loaded_again(self.model):
+            raise ValueError(
+                f"expected a model that transformers loads by itself, got {self._name}: it is a part of "
+                "another, or its code is not among its files"
+            )
+
+    @property
+    def runs_code_of_files(self) -> bool:
+        """Whether the model's code came with its files."""
+        return type(self.model).__module__.startswith("transformers_modules")
+
     def save(self, folder: Path) -> None:
-        """Write the model and its tokenizer to a folder, as transformers does, in place of an older one."""
-        model: Any = self.model
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Not over the old files, from which the tensors may be mapped.
-        with TemporaryDirectory(dir=folder.parent) as new:
-            model.save_pretrained(new)
-            self.alphabet.tokenizer.save_pretrained(new)
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(new, folder)
+        """Write the model and its tokenizer to a folder, as transformers does, in place of an older one.
+
+        Args:
+            folder: the folder.
+        """
+        part = part_folder(folder)  # not over the old files, from which the tensors may be mapped
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        self.model.save_pretrained(part)
+        self.alphabet.tokenizer.save_pretrained(part)
+        for path in part.rglob("*.safetensors"):  # safetensors lets the owner alone read its files
+            path.chmod(part.stat().st_mode & 0o666)
+        shutil.rmtree(folder, ignore_errors=True)
+        move(part, folder, durable=False)
 
     def forward(self, tokens: Tensor, packing: Packing, sink: AttentionSink | None = None) -> Tensor:
         """Compute the hidden states of the real tokens; see `Backbone.forward`.
 
         Raises:
-            ValueError: for distributions in place of ids, more tokens than the model has positions for, or a
-                model that does not give one hidden state for each token.
+            ValueError: for distributions in place of ids, more tokens than the model has positions for, or
+                attention maps of a model that does not return them.
         """
         if tokens.is_floating_point():
+            raise ValueError(f"expected token ids, got distributions, which {self._name} does not take")
+        if packing.index is not None and not packing.longest:
+            return torch.zeros(0, self.embed_dim, dtype=at_least_float32(self.dtype), device=tokens.device)
+        if self._most_tokens is not None and tokens.shape[1] > self._most_tokens:
             raise ValueError(
-                f"expected token ids, got distributions, which {type(self.model).__name__} does not take"
+                f"expected at most {self._most_tokens:,} tokens, for which {self._name} has positions, got "
+                f"{tokens.shape[1]:,}: cut sequences (--max-length), or embed them in pieces (--windows)"
             )
-        self._require_positions(tokens.shape[1])
-        out = self.model(
-            input_ids=tokens,
-            attention_mask=packing.real.long(),
-            output_hidden_states=self.layer is not None,
-            output_attentions=sink is not None,
-            return_dict=True,
-        )
-        hidden = out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
-        if hidden.shape[:2] != tokens.shape:
-            raise ValueError(
-                f"expected one hidden state for each of {tuple(tokens.shape)} tokens, got "
-                f"{tuple(hidden.shape[:2])} from {type(self.model).__name__}"
-            )
-        if sink is not None:
-            _pass_on(out.attentions, packing.real, sink)
+        hidden = self._run(tokens, packing.real, sink)
         return packing.pack(hidden).to(at_least_float32(hidden.dtype))
 
-    def _require_positions(self, time: int) -> None:
-        """Raise a ValueError for more tokens than the model has learned positions for."""
-        for name, part in self.model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(part, nn.Embedding):
-                most = part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
-                if time > most:
-                    raise ValueError(
-                        f"expected at most {most:,} tokens, for which {type(self.model).__name__} has "
-                        f"positions, got {time:,}: cut sequences (--max-length), or embed them in pieces "
-                        "(--windows)"
-                    )
+    def _run(self, tokens: Tensor, real: Tensor, sink: AttentionSink | None = None) -> Tensor:
+        """Return `(batch, time, width)` hidden states, with anything at padding; pass attention maps on."""
+        options = {} if self.layer is None else {"output_hidden_states": True}
+        if sink is None:
+            out = self.model(input_ids=tokens.long(), attention_mask=real.long(), return_dict=True, **options)
+        else:
+            options["output_attentions"] = True
+            with giving_maps(self.model):
+                out = self.model(
+                    input_ids=tokens.long(), attention_mask=real.long(), return_dict=True, **options
+                )
+            pass_on(out.attentions, real, sink)
+        return out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
+
+    def _find_most_tokens(self) -> int | None:
+        """Return for how many tokens the model has learned positions; None where it counts them otherwise."""
+        tables = [
+            part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+            for name, part in self.model.named_modules()
+            if name.endswith(POSITIONS) and isinstance(part, nn.Embedding)
+        ]
+        return min(tables, default=None)
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert the model; angles, and what transformers keeps in float32, never become half."""
+        buffers = [
+            (part._buffers, name, tensor)
+            for part in self.modules()
+            for name, tensor in part._buffers.items()
+            if tensor is not None and (tensor.dtype in FULL or tensor.is_complex())
+        ]
+        kept = [(part, part.data) for name, part in self.model.named_parameters() if self._is_kept(name)]
+        super()._apply(fn, recurse)
+        for holder, name, tensor in buffers:
+            if tensor.is_complex():
+                holder[name] = tensor.to(fn(tensor.real).device)
+            else:
+                holder[name] = apply_outside_half(fn, tensor)
+        for parameter, data in kept:
+            if parameter.dtype == torch.float16:
+                parameter.data = apply_outside_half(fn, data)
+        return self
+
+    def _is_kept(self, name: str) -> bool:
+        """Return whether transformers keeps a parameter in float32 in models that are in float16."""
+        kept = getattr(self.model, "_keep_in_fp32_modules", None) or ()
+        return not set(kept).isdisjoint(name.split("."))
+
+    def bytes_beyond(self, time: int) -> int:
+        """Count four attention maps in float32, a wide feed-forward block, and all layers' hidden states.
+
+        Args:
+            time: number of tokens in the longest sequence of the batch.
+
+        Returns:
+            The number of bytes for each token.
+        """
+        config, element = self.model.config, self.dtype.itemsize
+        inner = max(int(getattr(config, name, None) or 0) for name in ("intermediate_size", "d_ff"))
+        kept = 0 if self.layer is None else (config.num_hidden_layers + 1) * self.embed_dim
+        return 16 * self.attention_heads * time + element * (4 * inner + kept)
 
     def freeze_heads(self) -> None:
-        """Stop poolers from training, which no hidden state depends on."""
+        """Stop parameters from training that no hidden state depends on."""
         for name, parameter in self.named_parameters():
-            if "pooler" in name:
+            if name.removeprefix("model.") in self._idle:
                 parameter.requires_grad_(False)
 
     def embedding_tensors(self) -> StateDict:
-        """Return the tensors that embeddings depend on, by name: all but those of poolers."""
-        return StateDict(self, lambda name: "pooler" not in name)
+        """Return the tensors that embeddings depend on, by name."""
+        return StateDict(self, lambda name: name.removeprefix("model.") not in self._idle)
 
     @property
     def checkpointing(self) -> bool:
@@ -188,65 +280,10 @@ class TransformersBackbone(Backbone):
 
     @checkpointing.setter
     def checkpointing(self, on: bool) -> None:
-        model: Any = self.model
+        # transformers has renamed its methods, and warns of the old ones.
+        kind = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
         if on:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(self.model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
         elif self._checkpointing:
-            model.gradient_checkpointing_disable()
+            getattr(self.model, f"{kind}_checkpointing_disable")()
         self._checkpointing = on
-
-
-def _pass_on(attentions: tuple[Tensor, ...] | None, real: Tensor, sink: AttentionSink) -> None:
-    """Give the attention maps of each layer to a function, with zeros at padding."""
-    if not attentions or attentions[0] is None:
-        raise ValueError(
-            "expected a model that returns attention maps, got one that does not: load it with "
-            'attn_implementation="eager"'
-        )
-    both = (real[:, None, :, None] & real[:, None, None, :]).to(attentions[0].dtype)
-    for maps in attentions:
-        sink(maps * both)
-
-
-def _load(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Load a model and its tokenizer by transformers; say in one sentence why that is not possible."""
-    try:
-        from transformers import AutoConfig, AutoTokenizer
-    except ImportError as error:
-        raise ModuleNotFoundError(f"expected the package transformers, got none: {error}") from error
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
-        model, found = _class_for(config).from_pretrained(name, output_loading_info=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _explained(name, error) from error
-    missing = [key for key in found["missing_keys"] if "pooler" not in key]
-    if missing:
-        raise ValueError(
-            f"expected a file with every weight of {type(model).__name__}, got {name} without "
-            f"{missing[0]} ({len(missing)} in all), which would be random numbers"
-        )
-    is_whole = getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "decoder")
-    return (model.get_encoder() if is_whole else model), tokenizer
-
-
-def _class_for(config: Any) -> Any:
-    """Return the class of transformers' that loads a model's encoder."""
-    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModel, AutoModelForTextEncoding
-
-    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-
-
-def _explained(name: str, error: Exception) -> Exception:
-    """Return the error to raise for a model that transformers does not load."""
-    text = str(error)
-    if "trust_remote_code" in text or "custom code" in text:
-        return ValueError(
-            f"expected a model whose code is transformers' own, got {name}, whose files bring Python code: "
-            "none of it was run; read it and, if you trust it, load it by rd_torch.TransformersBackbone."
-            f"from_pretrained({name!r}, trust_remote_code=True), or name it with --trust-remote-code"
-        )
-    kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-    return kind(
-        f"expected a model and a tokenizer that transformers loads, got {name}: {text.splitlines()[0]}"
-    )

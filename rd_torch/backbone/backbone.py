@@ -141,6 +141,14 @@ class Backbone(nn.Module):
             f"expected a family whose layers are known, got {self.family}: freeze whole backbones"
         )
 
+    def bytes_beyond(self, time: int) -> int:
+        """Return a rough bound of the bytes that a forward pass takes for each token beyond packed layers'.
+
+        Args:
+            time: number of tokens in the longest sequence of the batch.
+        """
+        return 0
+
     def freeze_heads(self) -> None:
         """Stop the heads from training; a weight that is tied to the embedding still trains."""
         for name in self.heads:

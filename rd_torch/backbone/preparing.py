@@ -22,6 +22,7 @@ from rd_torch.backbone.engine import Engine
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import BranchNorm, ResidualNorm
 from rd_torch.backbone.tokens import UBIQUITIN, is_real, tokenize
+from rd_torch.levels import TRANSFORMERS_FAMILY
 
 PROBES: Final = (
     (UBIQUITIN * 3, "M", UBIQUITIN[20:60], UBIQUITIN, "XBUZO", UBIQUITIN[::-1] * 2),
@@ -73,6 +74,8 @@ def obstacle(family: Mapping[str, Backbone]) -> str | None:
         none.
     """
     for level, backbone in family.items():
+        if backbone.family == TRANSFORMERS_FAMILY:
+            return f"level {level} is a model of transformers'"
         kind = type(backbone)
         own = vars(kind).get("own_modules", frozenset())  # not inherited: a subclass may compute otherwise
         known = COMMON_MODULES | own | ({kind} if own else set())

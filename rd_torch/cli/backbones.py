@@ -71,6 +71,7 @@ def choose_backbones(
     """
     from rd_torch.weights import DEFAULT_MODEL, ON_HUB, read_checkpoint
 
+    trusted = tuple(map(absolute_name, trusted))  # machines of a cluster work in other folders
     if pairs and backbones:
         raise ValueError("expected --backbones or --backbone, got both")
     if pairs:

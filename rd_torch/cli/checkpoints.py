@@ -22,6 +22,7 @@ from rd_torch.cli.shared import (
     published_options,
     split_by_level,
     take_published,
+    trust_option,
 )
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("model", required=False)
 @level_option
+@trust_option
 @published_options
-def info(model: str | None, level: str | None, **options: Any) -> None:
+def info(model: str | None, level: str | None, trusted: tuple[str, ...], **options: Any) -> None:
     """Show the levels, widths and origin of a model.
 
     \b
@@ -41,15 +43,20 @@ def info(model: str | None, level: str | None, **options: Any) -> None:
       rd-torch info singhlab/plm_reverse_distillation --level 650M
       rd-torch info esm2_t6_8M_UR50D.pt
 
-    MODEL is a folder, a file or an id on the Hugging Face Hub. Without it, the command shows the small family
-    that ships with rd-torch.
+    MODEL is a folder, a file or an id on the Hugging Face Hub, or, after hf:, the folder or id of any encoder
+    that transformers loads. Without it, the command shows the small family that ships with rd-torch.
 
     The table has a row for each level. R^2 is the share of its backbone's variance that the smaller levels
     predict, and kept is the share of the rest that the added features hold.
     """
+    from rd_torch.model import RDModel
     from rd_torch.weights import DEFAULT_MODEL, read_checkpoint
 
-    config = read_checkpoint(model or DEFAULT_MODEL, level, **take_published(options)).config
+    published = take_published(options)
+    if model is not None and model.startswith("hf:"):  # only the model itself tells what it is
+        config = RDModel.from_pretrained(model, level, trust_remote_code=trusted, **published).config
+    else:
+        config = read_checkpoint(model or DEFAULT_MODEL, level, **published).config
     click.echo(f"{model or DEFAULT_MODEL}\n")
     print_levels(config)
     click.echo(f"\nmethod        {config.method}")
@@ -121,9 +128,16 @@ def _find_files(level: str, cache_dir: str | None, published: dict[str, Any]) ->
     help="Type of number in which the backbones are written.",
 )
 @level_option
+@trust_option
 @published_options
 def convert(
-    source: str, folder: Path, level: str | None, backbones: Any, dtype: str | None, **options: Any
+    source: str,
+    folder: Path,
+    level: str | None,
+    backbones: Any,
+    dtype: str | None,
+    trusted: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Write a model from elsewhere as a checkpoint of rd-torch.
 
@@ -131,15 +145,16 @@ def convert(
       rd-torch convert singhlab/plm_reverse_distillation rd-650M --level 650M
       rd-torch convert esm2_t33_650M_UR50D.pt esm2-650M --dtype float16
 
-    SOURCE is the authors' maps, or one ESM-2: a file of fair-esm, or a file, folder or Hub id of
-    transformers. FOLDER is the folder to write.
+    SOURCE is the authors' maps, or one ESM-2 or ESM-C: a file of fair-esm, or a file, folder or Hub id of
+    transformers. After hf: it is the folder or Hub id of any encoder that transformers loads. FOLDER is the
+    folder to write.
     """
     import torch
 
     from rd_torch.model import RDModel
 
     model = RDModel.from_pretrained(
-        source, level, getattr(torch, dtype or "", None), **take_published(options)
+        source, level, getattr(torch, dtype or "", None), trust_remote_code=trusted, **take_published(options)
     )
     model.save_pretrained(folder, backbones=backbones)
     print_levels(model.config)
@@ -235,7 +250,7 @@ def verify(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Compare the downloaded files of a level with fair-esm or transformers.
+    """Compare the files of a level with fair-esm or transformers.
 
     \b
       rd-torch verify 650M

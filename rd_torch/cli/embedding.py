@@ -30,6 +30,7 @@ from rd_torch.cli.shared import (
     require_one,
     save_dtype_option,
     take_published,
+    trust_option,
     until_option,
 )
 from rd_torch.cli.sharing import (
@@ -74,6 +75,7 @@ PIPED = "The proteins come from a pipe. If this is interrupted, pipe the same on
     help="Keep the first K features. Backbones beyond them do not run.",
 )
 @until_option
+@trust_option
 @option(
     "--windows",
     group="Model",
@@ -170,14 +172,15 @@ def embed(
         return
     options["windows"] = parse_windows(windows)
     name, published = model or DEFAULT_MODEL, take_published(options)
-    if width is not None:
+    trusting = published | {"trust_remote_code": [*map(absolute_name, options.pop("trusted"))]}
+    if width is not None and not name.startswith("hf:"):
         level = read_checkpoint(name, **published).config.levels_for(width)[-1]
     if options["cluster"]:
         from rd_torch.cluster import require_parts
 
         require_parts(output, options["form"], options["pool"])
     workers = join_cluster(options, device)
-    chain = load_model(name, level, dtype, "cpu" if workers else device, **published)
+    chain = load_model(name, level, dtype, "cpu" if workers else device, **trusting)
     width, level = width or chain.embed_dim, list(chain.backbones)[-1]
     click.echo(f"Model {model_title(model)}, level {level}, width {width}", err=True)
     with ResidueBar(proteins) as bar:
@@ -186,7 +189,7 @@ def embed(
         if proteins.is_read_once:
             click.echo(PIPED, err=True)
         if workers:
-            load = partial(load_model, absolute_name(name), level, dtype, **published)
+            load = partial(load_model, absolute_name(name), level, dtype, **trusting)
             failures = _embed_on_cluster(chain, load, proteins, output, reading, workers=workers, **options)
         else:
             failures = _embed_here(chain, proteins, output, reading, shard=shard, **options)

@@ -192,12 +192,13 @@ def _fit_here(
     family: dict[str, Any], proteins: Proteins, strict: bool, left_out: list[Entry], **options: Any
 ) -> RDModel:
     """Fit in this process; add the records that could not be read to `left_out`."""
-    from rd_torch.fitting import fit_entries
+    from rd_torch.fitting import fit_entries, kind_of
     from rd_torch.letters import Corrections
     from rd_torch.sequences import keep_sound, normalize_entries
 
     corrections = Corrections()
-    entries = keep_sound(normalize_entries(proteins.entries(), corrections, strict=strict), left_out)
+    read = normalize_entries(proteins.entries(), corrections, strict=strict, kind=kind_of(family))
+    entries = keep_sound(read, left_out)
     chain = fit_entries(family, options["progress"].count_read(entries), **options)
     corrections.warn()
     return chain

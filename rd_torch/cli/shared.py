@@ -54,7 +54,8 @@ model_option = option(
     group="Model",
     metavar="MODEL",
     show_default="the small family that ships with rd-torch",
-    help="Model to use: a folder, a file, or an id on the Hugging Face Hub.",
+    help="Model to use: a folder, a file, or an id on the Hugging Face Hub. hf: before a folder or an id "
+    "takes any encoder that transformers loads.",
 )
 until_option = option(
     "--level",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, Unpack
@@ -22,7 +23,7 @@ from rd_torch.cluster.steps import (
 )
 from rd_torch.cluster.workers import AS_MANY_AS_FIT, Workers, run, stream
 from rd_torch.embedding import EmbedOptions, facts_of, select_embed_options, warn_of_renamed
-from rd_torch.fitting import make_chain, shared_family, summands_of
+from rd_torch.fitting import kind_of, make_chain, shared_family, summands_of
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.pooling import pool_name
@@ -137,6 +138,7 @@ def embed_to_store(
     check_names(options, StoreOptions.__annotations__)
     form = require_parts(path, options.get("form"), pool_name(options.get("pool", "mean")))
     workers, asked = workers.placed(), options.get("tokens_per_batch")
+    records = replace(records, kind=model.alphabet.kind)
     # The driver cannot see the workers' memory: windows are cut for the most that a device gains from.
     budget = asked or MOST_TOKENS[workers.device]
     saved, name = options.get("save_dtype", "float32"), options.get("name", "")
@@ -191,6 +193,7 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
         ChildProcessError: where a worker cannot be started.
     """
     family, workers = shared_family(load("cpu"), **options), workers.placed()
+    records = replace(records, kind=kind_of(family))
     budget, is_given = tokens_per_batch or MOST_TOKENS[workers.device], tokens_per_batch is not None
     with Sums(summands_of(family), budget, folder=work_folder, fixed_budget=is_given) as sums:
         read = partial(read_for_fit, records, sums.tokens_per_batch, sums.done)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from rd_torch.letters import Corrections
+from rd_torch.letters import PROTEIN, Corrections, Kind
 from rd_torch.reading import Proteins
 from rd_torch.sequences import Entry, keep_sound, normalize_entries
 from rd_torch.store import Folder, Names, Window, cut_windows
@@ -32,6 +32,7 @@ class Records:
         identifier: which part of a header is the identifier, as for `rd_torch.Proteins`.
         columns: names of the columns of a table that hold the sequences and the identifiers; None for one
             that is guessed.
+        kind: what the sequences are of; a job sets it to what its model says.
     """
 
     path: Path | Sequence[Path]
@@ -39,6 +40,7 @@ class Records:
     max_length: int | None = None
     identifier: str | None = None
     columns: tuple[str | None, str | None] = (None, None)
+    kind: Kind = PROTEIN
 
     def proteins(self) -> Proteins:
         """Return the proteins, to be read on this machine.
@@ -76,7 +78,11 @@ class Records:
         """
         proteins, corrections, read = self.proteins(), Corrections(), 0
         entries = normalize_entries(
-            proteins.entries(identifier), corrections, strict=self.strict, max_length=self.max_length
+            proteins.entries(identifier),
+            corrections,
+            strict=self.strict,
+            max_length=self.max_length,
+            kind=self.kind,
         )
         lost: list[Entry] = []
         if names is None:

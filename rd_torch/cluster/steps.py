@@ -22,7 +22,7 @@ from rd_torch.batching import find_budget, plan_batches
 from rd_torch.cluster.records import BULK
 from rd_torch.cluster.workers import Step
 from rd_torch.embedding import EmbedOptions, embed, window_embedder
-from rd_torch.fitting import add_moments, shared_family
+from rd_torch.fitting import add_moments, kind_of, shared_family
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.sequences import normalize_sequences
@@ -168,7 +168,7 @@ def begin_summing(load: LoadFamily, device: str, column: str, tokens_per_batch: 
         # A table without sequences sends moments of width 1, not a large matrix of zeros.
         moments = RunningMoments(width if sequences else 1, place)
         is_window = "number" in table.column_names  # its records were normalised before it was cut
-        residues = sequences if is_window else normalize_sequences(sequences)
+        residues = sequences if is_window else normalize_sequences(sequences, kind_of(family))
         row: dict[str, Any] = {"sequences": add_moments(family, moments, residues, budget)}
         count, mean, scatter = moments.parts
         if is_window:

@@ -72,7 +72,7 @@ class Files:
         if model_type is not None:
             raise ValueError(
                 f"expected an ESM-2 or an ESM-C, whose model_type is 'esm' or 'esmc', got {model_type!r} in "
-                f"{self.place}"
+                f"{self.place}: hf: before its name has transformers load any encoder"
             )
         names = [name for path in self.paths for name, _ in read_tensors(path)]
         return next((each for each in CONVENTIONS if any(map(each.marks.search, names))), ESM2_FILES)
@@ -127,12 +127,13 @@ def find_backbone(source: Source, hub: Hub, level: str | None = None) -> Files:
     return _fetch(reference_to(source), hub)
 
 
-def read_model_config(name: str, hub: Hub) -> dict[str, Any]:
+def read_model_config(name: str, hub: Hub, revision: str | None = None) -> dict[str, Any]:
     """Read transformers' `config.json` of a model.
 
     Args:
         name: a folder or a Hub id.
         hub: how to reach the Hub.
+        revision: commit, tag or branch of a Hub id.
 
     Returns:
         Its content; empty where there is none.
@@ -144,7 +145,7 @@ def read_model_config(name: str, hub: Hub) -> dict[str, Any]:
     if Path(name).exists() or not looks_like_a_repository(name):
         return _config_beside(Path(name))
     with suppress(MissingFileError):
-        return read_json(hub.fetch(reference_to(name), CONFIG).path)
+        return read_json(hub.fetch(reference_to(name, revision), CONFIG).path)
     return {}
 
 

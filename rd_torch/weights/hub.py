@@ -57,12 +57,31 @@ class Hub:
     Attributes:
         cache_dir: folder of the cache; by default the Hub's own.
         local_files_only: whether to take files from the cache alone, without the network.
-        trusted: names of models whose files may bring Python code that is run.
+        trusted: names of models, folders or Hub ids, whose files may bring Python code that is run.
+
+    Raises:
+        TypeError: for `True` in place of names.
     """
 
     cache_dir: str | Path | None = None
     local_files_only: bool = False
     trusted: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trusted, bool) and self.trusted:  # as transformers has it
+            raise TypeError(
+                "expected the names of models whose code may be run, got True: name them, as in "
+                'trust_remote_code=["owner/model"]'
+            )
+
+    def trusts(self, name: str) -> bool:
+        """Return whether Python code among the files of a model may be run.
+
+        Args:
+            name: the folder or Hub id, with or without `hf:`.
+        """
+        given = [self.trusted] if isinstance(self.trusted, str) else self.trusted or ()
+        return _place_of(name) in map(_place_of, given)
 
     def fetch(self, reference: Reference, filename: str) -> Fetched:
         """Find a file of a repository in the cache, or download it.
@@ -121,7 +140,8 @@ class Hub:
             The folder in the cache.
 
         Raises:
-            FileNotFoundError: if the network fails, or the repository does not have the folder.
+            FileNotFoundError: if the network fails and the folder is not in the cache.
+            MissingFileError: if the repository does not have the folder.
         """
         try:
             root = snapshot_download(
@@ -133,11 +153,22 @@ class Hub:
             )
         except (HFValidationError, HTTPError, OSError) as error:
             raise FileNotFoundError(_failure_message(reference.repo, folder, error)) from error
+        if not (Path(root) / folder).is_dir():
+            raise MissingFileError(
+                f"expected the folder {folder} in the repository {reference.repo}, got none there or in the "
+                "cache"
+            )
         return Path(root) / folder
 
     @property
     def _is_offline(self) -> bool:
         return self.local_files_only or constants.HF_HUB_OFFLINE
+
+
+def _place_of(name: str) -> str:
+    """Return a model's name in the form in which names are compared: a folder's whole path, or the Hub id."""
+    name = str(name).removeprefix("hf:")
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _says_file_is_absent(error: Exception) -> bool:

@@ -1,0 +1,370 @@
+"""Chains of models of transformers' through every job: fitting, embedding, stores, combining, commands."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from foreign import bert, bert_tokenizer, bpe_tokenizer, kmer_tokenizer, save, t5, t5_tokenizer
+from helpers import embed_alone, random_sequence
+from test_automodel_files import with_own_code
+
+import rd_torch
+from rd_torch import RDModel, TransformersBackbone, hardware, sums
+from rd_torch.batching import LEAST_TOKENS, bytes_per_token, find_budget
+from rd_torch.cli import main
+
+SEQUENCES = [random_sequence(5 + 7 * k % 41, k) for k in range(60)]
+PROTEINS = [(f"P{k}", sequence) for k, sequence in enumerate(SEQUENCES)]
+GENES = [("g1", "ACGTTGCAAGCTA" * 6), ("g2", "acguugca"), ("g3", "NACGNTR" * 9)]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* are too few to determine maps"),
+    pytest.mark.filterwarnings("ignore:letters that are no nucleotide"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folders of two BERTs with the same tokens, and of a T5."""
+    place = tmp_path_factory.mktemp("models")
+    tokenizer = bert_tokenizer(place / "tokenizer")
+    bert(place / "small", width=16, tokenizer=tokenizer)
+    bert(place / "large", width=24, layers=3, seed=1, tokenizer=tokenizer)
+    t5(place / "t5", tokenizer=t5_tokenizer())
+    return place
+
+
+@pytest.fixture(scope="module")
+def chain(folder):
+    sources = {level: f"hf:{folder / level}" for level in ("small", "large")}
+    return rd_torch.fit(sources, SEQUENCES, tokens_per_batch=100)
+
+
+@pytest.fixture(scope="module")
+def saved(chain, tmp_path_factory):
+    """The chain's folder, and the proteins as FASTA."""
+    place = tmp_path_factory.mktemp("saved")
+    chain.save_pretrained(place / "chain")
+    text = "".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS)
+    (place / "proteins.fasta").write_text(text)
+    return place
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def read(path):
+    store = rd_torch.open_store(path)
+    return {name: np.asarray(store[name]) for name in store}
+
+
+class Kill(BaseException):
+    """What no code catches."""
+
+
+def killed(job, after):
+    """Runs a job that is killed when so many residues are done."""
+    done = [0]
+
+    def progress(residues, before):
+        done[0] += residues
+        if done[0] >= after:
+            raise Kill
+
+    with pytest.raises(Kill):
+        job(progress)
+
+
+def test_fits_are_those_of_moments_by_hand(folder, chain):
+    rows = {"small": [], "large": []}
+    for level, found in rows.items():
+        backbone = TransformersBackbone.from_pretrained(folder / level)
+        found += [
+            torch.tensor(each)
+            for each in rd_torch.embed(RDModel({level: backbone}, []), SEQUENCES, pool="none")
+        ]
+    joint = torch.cat([torch.cat(each) for each in rows.values()], 1).double()
+    moments = rd_torch.RunningMoments(40)
+    moments.update(joint)
+    assert chain.config.provenance["fit"]["residues"] == len(joint) == sum(map(len, SEQUENCES))
+    (stage,) = rd_torch.solve_stages(moments, {"small": 16, "large": 24})
+    for name in ("W", "b", "m"):
+        torch.testing.assert_close(
+            getattr(chain.stages["large"], name).double(), getattr(stage, name), atol=1e-4, rtol=1e-3
+        )
+
+
+def test_prefixes_are_the_smaller_chains_to_the_bit(chain):
+    vectors = rd_torch.embed(chain, SEQUENCES)
+    assert vectors.shape == (60, 24)
+    assert (rd_torch.embed(chain, SEQUENCES, width=16) == vectors[:, :16]).all()
+    assert (rd_torch.embed(chain.truncate("small"), SEQUENCES) == vectors[:, :16]).all()
+
+
+def test_models_of_different_tokens_are_refused(folder):
+    with pytest.raises(
+        ValueError, match=r"expected backbones of one alphabet, got others: '' is the 2 tokens"
+    ):
+        rd_torch.fit({"a": f"hf:{folder / 'small'}", "b": f"hf:{folder / 't5'}"}, SEQUENCES)
+
+
+@pytest.mark.parametrize(
+    ("pool", "suffix"),
+    [("none", "h5"), ("mean", "h5"), ("mean", "parquet"), ("max", "parquet"), ("cls", "h5")],
+)
+def test_stores_hold_what_embed_gives_also_after_a_kill(chain, tmp_path, pool, suffix):
+    path = tmp_path / f"out.{suffix}"
+    options = {"pool": pool, "tokens_per_batch": 20}
+    killed(lambda progress: rd_torch.embed_to_store(chain, PROTEINS, path, progress=progress, **options), 700)
+    assert not path.exists()
+    assert rd_torch.embed_to_store(chain, PROTEINS, path, **options) == {}
+    expected = rd_torch.embed(chain, SEQUENCES, **options)
+    for (name, rows), (identifier, sequence), mine in zip(
+        read(path).items(), PROTEINS, expected, strict=True
+    ):
+        assert name == identifier
+        np.testing.assert_allclose(rows, mine, atol=2e-5)
+        assert pool != "none" or len(rows) == len(sequence)
+
+
+def test_cls_and_windows_need_the_tokens_for_them(folder, tmp_path):
+    model = RDModel.from_pretrained(f"hf:{folder / 't5'}")
+    genes = RDModel({"a": TransformersBackbone(bert(vocab=10), bpe_tokenizer("ACGTN", []))}, [])
+    joined = RDModel({"a": TransformersBackbone(bert(vocab=20), bpe_tokenizer("ACGTN"))}, [])
+    for pool in ("cls", ["mean", "cls"]):
+        message = (
+            "expected a pool over residues, got 'cls', though the model's tokenizer puts no token before a"
+        )
+        with pytest.raises(ValueError, match=message):
+            rd_torch.embed(model, SEQUENCES, pool=pool)
+        with pytest.raises(ValueError, match=message):
+            rd_torch.embed_to_store(model, PROTEINS, tmp_path / "out.h5", pool=pool)
+    assert rd_torch.embed(genes, ["ACGTACGTA"], windows=4).shape == (1, 32)
+    message = (
+        "expected whole sequences, got windows, though the model's tokenizer makes tokens of several letters"
+    )
+    with pytest.raises(ValueError, match=message):
+        rd_torch.embed(joined, ["ACGTACGTA"], windows=4)
+    with pytest.raises(ValueError, match=message):
+        rd_torch.embed_to_store(joined, GENES, tmp_path / "out.h5", windows=4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_windows_blend_rows_of_the_residues_that_they_are_of(folder):
+    for name in ("small", "t5"):
+        model = RDModel.from_pretrained(f"hf:{folder / name}")
+        (sequence,) = [random_sequence(30, 5)]
+        rows = rd_torch.embed(model, [sequence], pool="none", windows=(20, 10))[0]
+        assert rows.shape[0] == 30
+        first = rd_torch.embed(model, [sequence[:20]], pool="none")[0]
+        last = rd_torch.embed(model, [sequence[10:]], pool="none")[0]
+        np.testing.assert_allclose(rows[:10], first[:10], atol=1e-5)
+        np.testing.assert_allclose(rows[20:], last[10:], atol=1e-5)
+        mean = rd_torch.embed(model, [sequence], windows=(20, 10))[0]
+        np.testing.assert_allclose(mean, rows.mean(0), atol=1e-5)
+
+
+def test_a_fit_goes_on_after_a_kill_to_the_same_bits(folder, chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(sums, "SECONDS_BETWEEN_SAVES", 0)
+    sources = {level: f"hf:{folder / level}" for level in ("small", "large")}
+
+    def fit(progress=lambda residues, before: None, **options):
+        return rd_torch.fit(
+            sources,
+            SEQUENCES,
+            tokens_per_batch=30,
+            work_folder=tmp_path / "work",
+            progress=progress,
+            **options,
+        )
+
+    killed(fit, 800)
+    seen = []
+    again = fit(lambda residues, before: seen.append(before))
+    whole = rd_torch.fit(sources, SEQUENCES, tokens_per_batch=30)
+    assert again.fingerprint() == whole.fingerprint()
+    assert True in seen
+    assert False in seen
+    other = bert(width=24, layers=3, seed=9)
+    sources["large"] = TransformersBackbone(other, bert_tokenizer(tmp_path))
+    with pytest.raises(ValueError, match="with which .* was begun, got"):
+        fit()
+
+
+def test_raw_stores_are_combined_to_what_the_chain_gives(chain, saved, tmp_path):
+    paths = embed_alone(chain, tmp_path / "raw", proteins=PROTEINS)
+    rd_torch.combine_stores(rd_torch.Nesting.from_pretrained(saved / "chain"), paths, tmp_path / "nested.h5")
+    expected = rd_torch.embed(chain, SEQUENCES)
+    np.testing.assert_allclose(np.stack(list(read(tmp_path / "nested.h5").values())), expected, atol=2e-5)
+
+
+def test_raw_stores_of_another_layer_are_refused(folder, tmp_path):
+    taken, other = (
+        RDModel({"a": TransformersBackbone.from_pretrained(folder / "large", layer=layer)}, [])
+        for layer in (1, None)
+    )
+    assert (taken.num_layers, other.num_layers) == (1, 3)
+    paths = {"a": tmp_path / "other.h5"}
+    rd_torch.embed_to_store(other, PROTEINS, paths["a"])
+    taken.save_pretrained(tmp_path / "taken")
+    nesting = rd_torch.Nesting.from_pretrained(tmp_path / "taken")
+    with pytest.raises(
+        ValueError, match="expected embeddings of the last layer, 1, at level a, got those of layer 3"
+    ):
+        rd_torch.combine_stores(nesting, paths, tmp_path / "nested.h5")
+
+
+def test_models_of_different_tokens_are_chained_by_their_stores(folder, tmp_path):
+    paths = {}
+    for level in ("small", "t5"):
+        paths[level] = tmp_path / f"{level}.h5"
+        rd_torch.embed_to_store(RDModel.from_pretrained(f"hf:{folder / level}"), PROTEINS, paths[level])
+    nesting = rd_torch.fit_stores(paths, regressor="ols")
+    assert nesting.config.widths == {"small": 16, "t5": 24}
+    rd_torch.combine_stores(nesting, paths, tmp_path / "nested.h5")
+    nested, small = read(tmp_path / "nested.h5"), read(paths["small"])
+    assert all((nested[name][:16] == small[name]).all() for name in small)
+
+
+def test_nucleic_acids_go_through_the_doors_of_models_of_them(tmp_path):
+    joined, kmers = bpe_tokenizer("ACGTN"), kmer_tokenizer(tmp_path / "kmers")
+    for name, tokenizer in (("bpe", joined), ("kmers", kmers)):
+        save(bert(vocab=len(tokenizer)), tokenizer, tmp_path / name)
+        model = RDModel.from_pretrained(f"hf:{tmp_path / name}")
+        sequences = ["ACGTTGCAAGCTA" * 6, "ACGTTGCA", "NACGNTN" * 9]
+        vectors = rd_torch.embed(model, [sequence for _, sequence in GENES])
+        np.testing.assert_allclose(vectors, rd_torch.embed(model, sequences), atol=1e-6)
+        rd_torch.embed_to_store(model, GENES, tmp_path / f"{name}.h5", pool="none")
+        rows = read(tmp_path / f"{name}.h5")
+        around = model.prepend_bos + model.append_eos
+        for (identifier, _), sequence, vector in zip(GENES, sequences, vectors, strict=True):
+            assert len(rows[identifier]) == len(model.alphabet.ids_of(sequence)) - around < len(sequence)
+            np.testing.assert_allclose(rows[identifier].mean(0), vector, atol=1e-5)
+        with pytest.raises(ValueError, match="expected the sequence of DNA, got 'L' at position 1"):
+            rd_torch.embed(model, ["LAGV"])
+        failures = rd_torch.embed_to_store(model, [*GENES, ("p", "LAGV")], tmp_path / f"{name}-2.h5")
+        assert list(failures) == ["p"]
+        fitted = rd_torch.fit({"a": model.backbones[name]}, [sequence for _, sequence in GENES])
+        assert fitted.config.provenance["fit"]["residues"] > 0
+        (tmp_path / "genes.fasta").write_text("".join(f">{key}\n{letters}\n" for key, letters in GENES))
+        output = tmp_path / f"{name}-3.h5"
+        result = run("embed", tmp_path / "genes.fasta", "-o", output, "--model", f"hf:{tmp_path / name}")
+        assert result.exit_code == 0, result.output
+        np.testing.assert_array_equal(np.stack(list(read(output).values())), vectors)
+
+
+def test_commands_take_such_models(folder, saved, tmp_path):
+    small = f"hf:{folder / 'small'}"
+    result = run("info", small)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"small +\S+ +2 +2 +16 +16", result.output)
+    result = run("embed", saved / "proteins.fasta", "-o", tmp_path / "a.h5", "--model", small, "--width", 8)
+    assert result.exit_code == 0, result.output
+    expected = rd_torch.embed(RDModel.from_pretrained(small), SEQUENCES, width=8)
+    np.testing.assert_allclose(np.stack(list(read(tmp_path / "a.h5").values())), expected, atol=1e-5)
+    result = run("convert", small, tmp_path / "converted", "--dtype", "float16")
+    assert result.exit_code == 0, result.output
+    assert RDModel.from_pretrained(tmp_path / "converted").dtype == torch.float16
+    for command in (
+        ("info", tmp_path / "converted"),
+        ("embed", saved / "proteins.fasta", "-o", tmp_path / "b.parquet", "--model", saved / "chain"),
+        ("fit", saved / "proteins.fasta", "-o", tmp_path / "chain", "--backbone", f"small={small}",
+         "--backbone", f"large=hf:{folder / 'large'}"),
+        ("embed", saved / "proteins.fasta", "-o", tmp_path / "small.h5", "--model", small),
+        ("embed", saved / "proteins.fasta", "-o", tmp_path / "large.h5", "--model", f"hf:{folder / 'large'}"),
+        ("combine", f"small={tmp_path / 'small.h5'}", f"large={tmp_path / 'large.h5'}",
+         "-o", tmp_path / "c.h5", "--model", tmp_path / "chain"),
+    ):  # fmt: skip
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+    fitted = RDModel.from_pretrained(tmp_path / "chain")
+    nested = np.stack(list(read(tmp_path / "c.h5").values()))
+    np.testing.assert_allclose(nested, rd_torch.embed(fitted, SEQUENCES), atol=2e-5)
+    assert fitted.config.provenance["backbones"]["small"].endswith("small")
+
+
+def test_commands_say_what_they_cannot_do_with_such_models(folder, saved, tmp_path):
+    chain, proteins, output = saved / "chain", saved / "proteins.fasta", tmp_path / "a.h5"
+    for command, message in (
+        (("verify", "large", "--model", chain), "expected levels of ESM-2 or ESM-C, which other packages compute too, got l"),
+        (("export", "large", "--model", chain, "-o", tmp_path / "a.onnx"), "is a model of transformers'"),
+        (("embed", proteins, "-o", output, "--model", f"hf:{folder / 't5'}", "--pool", "cls"), "got 'cls'"),
+        (("embed", proteins, "-o", output, "--model", f"hf:{folder / 'none'}"), "expected a model and a"),
+    ):  # fmt: skip
+        result = run(*command)
+        assert result.exit_code == 1, result.output
+        assert message in result.output
+        assert len([line for line in result.output.splitlines() if line.startswith("Error")]) == 1
+        assert "Traceback" not in result.output
+    assert not output.exists()
+
+
+def test_commands_run_code_of_files_that_are_named_alone(folder, saved, tmp_path):
+    place, marker = with_own_code(folder / "small", tmp_path)
+    arguments = ("embed", saved / "proteins.fasta", "-o", tmp_path / "a.h5", "--model", f"hf:{place}")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert f"--trust-remote-code {place} on the command line" in result.output
+    assert not marker.exists()
+    result = run(*arguments, "--trust-remote-code", place)
+    assert result.exit_code == 0, result.output
+    assert marker.exists()
+    for command in ("info", f"hf:{place}"), ("convert", f"hf:{place}", tmp_path / "converted"):
+        assert run(*command).exit_code == 1
+        result = run(*command, "--trust-remote-code", place)
+        assert result.exit_code == 0, result.output
+
+
+def test_preparing_leaves_such_models_as_they_are(chain, recwarn):
+    expected = rd_torch.embed(chain, SEQUENCES)
+    chain.prepare_inference()
+    assert (rd_torch.embed(chain, SEQUENCES) == expected).all()
+    assert not recwarn.list
+
+
+def test_budgets_count_attention_maps(chain, monkeypatch):
+    family = list(chain.backbones.values())
+    assert bytes_per_token(family, 2_000) - bytes_per_token(family, 1_000) >= 16 * 2 * 1_000
+    room = 3_000 * bytes_per_token(family, 3_000)
+    monkeypatch.setattr(hardware, "free_bytes", lambda _: 2 * room)
+    budget = find_budget(family, torch.device("cpu"))
+    assert 2_700 <= budget <= 3_000
+    assert budget * bytes_per_token(family, budget) <= room
+    monkeypatch.setattr(hardware, "free_bytes", lambda _: 0)
+    assert find_budget(family, torch.device("cpu")) == LEAST_TOKENS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("shape", ["t5", "bert"])
+def test_the_estimate_covers_what_a_forward_pass_takes(shape):
+    """Peak memory of a process that embeds one full batch, against the estimate."""
+    code = f"""
+import pathlib, re, sys, tempfile, torch
+sys.path.insert(0, "tests")
+from foreign import bert, bert_tokenizer, t5, t5_tokenizer
+from rd_torch import RDModel, TransformersBackbone
+from rd_torch.batching import bytes_per_token
+torch.set_num_threads(1)
+if {shape!r} == "t5":
+    parts = t5(width=64), t5_tokenizer()
+else:
+    options = {{"max_position_embeddings": 1024, "attn_implementation": "eager"}}
+    parts = bert(width=64, heads=8, **options), bert_tokenizer(pathlib.Path(tempfile.mkdtemp()))
+model = RDModel({{"only": TransformersBackbone(*parts)}}, []).eval()
+tokens = torch.full((8, 1000), 5)
+with torch.inference_mode():
+    model.encode(tokens[:, :8])
+    status = pathlib.Path("/proc/self/status")
+    read = lambda name: int(re.search(rf"{{name}}:\\s+(\\d+) kB", status.read_text())[1]) * 1024
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = read("VmRSS")
+    model.encode(tokens)
+print((read("VmHWM") - before) / (tokens.numel() * bytes_per_token(model.family().values(), 1000)))
+"""
+    answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert 0.05 < float(answer) < 1
