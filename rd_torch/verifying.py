@@ -1,21 +1,20 @@
-"""Check real files against fair-esm and against what the project promises."""
+"""Check real files against their families' own code and against what the project promises."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, Unpack
+from typing import Final, Unpack, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rd_torch.backbone import ESM2
-from rd_torch.levels import ALPHABET, ESM2_LEVELS
+from rd_torch.backbone import Encoder
+from rd_torch.levels import ESM2_FAMILY, ESM2_LEVELS
 from rd_torch.model import RDModel
+from rd_torch.oracles import Oracle, oracle_of, version_of
 from rd_torch.weights import (
     FAIR_ESM_NAMES,
     FAIR_ESM_SHA256,
@@ -24,6 +23,7 @@ from rd_torch.weights import (
     Source,
     find_backbone,
     read_backbone,
+    read_checkpoint,
     read_level,
     sha256_of,
 )
@@ -36,10 +36,13 @@ SEQUENCES: Final = (
 """Ubiquitin, a sequence with rare residues and masks, and a sequence of one residue."""
 
 TOLERANCE: Final = 2e-5
-"""Largest difference of embeddings and logits from fair-esm's in float32, in standard deviations."""
+"""Largest difference of embeddings and logits from the oracle's in float32, in standard deviations."""
 
 CONTACT_TOLERANCE: Final = 1e-4
 """Largest difference of contact probabilities from fair-esm's."""
+
+PACKAGES: Final = ("rd_torch", "torch", "fair-esm", "transformers", "safetensors", "huggingface_hub")
+"""The packages that a report depends on."""
 
 
 @dataclass(frozen=True)
@@ -57,43 +60,11 @@ class Check:
     detail: str
 
 
-def require_fair_esm() -> None:
-    """Require that the installed package `esm` is fair-esm, with whose code the files are compared.
-
-    EvolutionaryScale's package has the same name. Where both are installed, their files mix, and neither
-    works.
-
-    Raises:
-        ImportError: where it is not fair-esm.
-    """
-    spec = find_spec("esm")
-    places = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
-    if not any((place / "model" / "esm2.py").is_file() for place in places):
-        got = "the other package called esm" if spec else "none"
-    elif any((place / "sdk").is_dir() for place in places):
-        got = "it mixed with the other package called esm"
-    else:
-        return
-    raise ImportError(
-        f"expected fair-esm for the comparison, got {got}: run rd-torch verify in an environment of its own, "
-        "with fair-esm and no other package called esm"
-    )
-
-
 def environment() -> str:
-    """Return the versions that a report depends on.
-
-    Returns:
-        One line of text.
-
-    Raises:
-        ImportError: where fair-esm is not installed.
-    """
-    require_fair_esm()
-    packages = ("rd_torch", "torch", "fair-esm", "safetensors", "huggingface_hub")
-    return ", ".join(
-        [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
-    )
+    """Return the versions that a report depends on, in one line; packages that are missing are left out."""
+    versions = {name: version_of(name) for name in PACKAGES}
+    found = [f"{name} {number}" for name, number in versions.items() if number]
+    return ", ".join([f"Python {platform.python_version()}", *found])
 
 
 @torch.no_grad()
@@ -109,9 +80,10 @@ def verify_chain(
 ) -> Iterator[Check]:
     """Load a chain in float32 and check it.
 
-    Each backbone's embeddings, logits and contacts are compared with those of fair-esm's own code, which gets
-    the same tensors. With `fair_esm`, each backbone's tensors are compared with fair-esm's own file, too,
-    which shows whether names were understood. Every prefix is compared to the bit.
+    What each backbone computes is compared with what its family's own code computes from the same tensors:
+    embeddings, logits and contacts of ESM-2 with those of fair-esm, embeddings and logits of ESM-C with those
+    of transformers. With `fair_esm`, tensors of ESM-2 are compared with fair-esm's own file, too, which shows
+    whether names were understood. Every prefix is compared to the bit.
 
     Args:
         name_or_folder: the chain, as for `RDModel.from_pretrained`.
@@ -127,30 +99,28 @@ def verify_chain(
 
     Raises:
         FileNotFoundError: for a file that is not there.
-        ImportError: where fair-esm is not installed.
-        ValueError: for a file that cannot be read, has another checksum, or does not fit the others.
+        ImportError: where the package to compare with is not installed.
+        ValueError: for a file that cannot be read, has another checksum, or does not fit the others, or for a
+            level of another family.
     """
-    require_fair_esm()
+    config = read_checkpoint(name_or_folder, level, Hub(cache_dir), **published).config
+    for each in config.levels:  # before anything large is read
+        oracle_of(each.name, each.family).require()
     model = RDModel.from_pretrained(
         name_or_folder, level, torch.float32, device, backbones, cache_dir=cache_dir, **published
     )
     model.eval()
-    tokens = ALPHABET.get_batch_converter()([("", sequence) for sequence in SEQUENCES])[2].to(device)
+    tokens = model.alphabet.get_batch_converter()([("", sequence) for sequence in SEQUENCES])[2].to(device)
     for each in model.config.levels:
-        backbone = model.backbones[each.name]
-        if not isinstance(backbone, ESM2) or each.facts:
-            raise ValueError(
-                f"expected levels of ESM-2, which fair-esm computes, got level {each.name} of the family "
-                f"{each.family}" + (f" with {dict(each.facts)}" if each.facts else "")
-            )
+        oracle, backbone = oracle_of(each.name, each.family), cast(Encoder, model.backbones[each.name])
         home = (
             f"{each.reference.repo} at {each.reference.revision}"
             if each.reference
             else "the checkpoint's own"
         )
         yield Check(f"files of {each.name}", True, home)
-        yield _compare_with_fair_esm(each.name, backbone, tokens)
-        if fair_esm and each.name in ESM2_LEVELS:
+        yield _compare_with_oracle(each.name, backbone, oracle, tokens)
+        if fair_esm and each.family == ESM2_FAMILY and each.name in ESM2_LEVELS:
             path = fair_esm / FAIR_ESM_NAMES[each.name]
             yield _compare_with_file(each.name, backbone, path)
             yield _compare_checksum(path)
@@ -162,33 +132,16 @@ def verify_chain(
     yield Check("maps", fitted in (None, applied), detail)
 
 
-def _oracle(backbone: ESM2) -> nn.Module:
-    """Return fair-esm's module with the tensors of one of ours."""
-    from esm.model.esm2 import ESM2 as FairESM2  # here, because it may be missing and nothing else needs it
-
-    with torch.device("meta"):
-        oracle = FairESM2(backbone.num_layers, backbone.embed_dim, backbone.attention_heads)
-    tensors = backbone.tensors()
-    oracle.load_state_dict(
-        {**tensors, "lm_head.weight": tensors["embed_tokens.weight"]}, strict=False, assign=True
-    )
-    for each in oracle.layers:
-        each.self_attn.rot_emb.inv_freq = tensors["layers.0.self_attn.rot_emb.inv_freq"]
-    return oracle.eval()
-
-
-def _compare_with_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
-    """Compare one backbone with fair-esm's code on the same tensors."""
+def _compare_with_oracle(name: str, backbone: Encoder, oracle: Oracle, tokens: Tensor) -> Check:
+    """Compare one backbone with the code of its family on the same tensors."""
+    title = f"{name} against {oracle.package}"
     if not backbone.has_lm_head:
-        return Check(f"{name} against fair-esm", False, "its checkpoint has no language-model head")
-    layer, heads = backbone.num_layers, "contact_head.regression.weight" in backbone.tensors()
-    expected = _oracle(backbone)(tokens, repr_layers=[layer], return_contacts=heads)
+        return Check(title, False, "its checkpoint has no language-model head")
+    expected = oracle.run(backbone, tokens)
+    heads = "contacts" in expected
     out = RDModel({name: backbone}, [])(tokens, return_contacts=heads)
-    real = tokens != ALPHABET.padding_idx
-    pairs = {
-        "embeddings": (out.embeddings[real], expected["representations"][layer][real]),
-        "logits": (out["logits"][real], expected["logits"][real]),
-    }
+    real = tokens != backbone.alphabet.padding_idx
+    pairs = {key: (out[key][real], expected[key][real]) for key in ("embeddings", "logits")}
     worst = {key: float((ours - other).abs().max() / other.std()) for key, (ours, other) in pairs.items()}
     passed = max(worst.values()) <= TOLERANCE
     detail = "largest difference " + ", ".join(f"{key} {value:.1e} SD" for key, value in worst.items())
@@ -198,10 +151,10 @@ def _compare_with_fair_esm(name: str, backbone: ESM2, tokens: Tensor) -> Check:
         difference = (ours - other).abs().max()
         passed &= float(difference) <= CONTACT_TOLERANCE
         detail += f", contacts {float(difference):.1e}"
-    return Check(f"{name} against fair-esm", passed, detail)
+    return Check(title, passed, detail)
 
 
-def _compare_with_file(name: str, backbone: ESM2, path: Path) -> Check:
+def _compare_with_file(name: str, backbone: Encoder, path: Path) -> Check:
     """Compare one backbone's tensors with fair-esm's own file, which may have them in half precision."""
     files = find_backbone(path, Hub())
     stored = read_backbone(files, read_level(files, name))

@@ -1,32 +1,32 @@
-"""transformers' ESM-C with random weights, our backbones around its tensors, its files in every layout."""
+"""ESM-C with random weights: transformers' model and ours, a small family, the files in every layout."""
 
 import json
 import math
 
 import pytest
 import torch
+from helpers import random_stages
 from safetensors.torch import save_file
 
-from rd_torch import ESMC, Level
+from rd_torch import ESMC, Level, RDModel
+from rd_torch.levels import ESMC_ALPHABET
 
-transformers = pytest.importorskip("transformers")
-if not hasattr(transformers, "EsmcModel"):
-    pytest.skip(
-        "the installed transformers is older than 5.16, which has no EsmcModel", allow_module_level=True
-    )
+SHAPES = {"a": (2, 32, 2), "b": (2, 48, 2), "c": (3, 64, 4)}
+WIDTHS = {name: width for name, (_, width, _) in SHAPES.items()}
 
 
-def random_esmc(num_layers, width, attention_heads, seed=0, **others):
-    """transformers' model with weights that keep attention selective and activations of unit size."""
-    config = transformers.EsmcConfig(
-        hidden_size=width,
-        num_hidden_layers=num_layers,
-        num_attention_heads=attention_heads,
-        intermediate_size=256 * math.ceil(8 * width / 3 / 256),
-        **others,
-    )
-    with torch.device("meta"):
-        shapes = transformers.EsmcForMaskedLM(config).state_dict()
+def oracle():
+    """The package transformers, if it has ESM-C; the test is skipped where it has none."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "EsmcModel"):
+        pytest.skip(
+            "the installed transformers is older than 5.16, which has no EsmcModel", allow_module_level=True
+        )
+    return transformers
+
+
+def _random_tensors(shapes, seed):
+    """Weights that keep attention selective and activations of unit size."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, like in shapes.items():
@@ -36,9 +36,41 @@ def random_esmc(num_layers, width, attention_heads, seed=0, **others):
         tensors[name] = torch.empty(like.shape).uniform_(-bound, bound, generator=generator)
         if name.endswith(("norm.weight", "layernorm.weight")):
             tensors[name] += 1.5 if "q_norm" in name or "k_norm" in name else 1
+    return tensors
+
+
+def random_esmc(num_layers, width, attention_heads, seed=0, **others):
+    """transformers' model."""
+    transformers = oracle()
+    config = transformers.EsmcConfig(
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=attention_heads,
+        intermediate_size=256 * math.ceil(8 * width / 3 / 256),
+        **others,
+    )
     model = transformers.EsmcForMaskedLM(config).eval()
-    model.load_state_dict(tensors)
+    model.load_state_dict(_random_tensors(model.state_dict(), seed))
     return model
+
+
+def our_esmc(num_layers, width, attention_heads, seed=0):
+    """Our backbone, with the numbers of `random_esmc`."""
+    backbone = ESMC(num_layers, width, attention_heads).eval()
+    backbone.load_state_dict(_random_tensors(backbone.state_dict(), seed))
+    return backbone
+
+
+def small_esmc(predict_from="nested", special_rows="maps"):
+    """A random family of three levels, the same at every call."""
+    backbones = {name: our_esmc(*shape, seed=k) for k, (name, shape) in enumerate(SHAPES.items())}
+    stages = random_stages(predict_from, WIDTHS)
+    return RDModel(backbones, stages, predict_from=predict_from, special_rows=special_rows).eval()
+
+
+def tokens_of(*sequences):
+    """A batch of token ids; `<mask>` and `|` may stand in a sequence."""
+    return ESMC_ALPHABET.get_batch_converter()([("", sequence) for sequence in sequences])[2]
 
 
 def ours_of(reference):

@@ -291,7 +291,7 @@ def test_commands_take_such_models(folder, saved, tmp_path):
 def test_commands_say_what_they_cannot_do_with_such_models(folder, saved, tmp_path):
     chain, proteins, output = saved / "chain", saved / "proteins.fasta", tmp_path / "a.h5"
     for command, message in (
-        (("verify", "large", "--model", chain), "expected levels of ESM-2, which fair-esm computes, got l"),
+        (("verify", "large", "--model", chain), "expected levels of ESM-2 or ESM-C, which other"),
         (("export", "large", "--model", chain, "-o", tmp_path / "a.onnx"), "is a model of transformers'"),
         (("embed", proteins, "-o", output, "--model", f"hf:{folder / 't5'}", "--pool", "cls"), "got 'cls'"),
         (("embed", proteins, "-o", output, "--model", f"hf:{folder / 'none'}"), "expected a model and a"),

@@ -194,6 +194,14 @@ def test_verify_fails_where_there_is_no_head_to_compare(tmp_path):
     assert "FAIL  headless against fair-esm: its checkpoint has no language-model head" in result.output
 
 
+@pytest.mark.parametrize("fact", ["token_dropout", "tied"])
+def test_verify_compares_relatives_of_esm2_as_they_are_computed(tmp_path, fact):
+    backbone = rd_torch.ESM2(2, 32, 4, **{fact: False})
+    rd_torch.RDModel({"relative": backbone}, []).save_pretrained(tmp_path / "chain")
+    output = ran("verify", "relative", "--model", tmp_path / "chain", "--device", "cpu")
+    assert "pass  relative against fair-esm: largest difference" in output
+
+
 def test_verify_says_what_the_maps_were_fitted_on(tmp_path, small_sizes):
     save_published(tmp_path, raw=True)
     with pytest.warns(UserWarning, match="look fitted on the previous backbone's raw embedding"):

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner
+from esmc import small_esmc
 from helpers import random_sequence
 from pages import run_example
 
@@ -426,6 +427,36 @@ def test_a_fit_on_the_cluster_is_the_local_one(fasta, tmp_path, monkeypatch):
         torch.testing.assert_close(there.stages["90K"].get_buffer(name), tensor, rtol=1e-6, atol=1e-7)
     assert there.config.provenance == here.config.provenance
     assert there.config.provenance["fit"]["sequences"] == len(SEQUENCES) + 1
+
+
+@pytest.fixture(scope="module")
+def esmc(tmp_path_factory):
+    """A chain of ESM-C as a checkpoint."""
+    folder = tmp_path_factory.mktemp("esmc") / "chain"
+    small_esmc().save_pretrained(folder)
+    return folder
+
+
+def test_a_chain_of_esmc_embeds_on_the_cluster_as_locally(esmc, fasta, tmp_path):
+    command = ("embed", fasta, "--model", esmc, "--tokens-per-batch", BUDGET)
+    for name, where in (("local", ()), ("out", ON_ONE)):
+        result = run(*command, "-o", tmp_path / f"{name}.parquet", *where)
+        assert result.exit_code == 0, result.output
+    assert files(tmp_path / "out.parquet") == files(tmp_path / "local.parquet")
+
+
+def test_backbones_of_esmc_are_fitted_on_the_cluster_as_locally(esmc, fasta, tmp_path):
+    command = ("fit", fasta, "--backbones", esmc, "--tokens-per-batch", BUDGET, "--regressor", "ols")
+    for name, where in (("local", ()), ("cluster", ON_ONE)):
+        result = run(*command, "-o", tmp_path / name, *where)
+        assert result.exit_code == 0, result.output
+    here, there = (rd_torch.RDModel.from_pretrained(tmp_path / name) for name in ("local", "cluster"))
+    assert [level.family for level in there.config.levels] == ["esmc"] * 3
+    assert there.config.provenance == here.config.provenance
+    for (name, tensor), (_, other) in zip(
+        here.stages.named_buffers(), there.stages.named_buffers(), strict=True
+    ):
+        torch.testing.assert_close(other, tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("here_first", [True, False])

@@ -353,16 +353,20 @@ def products(monkeypatch):
     return calls
 
 
+with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+
+
 @pytest.mark.capability
 @pytest.mark.parametrize("has_onednn", [True, False], ids=["oneDNN", "PyTorch"])
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 300])
+@with_and_without_bias
 def test_a_linear_layer_is_the_formula_and_so_are_its_gradients(
-    products, monkeypatch, tokens, dtype, within, has_onednn
+    products, monkeypatch, bias, tokens, dtype, within, has_onednn
 ):
     monkeypatch.setattr(hardware, "onednn_has", lambda _: has_onednn)
-    layer, x = nn.Linear(64, 48).to(dtype), torch.randn(tokens, 64, dtype=dtype)
-    exact = x.double() @ layer.weight.double().T + layer.bias.double()
+    layer, x = nn.Linear(64, 48, bias=bias).to(dtype), torch.randn(tokens, 64, dtype=dtype)
+    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
     with torch.no_grad():
         torch.testing.assert_close(project(layer, x).double(), exact, atol=within, rtol=within)
     assert products == has_onednn * [dtype]
@@ -374,8 +378,9 @@ def test_a_linear_layer_is_the_formula_and_so_are_its_gradients(
     exact = {
         "x": (x.grad, weights.double() @ layer.weight.double()),
         "weight": (layer.weight.grad, weights.double().T @ x.double()),
-        "bias": (layer.bias.grad, weights.double().sum(0)),
     }
+    if bias:
+        exact["bias"] = (layer.bias.grad, weights.double().sum(0))
     for name, (gradient, expected) in exact.items():
         scale = expected.abs().max().item()
         torch.testing.assert_close(gradient.double(), expected, atol=within * scale, rtol=0, msg=name)
@@ -413,16 +418,27 @@ def test_a_linear_layer_keeps_what_gradients_need_and_no_more(products, frozen):
     assert [name for name, tensor in wanted.items() if tensor.grad is None] == frozen.split(" and ")
 
 
-def test_a_linear_layer_has_gradients_of_gradients(products):
-    layer, x = nn.Linear(16, 8), torch.randn(5, 16, requires_grad=True)
+@with_and_without_bias
+def test_a_linear_layer_has_gradients_of_gradients(products, bias):
+    layer, x = nn.Linear(16, 8, bias=bias), torch.randn(5, 16, requires_grad=True)
     slopes = {}
     for name, run in (
         ("ours", lambda x: project(layer, x)),
-        ("exact", lambda x: x @ layer.weight.T + layer.bias),
+        ("exact", lambda x: x @ layer.weight.T + (layer.bias if bias else 0)),
     ):
         (first,) = torch.autograd.grad(run(x).tanh().sum(), x, create_graph=True)
         slopes[name] = torch.autograd.grad(first.square().sum(), (x, layer.weight))
+    assert products
     torch.testing.assert_close(slopes["ours"], slopes["exact"])
+
+
+@with_and_without_bias
+def test_a_frozen_layer_multiplies_by_onednn_although_gradients_are_on(products, bias):
+    layer, x = nn.Linear(64, 48, bias=bias).requires_grad_(False), torch.randn(7, 64)
+    out = project(layer, x)
+    assert len(products) == 1
+    assert not out.requires_grad
+    torch.testing.assert_close(out, layer(x))
 
 
 @pytest.mark.capability

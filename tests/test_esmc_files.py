@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from esmc import ours_of, random_esmc, save_packed
+from esmc import our_esmc, ours_of, random_esmc, save_packed
 from helpers import random_stages
 from safetensors.torch import load_file, save_file
 
 import rd_torch
-from rd_torch import ESMC, RDModel
+from rd_torch import ESM2, ESMC, RDModel
 from rd_torch.levels import ESMC_ALPHABET
 
 SHAPE = (2, 64, 4)
@@ -111,7 +111,7 @@ def test_a_size_has_its_shape(theirs, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_chains_are_saved_and_loaded_to_the_bit(tmp_path, tokens, dtype):
-    backbones = {name: ours_of(random_esmc(2, width, 2, seed)) for seed, (name, width) in enumerate(
+    backbones = {name: our_esmc(2, width, 2, seed) for seed, (name, width) in enumerate(
         {"a": 32, "b": 48}.items()
     )}  # fmt: skip
     model = RDModel(backbones, random_stages(widths={"a": 32, "b": 48})).eval().to(dtype)
@@ -134,3 +134,31 @@ def test_another_feed_forward_width_is_a_fact_of_the_checkpoint(tmp_path, tokens
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["levels"][0]["facts"] == {"hidden_dim": 96}
     assert torch.equal(RDModel.from_pretrained(tmp_path)(tokens).embeddings, model(tokens).embeddings)
+
+
+STATED = {
+    "ESM-C": lambda: our_esmc(2, 32, 2),
+    "a narrower feed-forward block": lambda: ESMC(2, 32, 2, hidden_dim=96).eval(),
+    "no token dropout": lambda: ESM2(2, 32, 4, token_dropout=False).eval(),
+    "a head of its own": lambda: ESM2(2, 32, 4, tied=False).eval(),
+}
+
+
+@pytest.mark.parametrize("make", STATED.values(), ids=[*STATED])
+@pytest.mark.parametrize("place", ["", "backbones/small.safetensors"], ids=["the folder", "the file"])
+def test_what_our_checkpoint_states_of_a_level_holds_wherever_it_is_taken_from(make, place, tmp_path):
+    backbone = make()
+    RDModel({"small": backbone}, []).save_pretrained(tmp_path / "chain")
+    tokens = torch.tensor([[0, 20, 32, 15, 5, 2], [0, 20, 2, 1, 1, 1]])
+    with torch.no_grad():
+        expected = RDModel({"small": backbone}, []).eval()(tokens)
+    source = tmp_path / "chain" / place
+    taken = rd_torch.fit({"small": str(source)}, ["MKTAY", "ACDEF"])
+    other = RDModel({"small": make()}, [])
+    other.save_pretrained(tmp_path / "other")
+    given = RDModel.from_pretrained(tmp_path / "other", backbones={"small": source})
+    for model in (taken, given):
+        assert model.config.levels[0].facts == backbone.facts
+        out = model(tokens)
+        assert torch.equal(out.embeddings, expected.embeddings)
+        assert torch.equal(out.logits, expected.logits)

@@ -21,14 +21,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
+from esmc import oracle, our_esmc
 from files import published_arrays
-from helpers import random_esm2, small_model
+from helpers import random_esm2, random_sequence, small_model
 from hub_server import FakeHub, Fault, no_fault
 
 import rd_torch
-from rd_torch.levels import ESM2_LEVELS, Reference
+from rd_torch.cli import main
+from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level, Reference
 from rd_torch.weights import Hub, read_checkpoint, shipped_checkpoints
-from rd_torch.weights.known import ESM2_ON_HUB, PUBLISHED_MAPS
+from rd_torch.weights.known import ESM2_ON_HUB, ESMC_ON_HUB, PUBLISHED_MAPS
 
 MINI = shipped_checkpoints()["esm2-rd-mini"]
 SMALL = ("config.json", "maps.safetensors", "backbones/28K.safetensors", "backbones/90K.safetensors")
@@ -783,3 +786,120 @@ def test_a_chain_with_references_can_be_pushed_with_its_tensors(hub):
     again = load(CHAIN)
     assert same(again, model)
     assert [level.reference for level in again.config.levels] == [None, None]
+
+
+# ESM-C, whose checksums nobody has published.
+
+
+TINY = {"300M": (2, 32, 2), "600M": (2, 48, 2), "6B": (3, 64, 4)}
+FIRST = ESMC_ON_HUB["300M"].repo
+PROTEINS = [random_sequence(5 + 7 * k % 31, k) for k in range(40)]
+
+
+def esmc_files(level, seed=0):
+    """A backbone of a size's shape here, as transformers writes it."""
+    state = our_esmc(*TINY[level], seed).state_dict().items()
+    tensors = {name if name.startswith("lm_head.") else f"esmc.{name}": each for name, each in state}
+    facts = {"model_type": "esmc", "vocab_size": 64, "num_attention_heads": TINY[level][2]}
+    return {"config.json": json.dumps(facts).encode(), WEIGHTS: safetensors.torch.save(tensors)}
+
+
+@pytest.fixture
+def esmc(hub, monkeypatch):
+    """The repositories of ESM-C, at sizes that tests can hold."""
+    for name, shape in TINY.items():
+        monkeypatch.setitem(ESMC_LEVELS, name, Level(name, *shape, family="esmc"))
+        hub.add(ESMC_ON_HUB[name].repo, esmc_files(name))
+    return hub
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def test_esmc_is_downloaded_up_to_a_level_and_kept_as_it_first_came(esmc, cache):
+    result = run("download", "600M")
+    assert result.exit_code == 0, result.output
+    assert "All files for 600M are there." in result.output
+    for name in ("300M", "600M"):
+        assert re.search(rf"^ +{name} .*/model.safetensors$", result.stdout, re.M)
+        assert (
+            f"no checksum of {esmc.resolve(ESMC_ON_HUB[name].repo, 'main')}/model.safetensors"
+            in result.stderr
+        )
+    assert esmc.downloads(ESMC_ON_HUB["6B"].repo) == []
+    esmc.requests.clear()
+    again = run("download", "600M")
+    assert again.exit_code == 0
+    assert "no checksum" not in again.stderr
+    assert esmc.downloads(FIRST) == []
+    first = load(FIRST)
+    assert list(first.config.widths) == ["300M"]
+    esmc.add(FIRST, esmc_files("300M", seed=1))
+    assert same(load(FIRST), first), "the main branch has moved on, and the first commit holds"
+
+
+def test_a_file_of_esmc_that_has_changed_is_refused(esmc, cache):
+    assert run("download", "300M").exit_code == 0
+    esmc.replace(FIRST, esmc.resolve(FIRST, "main"), WEIGHTS, esmc_files("300M", seed=1)[WEIGHTS])
+    forget(cache, FIRST)
+    result = run("download", "300M")
+    assert result.exit_code == 1
+    assert re.search(r"Error: expected sha256 \w+ of \w+/model.safetensors, got \w+", result.output)
+    with pytest.raises(ValueError, match=r"expected sha256 \w+ of \w+/model.safetensors, got \w+"):
+        load(FIRST)
+
+
+def test_options_of_maps_are_refused_where_there_are_none(esmc):
+    result = run("download", "600M", "--regressor", "ridge")
+    assert result.exit_code == 1
+    message = "expected options of the authors' maps with a level of ESM-2, got level 600M"
+    assert message in result.output
+    assert esmc.requests == []
+
+
+@pytest.mark.filterwarnings("ignore:no checksum of")
+def test_a_chain_is_fitted_of_esmc_on_the_hub(esmc, tmp_path):
+    names = ("300M", "600M", "6B")
+    chain = rd_torch.fit({name: f"biohub/ESMC-{name}" for name in names}, PROTEINS)
+    assert chain.config.widths == {"300M": 32, "600M": 48, "6B": 64}
+    for level in chain.config.levels:
+        assert level.reference.repo == f"biohub/ESMC-{level.name}"
+        assert level.reference.sha256 == {WEIGHTS: sha256(esmc_files(level.name)[WEIGHTS])}
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text("".join(f">P{k}\n{sequence}\n" for k, sequence in enumerate(PROTEINS)))
+    result = run(
+        "fit", fasta, "-o", tmp_path / "chain", "--backbones", "esmc", "--levels", "300M,600M,6B",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    typed = load(tmp_path / "chain")
+    assert same(typed, chain)
+    assert typed.config.provenance["backbones"] == {name: f"biohub/ESMC-{name}" for name in names}
+    chain.push_to_hub(CHAIN, backbones="referenced")
+    assert uploaded(esmc, CHAIN) == {"config.json", "maps.safetensors", "README.md"}
+    again = load(CHAIN, level="600M")
+    assert again.fingerprint() == chain.truncate("600M").fingerprint()
+    with torch.no_grad():
+        chain.backbones["300M"].norm.weight.add_(1)
+    with pytest.raises(ValueError, match=r"expected backbone 300M as it came from biohub/ESMC-300M, got a"):
+        chain.push_to_hub(CHAIN, backbones="referenced")
+
+
+@pytest.mark.filterwarnings("ignore:no checksum of")
+def test_verify_and_export_find_a_size_of_esmc_by_its_name(esmc, tmp_path):
+    oracle()
+    result = run("verify", "600M", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("pass  600M against transformers: largest difference") for line in lines)
+    assert f"pass  files of 600M: biohub/ESMC-600M at {esmc.resolve('biohub/ESMC-600M', 'main')}" in lines
+    assert lines[-1] == "PASSED"
+    result = run("verify", "6G", "--model", "biohub/ESMC-600M")
+    assert result.exit_code == 1
+    assert "expected level to be one of '600M', got '6G'" in result.output
+    written = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rd_torch.exporting.export", lambda model, path: written.append(model.config))
+        assert run("export", "300M", "-o", tmp_path / "model.onnx").exit_code == 0
+    assert list(written[0].widths) == ["300M"]

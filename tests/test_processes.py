@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from esmc import small_esmc
 from helpers import random_sequence, small_model, tokens_of
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
@@ -40,20 +41,21 @@ class Direct(nn.Module):
 def build(kind):
     """The same module in every process: a chain and a head, a narrower one, one with frozen levels."""
     torch.manual_seed(0)
-    model = small_model().train()
-    if kind in ("bare", "letters"):
+    model = (small_esmc() if kind.startswith("ESM-C") else small_model()).train()
+    if kind in ("bare", "letters", "ESM-C"):
         return Direct(model, letters=kind == "letters")
     if kind == "partly frozen":
         model.freeze_backbones("a").freeze_backbones("b", except_top=1)
-    if kind == "checkpointed":
+    if "checkpointed" in kind:
         model.gradient_checkpointing_enable()
-    width = 48 if kind == "narrower" else 64
+    width = 48 if "narrower" in kind else 64
     return Predictor(model, SequenceHead(width, 1, task="regression", pool="attention"))
 
 
 # In PyTorch 2.6 FSDP2 asks streams of a CPU for what they do not have: it is for GPUs there.
 WAYS = ["DDP", "FSDP2"] if hasattr(torch.cpu.Stream, "record_event") else ["DDP"]
 KINDS = ["bare", "letters", "whole", "narrower", "partly frozen", "checkpointed"]
+KINDS += ["ESM-C", "ESM-C, narrower and checkpointed"]
 
 
 def step(module, part):

@@ -122,7 +122,7 @@ def test_the_answers_to_contributors_are_true(question, answer):
 
 
 FAMILIES = {"ESM2", "ESMC", "FairESM2", "EsmcModel", "SelfAttention", "ESMCLayer"}
-AT_HOME = ("backbone/", "weights/", "levels.py", "__init__.py", "verifying.py")
+AT_HOME = ("backbone/", "weights/", "levels.py", "__init__.py", "oracles.py")
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if not str(path).startswith(AT_HOME)], ids=str)
@@ -262,7 +262,7 @@ def test_ordinary_use_imports_no_package_called_esm(tmp_path, installed, verdict
 @pytest.mark.parametrize("imported", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_verify_knows_the_other_package_from_fair_esm(tmp_path, monkeypatch, imported, mixed):
-    from rd_torch.verifying import require_fair_esm
+    from rd_torch.oracles import require_fair_esm
 
     require_fair_esm()
     write_other_esm(tmp_path)

@@ -1,6 +1,6 @@
 """One backbone: everything between a batch of token ids and its raw embeddings, the final hidden states."""
 
-from rd_torch.backbone.attention import inverse_frequencies
+from rd_torch.backbone.attention import RotaryEmbedding, inverse_frequencies
 from rd_torch.backbone.automodel import TransformersBackbone
 from rd_torch.backbone.backbone import Backbone
 from rd_torch.backbone.encoder import EMBEDDING, Encoder, MissingHead
@@ -29,6 +29,7 @@ __all__ = [
     "MissingHead",
     "Packing",
     "Prepared",
+    "RotaryEmbedding",
     "TokenizerAlphabet",
     "TransformerLayer",
     "TransformersBackbone",

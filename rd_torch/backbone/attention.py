@@ -55,10 +55,19 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_size: int, stored: bool = True) -> None:
         super().__init__()
+        self.stored = stored
         self.register_buffer("inv_freq", inverse_frequencies(head_size), persistent=stored)
 
+    def renew(self) -> None:
+        """Compute the inverse frequencies again, in a new tensor, unless checkpoints hold them."""
+        if not self.stored:
+            self.inv_freq = inverse_frequencies(2 * len(self.inv_freq)).to(self.inv_freq)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        self.inv_freq = apply_outside_half(fn, self.inv_freq)
+        before = self.inv_freq
+        self.inv_freq = apply_outside_half(fn, before)
+        if self.inv_freq is not before:
+            self.renew()  # for `to_empty` makes a tensor without numbers, which no state dict would fill
         return self
 
     def forward(self, positions: Tensor) -> Rotation:

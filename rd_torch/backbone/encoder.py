@@ -118,7 +118,8 @@ class Encoder(Backbone):
         """
         packed = packing.pack(tokens)
         packed = packed.to(dtype) if tokens.is_floating_point() else packed
-        return packed, packed.new_ones(len(packed), dtype=dtype)
+        # `len` would make a number of it, so that an exported file took batches of this size alone.
+        return packed, packed.new_ones(packed.shape[:1], dtype=dtype)
 
     def embedded(self, packed: Tensor, scale: Tensor) -> Tensor:
         """Return the `(tokens, width)` residual stream before the first layer.

@@ -114,8 +114,14 @@ class ESMCLayer(Layer):
 
     def finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor]:
         """Return the stream after attention's projection and the feed-forward block; see `Layer.finish`."""
-        x = torch.add(x, project(self.self_attn.o_proj, mixed.flatten(1)), alpha=self.share)
-        return (torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.share),)
+        x = self._add_share(x, project(self.self_attn.o_proj, mixed.flatten(1)))
+        return (self._add_share(x, self.mlp(self.post_attention_layernorm(x))),)
+
+    def _add_share(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Return the stream with the share of a branch that its depth leaves it: `x + share * branch`."""
+        if torch.compiler.is_compiling():  # PyTorch's compiler forgets an alpha beside a matrix product
+            return x + self.share * branch.to(x.dtype)
+        return torch.add(x, branch, alpha=self.share)
 
 
 class ESMCHead(nn.Module):

@@ -221,9 +221,9 @@ def _make_bucket(lengths: Sequence[int], start: int, device: torch.device) -> Bu
     return Bucket(start, stop, rows, length, slots.flatten(), kept, mask[:, None, None, :])
 
 
-def is_recorded(*tensors: Tensor) -> bool:
-    """Return whether autograd records what is computed from these tensors."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Return whether autograd records what is computed from these tensors, of which some may be None."""
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
 
 
 def in_chunks(

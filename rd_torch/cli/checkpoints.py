@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -16,12 +17,16 @@ from rd_torch.cli.shared import (
     device_option,
     find_device,
     level_option,
+    model_for,
     print_levels,
     published_options,
     split_by_level,
     take_published,
     trust_option,
 )
+
+if TYPE_CHECKING:
+    from rd_torch.weights import Files
 
 
 @click.command(cls=Command)
@@ -74,21 +79,34 @@ def download(level: str, cache_dir: str | None, **options: Any) -> None:
     \b
       rd-torch download 650M
       HF_HOME=/shared/huggingface rd-torch download 3B --regressor ridge
+      rd-torch download 600M
 
-    LEVEL is 8M, 35M, 150M, 650M, 3B or 15B. The command downloads the ESM-2 models up to LEVEL and the
-    authors' maps between them, and compares their checksums. If it is interrupted, run it again: it continues
-    where it stopped.
+    LEVEL is 8M, 35M, 150M, 650M, 3B or 15B for ESM-2, and 300M, 600M or 6B for ESM-C. The command downloads
+    the family's models up to LEVEL and, for ESM-2, the authors' maps between them, and compares their
+    checksums. If it is interrupted, run it again: it continues where it stopped.
     """
-    from rd_torch.weights import PUBLISHED_MAPS, Hub, read_checkpoint
-
-    hub = Hub(cache_dir)
-    checkpoint = read_checkpoint(PUBLISHED_MAPS, level, hub, **take_published(options))
-    for each in checkpoint.config.levels:
-        for path in checkpoint.find_backbone(each, None, hub).paths:
-            click.echo(f"{each.name:>5}  {path.stat().st_size / 2**20:8,.0f} MiB  {path}")
+    for name, files in _find_files(level, cache_dir, take_published(options)):
+        for path in files.paths:
+            click.echo(f"{name:>5}  {path.stat().st_size / 2**20:8,.0f} MiB  {path}")
     click.echo(
         f"All files for {level} are there. Where there is no network, set HF_HUB_OFFLINE=1 to load them."
     )
+
+
+def _find_files(level: str, cache_dir: str | None, published: dict[str, Any]) -> Iterator[tuple[str, Files]]:
+    """Yield the name and the files of each level up to the given one, downloaded if need be."""
+    from rd_torch.weights import ON_HUB, PUBLISHED_MAPS, Hub, find_backbone, read_checkpoint
+
+    hub, sizes = Hub(cache_dir), ON_HUB["esmc"]
+    if level not in sizes:
+        checkpoint = read_checkpoint(PUBLISHED_MAPS, level, hub, **published)
+        for each in checkpoint.config.levels:
+            yield each.name, checkpoint.find_backbone(each, None, hub)
+        return
+    if published:
+        raise ValueError(f"expected options of the authors' maps with a level of ESM-2, got level {level}")
+    for name in list(sizes)[: list(sizes).index(level) + 1]:
+        yield name, find_backbone(sizes[name], hub)
 
 
 @click.command(cls=Command)
@@ -157,7 +175,8 @@ def convert(
     "--model",
     group="Model",
     metavar="MODEL",
-    show_default="the authors' maps for 8M to 15B, else the small family that ships with rd-torch",
+    show_default="the authors' maps for 8M to 15B, ESM-C itself for 300M to 6B, else the small family that "
+    "ships with rd-torch",
     help="Model to export: a folder, a file, or an id on the Hugging Face Hub.",
 )
 @backbone_option
@@ -184,12 +203,11 @@ def export(
     """
     from rd_torch.exporting import MismatchError, exporter_for
     from rd_torch.exporting import export as write
-    from rd_torch.levels import ESM2_LEVELS
     from rd_torch.model import RDModel
-    from rd_torch.weights import DEFAULT_MODEL, PUBLISHED_MAPS
+    from rd_torch.weights import DEFAULT_MODEL
 
     exporter_for(output)
-    name = model or (PUBLISHED_MAPS if level in ESM2_LEVELS else DEFAULT_MODEL)
+    name = model or model_for(level, DEFAULT_MODEL)
     backbones = split_by_level(sources) or None
     chain = RDModel.from_pretrained(
         name, level, backbones=backbones, cache_dir=cache_dir, **take_published(options)
@@ -208,7 +226,7 @@ def export(
     "--model",
     group="Model",
     metavar="MODEL",
-    show_default="the authors' maps",
+    show_default="the authors' maps; for 300M, 600M and 6B ESM-C itself",
     help="Model to verify: a folder, a file, or an id on the Hugging Face Hub.",
 )
 @backbone_option
@@ -232,14 +250,16 @@ def verify(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Compare the downloaded files of a level with fair-esm.
+    """Compare the files of a level with fair-esm or transformers.
 
     \b
       rd-torch verify 650M
       rd-torch verify 35M --fair-esm ~/.cache/torch/hub/checkpoints
+      rd-torch verify 600M
 
-    The command loads the model up to LEVEL, compares what its backbones compute with fair-esm, and prints a
-    report that you can paste into an issue. The exit status is 1 if a check fails.
+    The command loads the model up to LEVEL, compares what its backbones compute with fair-esm, or for ESM-C
+    with transformers (5.16 or newer), and prints a report that you can paste into an issue. The exit status
+    is 1 if a check fails.
     """
     from rd_torch.verifying import environment, verify_chain
     from rd_torch.weights import PUBLISHED_MAPS
@@ -247,7 +267,7 @@ def verify(
     click.echo(f"rd-torch verify {level}: {environment()}")
     passed = True
     for check in verify_chain(
-        model or PUBLISHED_MAPS,
+        model or model_for(level, PUBLISHED_MAPS),
         level,
         fair_esm=fair_esm,
         backbones=split_by_level(sources),

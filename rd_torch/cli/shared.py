@@ -184,6 +184,21 @@ def split_by_level(pairs: tuple[str, ...], form: str = "--backbone as LEVEL=SOUR
     return sources
 
 
+def model_for(level: str, otherwise: str) -> str:
+    """Return the model that holds a level where the user names none.
+
+    Args:
+        level: name of the level. Sizes of ESM-2 are in the authors' maps; one of ESM-C is a model alone.
+        otherwise: model for every other level.
+    """
+    from rd_torch.levels import ESM2_LEVELS
+    from rd_torch.weights import ON_HUB, PUBLISHED_MAPS
+
+    if level in ON_HUB["esmc"]:
+        return ON_HUB["esmc"][level].repo
+    return PUBLISHED_MAPS if level in ESM2_LEVELS else otherwise
+
+
 def model_title(model: str | None) -> str:
     """Return a model's name for messages; the default one comes with a hint."""
     from rd_torch.weights import DEFAULT_MODEL

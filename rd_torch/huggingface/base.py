@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rd_torch.backbone import Encoder
+from rd_torch.backbone import Encoder, RotaryEmbedding
 from rd_torch.huggingface.config import RDTransformersConfig
 from rd_torch.huggingface.loading import load_chain, place_on_devices, was_saved_by_transformers
 from rd_torch.huggingface.names import NamedTwice
@@ -132,7 +132,9 @@ class ChainModel(NamedTwice, PreTrainedModel):  # type: ignore[misc]  # transfor
         return self.chain.is_gradient_checkpointing
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a layer that a task adds; transformers calls this for loaded modules, too."""
+        """Initialise what files lack, a task's layers and angles; transformers empties both as it loads."""
         if isinstance(module, HeadLinear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             nn.init.zeros_(module.bias)
+        if isinstance(module, RotaryEmbedding):
+            module.renew()

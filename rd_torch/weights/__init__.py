@@ -1,7 +1,7 @@
 """Read checkpoints, wherever they lie and whoever wrote them, and write our own."""
 
 from rd_torch.weights.backbone import read_backbone, read_level, require_unchanged
-from rd_torch.weights.files import CONVENTIONS, Source, find_backbone, read_model_config
+from rd_torch.weights.files import CONVENTIONS, Files, Source, find_backbone, read_model_config
 from rd_torch.weights.folder import BACKBONES, CONFIG, require_no_backbones, write_folder
 from rd_torch.weights.hub import Hub, Upload, upload
 from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256, ON_HUB, PUBLISHED_MAPS
@@ -19,6 +19,7 @@ __all__ = [
     "ON_HUB",
     "PUBLISHED_MAPS",
     "Checkpoint",
+    "Files",
     "Hub",
     "PublishedOptions",
     "Source",

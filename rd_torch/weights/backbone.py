@@ -16,7 +16,7 @@ from rd_torch.weights.tensors import Tensors, require_finite
 
 
 def read_level(files: Files, name: str | None = None) -> Level:
-    """Tell a backbone's level from the shapes of its tensors.
+    """Tell a backbone's level as its checkpoint states it, or from the shapes of its tensors.
 
     Args:
         files: the backbone's files.
@@ -32,8 +32,10 @@ def read_level(files: Files, name: str | None = None) -> Level:
     """
     convention = files.convention
     convention.check(files.config, files.place)
-    shapes = {key: tuple(tensor.shape) for key, tensor in files.tensors()}
-    found = convention.level_of(shapes, files.config, files.place)
+    found = files.level
+    if found is None:
+        shapes = {key: tuple(tensor.shape) for key, tensor in files.tensors()}
+        found = convention.level_of(shapes, files.config, files.place)
     num_layers, width, heads = found.shape
     size = published_size(convention.sizes, num_layers, width)
     called = size.name if size and size.attention_heads == heads else None

@@ -11,11 +11,11 @@ from typing import Any, Final, TypeAlias
 
 from torch import Tensor
 
-from rd_torch.levels import Reference
+from rd_torch.levels import Level, Reference
 from rd_torch.weights.convention import Convention, own_convention
 from rd_torch.weights.esm2_files import ESM2_FILES
 from rd_torch.weights.esmc_files import ESMC_FILES
-from rd_torch.weights.folder import CONFIG, backbone_file
+from rd_torch.weights.folder import BACKBONES, CONFIG, backbone_file, read_config
 from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.known import reference_to
 from rd_torch.weights.tensors import read_json, read_tensors, require_file
@@ -48,6 +48,7 @@ class Files:
         reference: the repository, commit and checksums of files that came from the Hub.
         config: the content of transformers' `config.json` beside them; empty where there is none.
         family: name of the family, where it is known from elsewhere.
+        level: the level, where a checkpoint of ours states what it is.
     """
 
     place: str
@@ -55,6 +56,7 @@ class Files:
     reference: Reference | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     family: str | None = None
+    level: Level | None = None
 
     @cached_property
     def convention(self) -> Convention:
@@ -115,8 +117,9 @@ def find_backbone(source: Source, hub: Hub, level: str | None = None) -> Files:
         return _fetch(source, hub)
     path = Path(source)
     own_file = path / backbone_file(str(level))
-    if own_file.is_file():
-        return Files(str(own_file), (own_file,))
+    path = own_file if own_file.is_file() else path
+    if stated := _stated_level(path):
+        return Files(str(path), (path,), family=stated.family, level=stated)
     if path.exists():
         return Files(str(path), tuple(_list_files(path)), config=_config_beside(path))
     if isinstance(source, Path) or not looks_like_a_repository(source):
@@ -144,6 +147,16 @@ def read_model_config(name: str, hub: Hub, revision: str | None = None) -> dict[
     with suppress(MissingFileError):
         return read_json(hub.fetch(reference_to(name, revision), CONFIG).path)
     return {}
+
+
+def _stated_level(path: Path) -> Level | None:
+    """Return the level that a checkpoint of ours states for the file of a backbone in it."""
+    config = path.parent.parent / CONFIG
+    if path.parent.name != BACKBONES or not (path.is_file() and config.is_file()):
+        return None
+    if "format" not in read_json(config):
+        return None
+    return next((each for each in read_config(config).levels if each.name == path.stem), None)
 
 
 def _config_beside(path: Path) -> dict[str, Any]:
