@@ -2,8 +2,8 @@
 
 from rd_torch.backbone.attention import RotaryEmbedding, inverse_frequencies
 from rd_torch.backbone.automodel import TransformersBackbone
-from rd_torch.backbone.backbone import Backbone
-from rd_torch.backbone.encoder import EMBEDDING, Encoder, MissingHead
+from rd_torch.backbone.backbone import Backbone, MissingHead
+from rd_torch.backbone.encoder import EMBEDDING, Encoder
 from rd_torch.backbone.esm2 import ESM2, MEAN_SHARE_KEPT, TransformerLayer
 from rd_torch.backbone.esmc import ESMC, hidden_width
 from rd_torch.backbone.families import FAMILIES, as_backbone, class_of, one_alphabet

@@ -15,6 +15,17 @@ from rd_torch.levels import Level, Reference
 from rd_torch.modules import StateDict, device_of, is_fetched
 
 
+class MissingHead(nn.Module):
+    """A module in place of a head that the checkpoint does not have; a call of it is an error."""
+
+    def forward(self, *_: object) -> Tensor:
+        """Raise a RuntimeError."""
+        raise RuntimeError(
+            "expected a backbone with this head, got one whose checkpoint has none: load the family's own "
+            "file; a file of fair-esm's needs its `-contact-regression.pt` beside it"
+        )
+
+
 class Backbone(nn.Module):
     """One protein language model as a chain sees it: token ids in, one vector for each real token out.
 
@@ -60,7 +71,8 @@ class Backbone(nn.Module):
 
         Args:
             level: shape of the backbone.
-            tensors: tensors by the names of the family's own parameters and buffers.
+            tensors: tensors by the names of the family's own parameters and buffers. If those of a head are
+                all missing, the head becomes a `MissingHead`.
 
         Returns:
             The backbone.
@@ -71,6 +83,9 @@ class Backbone(nn.Module):
         with torch.device("meta"):  # without memory, which the tensors bring
             module = cls.of_level(level)
         module.reference = level.reference
+        for head in cls.heads:
+            if not any(name.startswith(f"{head}.") for name in tensors):
+                setattr(module, head, MissingHead())
         try:
             module.load_state_dict(tensors, assign=True)
         except RuntimeError as error:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rd_torch.backbone.attention import Rotation
-from rd_torch.backbone.backbone import Backbone
+from rd_torch.backbone.backbone import Backbone, MissingHead
 from rd_torch.backbone.layer import AttentionSink, Layer
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import ResidualNorm, at_least_float32
-from rd_torch.levels import Level
 from rd_torch.modules import ModuleRow
 
 EMBEDDING = "embed_tokens.weight"
-
-
-class MissingHead(nn.Module):
-    """A module in place of a head that the checkpoint does not have; a call of it is an error."""
-
-    def forward(self, *_: object) -> Tensor:
-        """Raise a RuntimeError."""
-        raise RuntimeError(
-            "expected a backbone with this head, got one whose checkpoint has none: load the family's own "
-            "file; a file of fair-esm's needs its `-contact-regression.pt` beside it"
-        )
 
 
 class Encoder(Backbone):
@@ -48,33 +35,6 @@ class Encoder(Backbone):
     hidden_dim: int
     embed_tokens: nn.Embedding
     layers: ModuleRow[Layer]
-
-    @classmethod
-    def from_tensors(cls, level: Level, tensors: Mapping[str, Tensor]) -> Self:
-        """Make a backbone around tensors, which are shared, not copied.
-
-        Args:
-            level: shape of the backbone.
-            tensors: tensors by the names of the family's own parameters and buffers. If those of a head are
-                all missing, the head becomes a `MissingHead`.
-
-        Returns:
-            The backbone.
-
-        Raises:
-            ValueError: for names or shapes that are not the level's.
-        """
-        with torch.device("meta"):  # without memory, which the tensors bring
-            module = cls.of_level(level)
-        module.reference = level.reference
-        for head in cls.heads:
-            if not any(name.startswith(f"{head}.") for name in tensors):
-                setattr(module, head, MissingHead())
-        try:
-            module.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"expected the tensors of level {level.name}, got others: {error}") from error
-        return module
 
     @property
     def final_norm(self) -> ResidualNorm:

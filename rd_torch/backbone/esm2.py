@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from typing import Any, Self, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rd_torch.backbone.attention import RotaryEmbedding, Rotation, rotate
+from rd_torch.backbone.attention import RotaryEmbedding, Rotation
 from rd_torch.backbone.encoder import EMBEDDING, Encoder
 from rd_torch.backbone.esm2_heads import ContactHead, LMHead
-from rd_torch.backbone.layer import Heads, Layer, recompute
+from rd_torch.backbone.layer import Heads, Layer, recompute, rotated_heads
 from rd_torch.backbone.linear import project
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import BranchNorm, ResidualNorm, at_least_float32
@@ -120,11 +119,8 @@ class SelfAttention(nn.Module):
             x: `(tokens, width)` normalised residual stream.
             rotation: cosines and signed sines of the tokens' angles.
         """
-        q, k, v = (
-            rearrange(project(layer, x), "t (h d) -> t h d", h=self.attention_heads)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return rotate(q, rotation), rotate(k, rotation), v
+        q, k, v = (project(layer, x) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return rotated_heads(q, k, v, self.attention_heads, rotation)
 
 
 class TransformerLayer(Layer):

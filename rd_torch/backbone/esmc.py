@@ -13,13 +13,12 @@ from math import ceil, sqrt
 from typing import Self
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rd_torch.backbone.attention import RotaryEmbedding, Rotation, rotate
+from rd_torch.backbone.attention import RotaryEmbedding, Rotation
 from rd_torch.backbone.encoder import Encoder
-from rd_torch.backbone.layer import Heads, Layer, recompute
+from rd_torch.backbone.layer import Heads, Layer, recompute, rotated_heads
 from rd_torch.backbone.linear import project
 from rd_torch.backbone.precision import BranchNorm, ResidualNorm, at_least_float32
 from rd_torch.levels import ESMC_ALPHABET, Level
@@ -38,6 +37,9 @@ def hidden_width(width: int) -> int:
 
 class ESMCAttention(nn.Module):
     """The projections of multi-head self-attention, with a LayerNorm of queries and of keys.
+
+    In float32 PyTorch computes their products, not oneDNN: oneDNN's round twice as much, which attention
+    amplifies. With them the 36 layers of 600M were up to 2.6e-5 standard deviations from transformers.
 
     Args:
         width: number of features of a token.
@@ -61,11 +63,8 @@ class ESMCAttention(nn.Module):
             x: `(tokens, width)` normalised residual stream.
             rotation: cosines and signed sines of the tokens' angles.
         """
-        q = self.q_norm(project(self.q_proj, x))
-        k = self.k_norm(project(self.k_proj, x))
-        v = project(self.v_proj, x)
-        q, k, v = (rearrange(each, "t (h d) -> t h d", h=self.attention_heads) for each in (q, k, v))
-        return rotate(q, rotation), rotate(k, rotation), v
+        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
+        return rotated_heads(q, k, v, self.attention_heads, rotation)
 
 
 class SwiGLU(nn.Module):
@@ -114,7 +113,7 @@ class ESMCLayer(Layer):
 
     def finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor]:
         """Return the stream after attention's projection and the feed-forward block; see `Layer.finish`."""
-        x = self._add_share(x, project(self.self_attn.o_proj, mixed.flatten(1)))
+        x = self._add_share(x, self.self_attn.o_proj(mixed.flatten(1)))
         return (self._add_share(x, self.mlp(self.post_attention_layernorm(x))),)
 
     def _add_share(self, x: Tensor, branch: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from rd_torch import hardware
-from rd_torch.backbone.attention import Rotation, attend, attention_maps
+from rd_torch.backbone.attention import Rotation, attend, attention_maps, rotate
 from rd_torch.backbone.packing import Packing, in_chunks, is_recorded
 from rd_torch.modules import is_fetched
 
@@ -59,6 +60,20 @@ class Layer(nn.Module):
             mixed: `(tokens, heads, size)` what attention gives.
         """
         raise NotImplementedError
+
+
+def rotated_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, rotation: Rotation) -> Heads:
+    """Return queries and keys, both rotated, and values, each as `(tokens, heads, size)`.
+
+    Args:
+        q: `(tokens, width)` queries.
+        k: `(tokens, width)` keys.
+        v: `(tokens, width)` values.
+        heads: number of heads.
+        rotation: cosines and signed sines of the tokens' angles.
+    """
+    q, k, v = (rearrange(each, "t (h d) -> t h d", h=heads) for each in (q, k, v))
+    return rotate(q, rotation), rotate(k, rotation), v
 
 
 def recompute(tensor: Tensor, compute: Callable[[], Tensor]) -> AbstractContextManager[object]:
