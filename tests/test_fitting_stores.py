@@ -448,7 +448,7 @@ def test_combine_refuses_files_that_state_another_model_than_the_fitted_one(mini
     nesting = fit_stores(files)
     combine_stores(nesting, files, tmp_path / "good.h5")
     exact = RDModel.from_pretrained("esm2-rd-mini", dtype=torch.float64)  # has another fingerprint, and may
-    combine_stores(nesting, files | {"28K": embedded(exact, "28K", "exact")}, tmp_path / "exact.h5")
+    combine_stores(nesting, files | {"28K": embedded(exact, "28K", "exact")}, tmp_path / "nested-exact.h5")
     other = RDModel.from_pretrained("esm2-rd-mini")
     with torch.no_grad():
         other.backbones["28K"].embed_tokens.weight[5] += 1
