@@ -20,6 +20,7 @@ from rd_torch.backbone.attention import RotaryEmbedding, Rotation
 from rd_torch.backbone.encoder import Encoder
 from rd_torch.backbone.layer import Heads, Layer, recompute, rotated_heads
 from rd_torch.backbone.linear import project
+from rd_torch.backbone.packing import is_recorded
 from rd_torch.backbone.precision import BranchNorm, ResidualNorm, at_least_float32
 from rd_torch.levels import ESMC_ALPHABET, Level
 from rd_torch.modules import ModuleRow, row_of
@@ -84,7 +85,10 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return `(tokens, width)` of `(tokens, width)`."""
         gate, up = project(self.gate_proj, x), project(self.up_proj, x)
-        inner = functional.silu(gate) * up
+        if torch.compiler.is_compiling() or is_recorded(gate, up):
+            inner = functional.silu(gate) * up
+        else:
+            inner = functional.silu(gate).mul_(up)  # fresh memory would cost as much time again
         with recompute(inner, lambda: functional.silu(gate) * up):
             return project(self.down_proj, inner)
 
