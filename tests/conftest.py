@@ -35,6 +35,22 @@ def data():
     return Path(folder).resolve()
 
 
+@pytest.fixture
+def counter(monkeypatch):
+    """Counts compilations instead of generating code, and forgets them afterwards."""
+    from torch._dynamo.testing import CompileCounter  # takes a second, which most tests need not spend
+
+    from rd_torch.backbone import engine
+
+    counts, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda part, **options: compile_(part, backend=counts, **options))
+    engine._compile_parts.cache_clear()
+    torch.compiler.reset()
+    yield counts
+    engine._compile_parts.cache_clear()
+    torch.compiler.reset()
+
+
 LONGEST_FIRST = (
     "cluster", "benchmarks", "docs", "resume", "tutorials", "esm2", "training", "scaling", "huggingface",
     "inputs", "family", "dataset", "structure", "finetuning", "model", "frameworks", "backbone_files",

@@ -13,7 +13,6 @@ import torch
 from helpers import SHAPES, random_sequence, small_model, tokens_of
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._dynamo.testing import CompileCounter
 
 from rd_torch import embed, embed_to_store, hardware, open_store
 from rd_torch.backbone import engine, preparing
@@ -38,18 +37,6 @@ on_cuda = pytest.mark.cuda
 
 def packing_of(tokens):
     return Packing.of(tokens != 1)
-
-
-@pytest.fixture
-def counter(monkeypatch):
-    """Counts compilations instead of generating code, and forgets them afterwards."""
-    counts, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda part, **options: compile_(part, backend=counts, **options))
-    engine._compile_parts.cache_clear()
-    torch.compiler.reset()
-    yield counts
-    engine._compile_parts.cache_clear()
-    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import torch
 from esmc import SHAPES, WIDTHS, our_esmc, small_esmc, tokens_of
 from helpers import random_sequence, random_stages
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 import rd_torch
 from rd_torch import ESM2, RDModel, exporting, hardware
@@ -25,18 +24,6 @@ BATCHES = [
 TOKENS = tokens_of(*BATCHES[2])
 
 # The engine
-
-
-@pytest.fixture
-def counter(monkeypatch):
-    """Counts compilations instead of generating code, and forgets them afterwards."""
-    counts, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda part, **options: compile_(part, backend=counts, **options))
-    engine._compile_parts.cache_clear()
-    torch.compiler.reset()
-    yield counts
-    engine._compile_parts.cache_clear()
-    torch.compiler.reset()
 
 
 @pytest.fixture

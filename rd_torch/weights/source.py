@@ -66,7 +66,7 @@ class Checkpoint:
 
         Returns:
             The level, with the reference of a backbone that came from the Hub, and the backbone's tensors by
-            fair-esm's names.
+            the names that its family has here.
 
         Raises:
             FileNotFoundError: if the backbone's files are not there.
