@@ -1,12 +1,19 @@
 """Read checkpoints, wherever they lie and whoever wrote them, and write our own."""
 
 from rd_torch.weights.backbone import read_backbone, read_level, require_unchanged
-from rd_torch.weights.files import CONVENTIONS, Files, Source, find_backbone, read_model_config
+from rd_torch.weights.files import (
+    CONVENTIONS,
+    Files,
+    Source,
+    find_backbone,
+    read_model_config,
+    shipped_checkpoints,
+)
 from rd_torch.weights.folder import BACKBONES, CONFIG, require_no_backbones, write_folder
 from rd_torch.weights.hub import Hub, Upload, upload
 from rd_torch.weights.known import FAIR_ESM_NAMES, FAIR_ESM_SHA256, ON_HUB, PUBLISHED_MAPS
 from rd_torch.weights.published import PublishedOptions
-from rd_torch.weights.source import DEFAULT_MODEL, Checkpoint, read_checkpoint, shipped_checkpoints
+from rd_torch.weights.source import DEFAULT_MODEL, Checkpoint, read_checkpoint
 from rd_torch.weights.tensors import read_json, sha256_of
 
 __all__ = [

@@ -37,6 +37,9 @@ REGRESSION: Final = "-contact-regression.pt"
 CONVENTIONS: Final = (ESMC_FILES, ESM2_FILES)
 """The families that are told by their files, the one with the clearer marks first."""
 
+_PACKAGE: Final = Path(__file__).parents[1]
+_SHELVES: Final = (_PACKAGE / "checkpoints", _PACKAGE.parent / "checkpoints")
+
 
 @dataclass(frozen=True)
 class Files:
@@ -97,12 +100,30 @@ class Files:
             raise ValueError(f"expected an ESM-2, got a model with absolute positions in {self.place}")
 
 
+def shipped_checkpoints() -> dict[str, Path]:
+    """Return the folders of the checkpoints that come with the package, by name.
+
+    They lie inside the package when it is installed, and beside it in a source tree.
+    """
+    return {
+        config.parent.name: config.parent
+        for shelf in _SHELVES
+        for config in sorted(shelf.glob("*/config.json"))
+    }
+
+
+def find_here(name: str | Path) -> Path:
+    """Return the path that a name stands for, which is a shipped checkpoint's where the name is its own."""
+    path = Path(name)
+    return path if path.exists() else shipped_checkpoints().get(str(name), path)
+
+
 def find_backbone(source: Source, hub: Hub, level: str | None = None) -> Files:
     """Find the files that a source names, and download them if need be.
 
     Args:
-        source: a file, a folder, a Hub id or a reference. The revisions and checksums of ESM-2's own
-            repositories are known, and checked.
+        source: a file, a folder, the name of a shipped checkpoint, a Hub id or a reference. The revisions and
+            checksums of ESM-2's own repositories are known, and checked.
         hub: how to reach the Hub.
         level: name of the level to take from a folder that is a checkpoint of ours.
 
@@ -111,13 +132,13 @@ def find_backbone(source: Source, hub: Hub, level: str | None = None) -> Files:
 
     Raises:
         FileNotFoundError: if there is nothing at the source.
-        ValueError: for a checksum that differs, or a config that cannot be read.
+        ValueError: for a checksum that differs, a config that cannot be read, or a checkpoint of ours without
+            the level's backbone.
     """
     if isinstance(source, Reference):
         return _fetch(source, hub)
-    path = Path(source)
-    own_file = path / backbone_file(str(level))
-    path = own_file if own_file.is_file() else path
+    path = find_here(source)
+    path = _own_file(path, level) if _is_own(path) else path
     if stated := _stated_level(path):
         return Files(str(path), (path,), family=stated.family, level=stated)
     if path.exists():
@@ -149,14 +170,27 @@ def read_model_config(name: str, hub: Hub, revision: str | None = None) -> dict[
     return {}
 
 
+def _is_own(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint of ours."""
+    return (folder / CONFIG).is_file() and "format" in read_json(folder / CONFIG)
+
+
+def _own_file(folder: Path, level: str | None) -> Path:
+    """Return the file of a level's backbone in a checkpoint of ours; raise a ValueError if it has none."""
+    files = {each.name: folder / backbone_file(each.name) for each in read_config(folder / CONFIG).levels}
+    held = [name for name, file in files.items() if file.is_file()]
+    if level not in held:
+        among = ", ".join(held) or "none"
+        raise ValueError(f"expected a level whose backbone is in {folder} ({among}), got {level!r}")
+    return files[level]
+
+
 def _stated_level(path: Path) -> Level | None:
     """Return the level that a checkpoint of ours states for the file of a backbone in it."""
-    config = path.parent.parent / CONFIG
-    if path.parent.name != BACKBONES or not (path.is_file() and config.is_file()):
+    folder = path.parent.parent
+    if path.parent.name != BACKBONES or not (path.is_file() and _is_own(folder)):
         return None
-    if "format" not in read_json(config):
-        return None
-    return next((each for each in read_config(config).levels if each.name == path.stem), None)
+    return next((each for each in read_config(folder / CONFIG).levels if each.name == path.stem), None)
 
 
 def _config_beside(path: Path) -> dict[str, Any]:

@@ -13,7 +13,15 @@ import torch
 from rd_torch.config import RDConfig
 from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference
 from rd_torch.weights.backbone import read_backbone, read_level
-from rd_torch.weights.files import Files, Source, find_backbone, list_weights, looks_like_a_repository
+from rd_torch.weights.files import (
+    Files,
+    Source,
+    find_backbone,
+    find_here,
+    list_weights,
+    looks_like_a_repository,
+    shipped_checkpoints,
+)
 from rd_torch.weights.folder import BACKBONES, CONFIG, MAPS, backbone_file, read_config, read_maps
 from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.known import PUBLISHED_MAPS, reference_to
@@ -22,9 +30,6 @@ from rd_torch.weights.tensors import Tensors, read_json
 
 DEFAULT_MODEL: Final = "esm2-rd-mini"
 """The family that ships with the package, on which everything runs unless another model is named."""
-
-_PACKAGE: Final = Path(__file__).parents[1]
-_SHELVES: Final = (_PACKAGE / "checkpoints", _PACKAGE.parent / "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -129,18 +134,6 @@ def _read_fitting(level: Level, files: Files) -> Level:
     return found
 
 
-def shipped_checkpoints() -> dict[str, Path]:
-    """Return the folders of the checkpoints that come with the package, by name.
-
-    They lie inside the package when it is installed, and beside it in a source tree.
-    """
-    return {
-        config.parent.name: config.parent
-        for shelf in _SHELVES
-        for config in sorted(shelf.glob("*/config.json"))
-    }
-
-
 def read_checkpoint(
     name_or_folder: str | Path,
     level: str | None = None,
@@ -174,8 +167,7 @@ def read_checkpoint(
             f"expected options among {', '.join(PublishedOptions.__annotations__)}, got "
             + ", ".join(map(repr, sorted(unknown)))
         )
-    path = Path(name_or_folder)
-    path = path if path.exists() else shipped_checkpoints().get(str(name_or_folder), path)
+    path = find_here(name_or_folder)
     if str(name_or_folder) == PUBLISHED_MAPS or (path.is_dir() and holds_published_maps(path)):
         folder = path if path.is_dir() else None
         return Checkpoint(*read_published(folder, level, Choice(**published), hub, revision), {})
