@@ -1,6 +1,7 @@
 """Jobs on a chain of ESM-C, from Python and on the command line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ import rd_torch
 from rd_torch import Nesting, RDModel, open_store, sums
 from rd_torch.cli import main
 from rd_torch.sequences import Protein
-from rd_torch.weights import shipped_checkpoints
 
 PROTEINS = [Protein(f"P{k}", random_sequence(5 + 7 * k % 31, k)) for k in range(120)]
 SEQUENCES = [protein.sequence for protein in PROTEINS]
@@ -217,11 +217,22 @@ def test_fit_takes_the_backbones_of_a_chain_and_files(model, folder, fasta, tmp_
     tokens = tokens_of("MKTAY")
     assert torch.equal(files(tokens).embeddings, two(tokens).embeddings)
     assert torch.equal(two(tokens).representations["a"], model(tokens).representations["a"])
-    mixed = ("--backbone", f"a={folder}", "--backbone", f"28K={shipped_checkpoints()['esm2-rd-mini']}")
+    unknown = run("fit", fasta, "-o", tmp_path / "none", "--backbone", f"9K={folder}", *options)
+    assert "expected a level whose backbone is in" in unknown.output
+    assert "(a, b, c), got '9K'" in unknown.output
+    mixed = ("--backbone", f"a={folder}", "--backbone", "28K=esm2-rd-mini")
     result = run("fit", fasta, "-o", tmp_path / "mixed", *mixed, *options)
     assert result.exit_code == 1
     assert "got others: '|' is the 3 tokens 0 31 2 for level a (esmc)" in result.output
     assert not (tmp_path / "mixed").exists()
+
+
+def test_fit_reads_the_wanted_backbones_of_a_chain_alone(folder, fasta, tmp_path):
+    short = tmp_path / "short"
+    shutil.copytree(folder, short)
+    (short / "backbones" / "c.safetensors").unlink()
+    ran("fit", fasta, "-o", tmp_path / "two", "--backbones", short, "--levels", "a,b", "--device", "cpu")
+    assert list(RDModel.from_pretrained(tmp_path / "two").config.widths) == ["a", "b"]
 
 
 def test_verify_compares_with_transformers(folder):

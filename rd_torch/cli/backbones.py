@@ -8,6 +8,7 @@ from rd_torch.cli.fitting_stores import choose_levels
 from rd_torch.cli.shared import absolute_name, find_device, load_model, split_by_level
 
 if TYPE_CHECKING:
+    from rd_torch.config import RDConfig
     from rd_torch.weights import Source
 
 
@@ -17,13 +18,15 @@ class BackboneChoice(NamedTuple):
     Attributes:
         levels: names of the levels, smallest first.
         sources: by level, where the backbone is; empty where one checkpoint has all of them.
-        checkpoint: the checkpoint that has all of them.
+        checkpoint: name of the checkpoint that has all of them.
+        config: its config.
         trusted: names of models whose files may bring Python code that is run.
     """
 
     levels: list[str]
     sources: dict[str, Source]
     checkpoint: str
+    config: RDConfig | None
     trusted: tuple[str, ...]
 
     def load(self, device: str | None) -> dict[str, Any]:
@@ -35,20 +38,19 @@ class BackboneChoice(NamedTuple):
         from rd_torch.loading import Place, load_backbone
         from rd_torch.weights import Hub
 
-        if self.sources:
+        if self.config is None:
             import torch
 
             place, hub = Place(torch.float32, find_device(device)), Hub(trusted=self.trusted)
             return {name: load_backbone(self.sources[name], hub, name, place) for name in self.levels}
-        model = load_model(self.checkpoint, None, "float32", device, trust_remote_code=self.trusted)
+        last = next(name for name in reversed(self.config.widths) if name in self.levels)
+        model = load_model(self.checkpoint, last, "float32", device, trust_remote_code=self.trusted)
         return {name: model.backbones[name] for name in self.levels}
 
     def origin(self) -> dict[str, Any]:
         """Say where the backbones come from, for the record of a fit."""
-        from rd_torch.weights import read_checkpoint
-
-        if not self.sources:
-            return dict(read_checkpoint(self.checkpoint).config.provenance)
+        if self.config is not None:
+            return dict(self.config.provenance)
         return {name: getattr(source, "repo", str(source)) for name, source in self.sources.items()}
 
 
@@ -76,10 +78,11 @@ def choose_backbones(
         raise ValueError("expected --backbones or --backbone, got both")
     if pairs:
         sources = {level: absolute_name(source) for level, source in split_by_level(pairs).items()}
-        return BackboneChoice(choose_levels(levels, sources), dict(sources), "", trusted)
+        return BackboneChoice(choose_levels(levels, sources), dict(sources), "", None, trusted)
     if backbones is not None and backbones in ON_HUB:
         published = ON_HUB[backbones]
         chosen = choose_levels(levels, published)
-        return BackboneChoice(chosen, {name: published[name] for name in chosen}, "", trusted)
+        return BackboneChoice(chosen, {name: published[name] for name in chosen}, "", None, trusted)
     name = absolute_name(backbones or DEFAULT_MODEL)
-    return BackboneChoice(choose_levels(levels, read_checkpoint(name).config.widths), {}, name, trusted)
+    config = read_checkpoint(name).config
+    return BackboneChoice(choose_levels(levels, config.widths), {}, name, config, trusted)
