@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.result import command
+from rd_torch.weights import DEFAULT_MODEL
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,6 +56,28 @@ def add_data_option(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=os.environ.get("RD_TORCH_DATA"),
         help="Folder of the protein data; by default the one that RD_TORCH_DATA names.",
+    )
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take a chain, by default the shipped family."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="Folder or Hub id of a chain, or the shipped family, which is the default.",
+    )
+
+
+def add_scaling_options(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take how many variants a data set has, and where embeddings and moments are kept."""
+    parser.add_argument(
+        "--variants",
+        type=int,
+        default=3_000,
+        help="Number of variants of a data set at the most, by default %(default)s.",
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path("scaling-cache"), help="Folder for what is kept between runs."
     )
 
 

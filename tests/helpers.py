@@ -1,7 +1,10 @@
 """What several test files build: random ESM-2 models of any shape, token batches, a small family."""
 
 import math
+import subprocess
+import sys
 
+import accelerate
 import torch
 from esm.model.esm2 import ESM2 as FairESM2
 
@@ -80,6 +83,67 @@ def embed_alone(model, folder, suffix="h5", pool="mean", *, proteins, **options)
     for level, path in paths.items():
         embed_to_store(RDModel({level: model.backbones[level]}, []), proteins, path, pool=pool, **options)
     return paths
+
+
+def loaded_by_a_map(module, folder, make, blocks):
+    """`device_map="auto"` on a machine without room: some of the module goes to the disk.
+
+    `make` makes the module anew, to be filled; classes of the names in `blocks` are not taken apart.
+    """
+    size = sum(p.numel() * 4 for p in module.parameters())
+    places = accelerate.infer_auto_device_map(
+        module, max_memory={"cpu": size // 2}, no_split_module_classes=blocks
+    )
+    assert set(places.values()) == {"cpu", "disk"}
+    torch.save(module.state_dict(), folder / "state.pt")
+    with accelerate.init_empty_weights():
+        empty = make()
+    return accelerate.load_checkpoint_and_dispatch(
+        empty, str(folder / "state.pt"), places, offload_folder=str(folder / "offloaded")
+    ).eval()
+
+
+def share_of_estimate(make, size):
+    """The memory that a process takes to embed a full batch, as a share of what `bytes_per_token` says.
+
+    `make` is code that makes `model`; `size` is the batch's rows and tokens.
+    """
+    code = f"""
+import pathlib, re, sys, torch
+sys.path.insert(0, "tests")
+from rd_torch import RDModel
+from rd_torch.batching import bytes_per_token
+torch.set_num_threads(1)
+{make}
+tokens = torch.full({size!r}, 5)
+with torch.inference_mode():
+    model.encode(tokens[:, :8])
+    status = pathlib.Path("/proc/self/status")
+    read = lambda name: int(re.search(rf"{{name}}:\\s+(\\d+) kB", status.read_text())[1]) * 1024
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = read("VmRSS")
+    model.encode(tokens)
+estimate = tokens.numel() * bytes_per_token(model.family().values(), tokens.shape[1])
+print((read("VmHWM") - before) / estimate)
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return float(run.stdout)
+
+
+@torch.no_grad()
+def require_one_graph(model, first, other):
+    """Require that a chain compiles and exports as one graph of a batch, which holds for another batch.
+
+    The batches are tokens, or distributions, of different sizes.
+    """
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    dims = {0: any_size("batch"), 1: any_size("time")}
+    program = torch.export.export(model, (first,), dynamic_shapes={"tokens": dims}).module()
+    for batch in (first, other):
+        expected = model(batch)
+        for out in (compiled(batch), program(batch)):
+            torch.testing.assert_close(out.embeddings, expected.embeddings, rtol=0, atol=2e-5)
+            assert torch.equal(out.residue_mask, expected.residue_mask)
 
 
 def any_size(name):

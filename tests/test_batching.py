@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import random_sequence, small_model
+from helpers import random_sequence, share_of_estimate, small_model
 
 import rd_torch
 from rd_torch import batching, hardware
@@ -139,28 +139,11 @@ def test_between_its_bounds_the_budget_is_what_half_of_the_free_memory_takes(mon
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_the_estimate_covers_what_a_forward_pass_takes():
-    """Peak memory of a process that embeds one full batch, against the estimate."""
-    code = """
-import pathlib, re, torch
-from rd_torch import RDModel
-from rd_torch.batching import bytes_per_token
+    make = """
 from rd_torch.backbone.esm2 import ESM2
-torch.set_num_threads(1)
 model = RDModel({"only": ESM2(2, 640, 20)}, []).eval()
-tokens = torch.full((8, 512), 5)
-with torch.inference_mode():
-    model.encode(tokens[:, :8])
-    status = pathlib.Path("/proc/self/status")
-    read = lambda name: int(re.search(rf"{name}:\\s+(\\d+) kB", status.read_text())[1]) * 1024
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = read("VmRSS")
-    model.encode(tokens)
-print((read("VmHWM") - before) / (tokens.numel() * bytes_per_token(model.family().values())))
 """
-    share = float(
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    )
-    assert 0.2 < share < 1
+    assert 0.2 < share_of_estimate(make, (8, 512)) < 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs an address-space limit")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from esmc import SHAPES, WIDTHS, our_esmc, small_esmc, tokens_of
-from helpers import any_size, random_esm2, random_sequence, random_stages
+from helpers import random_esm2, random_sequence, random_stages, require_one_graph
 from torch.nn import functional
 
 import rd_torch
@@ -200,17 +200,9 @@ def test_distributions_over_all_rows_of_the_table_are_refused(model):
         model(torch.tensor([[5, 40]]))
 
 
-@torch.no_grad()
 def test_distributions_compile_as_one_graph_and_export(model):
-    model = model.truncate("b")
-    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
-    dims = {0: any_size("batch"), 1: any_size("time")}
-    soft = soft_tokens("MKTAYIA", "MK", "M|V")
-    program = torch.export.export(model, (soft,), dynamic_shapes={"tokens": dims}).module()
-    for batch in (soft, soft_tokens("MKTAY<mask>IAKQRW", "MK<mask>AY")):
-        expected = model(batch)
-        for out in (compiled(batch), program(batch)):
-            torch.testing.assert_close(out.embeddings, expected.embeddings, rtol=0, atol=2e-5)
+    batches = soft_tokens("MKTAYIA", "MK", "M|V"), soft_tokens("MKTAY<mask>IAKQRW", "MK<mask>AY")
+    require_one_graph(model.truncate("b"), *batches)
 
 
 # As any module

@@ -7,18 +7,13 @@ import numpy as np
 import pytest
 import torch
 from esmc import SHAPES, small_esmc, tokens_of
-from helpers import random_sequence, random_stages
+from helpers import loaded_by_a_map, random_sequence, random_stages
+from int8 import ways
 from torch import nn
-from torch.ao.quantization import quantize_dynamic
 
 import rd_torch
 from rd_torch import RDModel
 from rd_torch.modules import plain_parts
-
-try:
-    from torchao import quantization as torchao
-except ImportError:  # it has versions for new ones of PyTorch alone
-    torchao = None
 
 TOKENS = tokens_of("M", "MK<mask>L", "M|V", random_sequence(36, 2))
 PROTEINS = {f"P{k}": random_sequence(5 + 3 * k, k) for k in range(12)}
@@ -29,19 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 # Weights that hooks fetch
 
 
-def loaded_by_a_map(model, folder):
-    """`device_map="auto"` on a machine without room: some of it goes to the disk."""
-    size = sum(p.numel() * 4 for p in model.parameters())
-    places = accelerate.infer_auto_device_map(
-        model, max_memory={"cpu": size // 2}, no_split_module_classes=["ESMCLayer"]
-    )
-    assert set(places.values()) == {"cpu", "disk"}
-    torch.save(model.state_dict(), folder / "state.pt")
-    with accelerate.init_empty_weights():
-        empty = RDModel({name: rd_torch.ESMC(*shape) for name, shape in SHAPES.items()}, random_stages())
-    return accelerate.load_checkpoint_and_dispatch(
-        empty, str(folder / "state.pt"), places, offload_folder=str(folder / "offloaded")
-    ).eval()
+def empty_chain():
+    """The chain without its numbers."""
+    return RDModel({name: rd_torch.ESMC(*shape) for name, shape in SHAPES.items()}, random_stages())
 
 
 OFFLOADED = {
@@ -60,7 +45,7 @@ OFFLOADED = {
         {"backbones.a": "cpu", "backbones.b": "disk", "backbones.c": "cpu", "stages": "disk"},
         offload_dir=folder,
     ),
-    "a map": loaded_by_a_map,
+    "a map": lambda model, folder: loaded_by_a_map(model, folder, empty_chain, ["ESMCLayer"]),
 }
 
 
@@ -124,28 +109,7 @@ def test_one_load_of_a_layer_serves_the_whole_batch(tmp_path, monkeypatch):
 # int8
 
 
-def dynamic(model):
-    return quantize_dynamic(model, {nn.Linear})
-
-
-def weights_alone(model):
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    return model
-
-
-def dynamic_a_token(model):
-    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
-    return model
-
-
-needs_torchao = pytest.mark.skipif(torchao is None, reason="needs torchao")
-WAYS = [
-    dynamic,
-    *(pytest.param(each, marks=needs_torchao) for each in (weights_alone, dynamic_a_token)),
-]
-
-
-@pytest.mark.parametrize("quantise", WAYS)
+@ways
 def test_every_layer_is_int8_and_the_numbers_are_near(quantise, tmp_path):
     exact = small_esmc()
     model = quantise(copy.deepcopy(exact)).eval()

@@ -7,53 +7,18 @@ import pytest
 import torch
 import transformers
 from helpers import random_sequence, small_model, tokens_of
+from int8 import WAYS, in_ways, needs_torchao, torchao, ways, weights_alone
 from torch import nn
-from torch.ao.quantization import quantize_dynamic
 
 import rd_torch
 from rd_torch import RDModel
 from rd_torch.modules import plain_parts
 from rd_torch.store.folder import Folder
 
-try:
-    from torchao import quantization as torchao
-except ImportError:  # it has versions for new ones of PyTorch alone
-    torchao = None
-
 PROTEINS = {f"P{k}": random_sequence(5 + 3 * k, k) for k in range(20)}
 TOKENS = tokens_of(*list(PROTEINS.values())[:6], "MK<mask>VXB")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-def dynamic(model):
-    """PyTorch's own: one scale for all of a weight, and one for all activations of a call."""
-    return quantize_dynamic(model, {nn.Linear})
-
-
-def weights_alone(model):
-    """torchao's: weights a row of each matrix; products in float32."""
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    return model
-
-
-def dynamic_a_token(model):
-    """torchao's: weights a row, activations a token."""
-    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
-    return model
-
-
-WAYS = {"dynamic": dynamic, "weights alone": weights_alone, "dynamic a token": dynamic_a_token}
-needs_torchao = pytest.mark.skipif(torchao is None, reason="needs torchao")
-
-
-def in_ways(*names):
-    marks = {name: () if name == "dynamic" else needs_torchao for name in names}
-    params = [pytest.param(WAYS[name], marks=mark, id=name) for name, mark in marks.items()]
-    return pytest.mark.parametrize("quantise", params)
-
-
-ways = in_ways(*WAYS)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import any_size, random_esm2, random_sequence, small_model, tokens_of
+from helpers import random_esm2, random_sequence, require_one_graph, small_model, tokens_of
 from torch import nn
 from torch.nn import functional
 
@@ -227,15 +227,6 @@ def test_a_prepared_model_takes_distributions(model):
     assert torch.equal(model.prepare_inference()(soft).embeddings, expected)
 
 
-@torch.no_grad()
 def test_distributions_compile_as_one_graph_and_export(model):
-    model = model.truncate("b")
-    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
-    dims = {0: any_size("batch"), 1: any_size("time")}
-    soft = soft_tokens("MKTAYIA", "MK", "M")
-    program = torch.export.export(model, (soft,), dynamic_shapes={"tokens": dims}).module()
-    for batch in (soft, soft_tokens("MKTAY<mask>IAKQRW", "MK<mask>AY")):
-        expected = model(batch)
-        for out in (compiled(batch), program(batch)):
-            torch.testing.assert_close(out.embeddings, expected.embeddings, rtol=0, atol=2e-5)
-            assert torch.equal(out.residue_mask, expected.residue_mask)
+    batches = soft_tokens("MKTAYIA", "MK", "M"), soft_tokens("MKTAY<mask>IAKQRW", "MK<mask>AY")
+    require_one_graph(model.truncate("b"), *batches)

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from helpers import random_esm2, random_sequence, small_model, tokens_of
+from helpers import loaded_by_a_map, random_esm2, random_sequence, small_model, tokens_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
@@ -293,19 +293,8 @@ def by_whole_layers(module, folder):
     )
 
 
-def loaded_by_a_map(module, folder):
-    """`device_map="auto"` on a machine without room: some of it goes to the disk."""
-    size = sum(p.numel() * 4 for p in module.parameters())
-    places = accelerate.infer_auto_device_map(
-        module, max_memory={"cpu": size // 2}, no_split_module_classes=["TransformerLayer"]
-    )
-    assert set(places.values()) == {"cpu", "disk"}
-    torch.save(module.state_dict(), folder / "state.pt")
-    with accelerate.init_empty_weights():
-        empty = Theirs()
-    return accelerate.load_checkpoint_and_dispatch(
-        empty, str(folder / "state.pt"), places, offload_folder=str(folder / "offloaded")
-    ).eval()
+def placed_by_a_map(module, folder):
+    return loaded_by_a_map(module, folder, Theirs, ["TransformerLayer"])
 
 
 def fetched_by_hooks(module, folder):
@@ -339,7 +328,7 @@ OFFLOADED = [
     disk_offloaded,
     dispatched,
     by_whole_layers,
-    loaded_by_a_map,
+    placed_by_a_map,
     fetched_by_hooks,
 ]
 
@@ -348,7 +337,7 @@ OFFLOADED = [
 @pytest.mark.parametrize("offload", OFFLOADED, ids=lambda offload: offload.__name__)
 def test_weights_that_are_fetched_for_each_call_give_the_same_bits(offload, dtype, tmp_path):
     module = shaken(Theirs())
-    if offload is not loaded_by_a_map:
+    if offload is not placed_by_a_map:
         module.encoder.to(dtype)
     soft = nn.functional.one_hot(TOKENS, 33).float()
     expected = answers(module)

@@ -9,7 +9,7 @@ from benchmarks.finetuning.problem import Problem
 from benchmarks.finetuning.run import APPROACHES
 from benchmarks.finetuning.study import Study
 from benchmarks.finetuning.summary import constant_row, draw, rows_of
-from benchmarks.options import add_data_option, new_parser
+from benchmarks.options import add_data_option, add_model_option, new_parser
 from benchmarks.result import environment, write_result
 
 RUNS = """
@@ -49,11 +49,7 @@ def read_arguments(description: str) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(description)
     add_data_option(parser)
-    parser.add_argument(
-        "--model",
-        default="esm2-rd-mini",
-        help="Folder or Hub id of a chain, or the shipped family, which is the default.",
-    )
+    add_model_option(parser)
     parser.add_argument(
         "--folder", type=Path, help="Folder for the states of the runs, by default one in finetuning/."
     )

@@ -16,13 +16,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import rd_torch
-from benchmarks.options import add_data_option, data_folder, new_parser
+from benchmarks.options import (
+    add_data_option,
+    add_model_option,
+    add_scaling_options,
+    data_folder,
+    new_parser,
+)
 from benchmarks.result import Row, environment, write_result
 from benchmarks.scaling.cache import Cache
 from benchmarks.scaling.data import read_sets
@@ -87,17 +92,8 @@ def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     add_data_option(parser)
-    parser.add_argument(
-        "--model",
-        default="esm2-rd-mini",
-        help="Folder or Hub id of a chain, or the shipped family, which is the default.",
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=Path("scaling-cache"), help="Folder for what is kept between runs."
-    )
-    parser.add_argument(
-        "--variants", type=int, default=3_000, help="Number of variants of a data set at the most."
-    )
+    add_model_option(parser)
+    add_scaling_options(parser)
     return parser.parse_args()
 
 

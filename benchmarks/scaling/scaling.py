@@ -30,7 +30,14 @@ from pathlib import Path
 import torch
 
 import rd_torch
-from benchmarks.options import DTYPES, add_data_option, data_folder, new_parser
+from benchmarks.options import (
+    DTYPES,
+    add_data_option,
+    add_model_option,
+    add_scaling_options,
+    data_folder,
+    new_parser,
+)
 from benchmarks.result import Row, environment, write_result
 from benchmarks.scaling.cache import Cache
 from benchmarks.scaling.data import read_sets
@@ -117,31 +124,19 @@ def read_arguments() -> argparse.Namespace:
         type=Path,
         help="Folder of ProteinGym's files, which take the place of the data's assays.",
     )
-    parser.add_argument(
-        "--model",
-        default="esm2-rd-mini",
-        help="Folder or Hub id of a chain, or the shipped family, which is the default.",
-    )
+    add_model_option(parser)
     parser.add_argument("--level", help="Last level of the chain, by default the model's.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="Device that runs.")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="Type of the backbones, by default %(default)s."
     )
-    parser.add_argument(
-        "--variants",
-        type=int,
-        default=3_000,
-        help="Number of variants of a data set at the most, by default %(default)s.",
-    )
+    add_scaling_options(parser)
     parser.add_argument(
         "--sizes",
         type=int,
         nargs="+",
         default=[200, 1_000, 5_000],
         help="Numbers of sequences in the five samples, rising.",
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=Path("scaling-cache"), help="Folder for what is kept between runs."
     )
     return parser.parse_args()
 
