@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rd_torch import hardware
 from rd_torch.alphabet import Alphabet
-from rd_torch.backbone import Backbone, tokenize
+from rd_torch.backbone import Backbone, TooManyTokens, tokenize
 from rd_torch.levels import SPECIAL_TOKENS
 from rd_torch.sequences import cut_batches
 
@@ -143,8 +143,8 @@ def run_batches(
         tokens_per_batch: number of tokens, padding included, that a batch holds at most; a longer sequence
             makes a batch of its own.
         device: device to put the tokens on.
-        failures: if given, a sequence that alone takes more memory than there is does not end the run; its
-            number and the reason are added here.
+        failures: if given, a sequence that alone takes more memory than there is, or that has more tokens
+            than a backbone takes, does not end the run; its number and the reason are added here.
 
     Yields:
         The result of each batch.
@@ -152,6 +152,7 @@ def run_batches(
     Raises:
         ValueError: for a budget below 1.
         MemoryError: without `failures`, for a sequence that alone takes more memory than there is.
+        TooManyTokens: without `failures`, for a sequence that has more tokens than a backbone takes.
     """
     limit = tokens_per_batch
     for batch in cut_batches(sequences, tokens_per_batch):
@@ -164,30 +165,32 @@ def run_batches(
                 if isinstance(done, Batch):
                     yield done
                     continue
-                if len(part) == 1:
-                    message = _too_long_message(size, device, done)
-                    if failures is None:
-                        raise MemoryError(message)
-                    failures[part[0][0]] = message
+                if failures is None and (len(part) == 1 or isinstance(done, TooManyTokens)):
+                    raise done
+                if failures is not None and len(part) == 1:
+                    failures[part[0][0]] = str(done)
                     continue
-                limit = _halve(size, device)
+                if isinstance(done, MemoryError):
+                    limit = _halve(size, device)
             half = (len(part) + 1) // 2
             waiting += [part[half:], part[:half]]  # popped from the end: the first half comes first
 
 
 def _attempt(
     compute: Callable[[Tensor], Result], part: list[tuple[int, str]], alphabet: Alphabet, device: torch.device
-) -> Batch[Result] | str:
-    """Return what was computed of a batch, or the message with which memory ran out."""
+) -> Batch[Result] | MemoryError | TooManyTokens:
+    """Return what was computed of a batch, or why it cannot be."""
     try:
         tokens = tokenize([sequence for _, sequence in part], alphabet).to(device)
         return Batch([index for index, _ in part], compute(tokens))
+    except TooManyTokens as error:
+        return error
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return str(error)
+        return MemoryError(_too_long_message(len(part[0][1]), device, str(error)))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -196,10 +199,10 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error) or str(error) in _SHORT_OF_MEMORY
 
 
-def _too_long_message(size: int, device: torch.device, reason: str) -> str:
-    """Return the message for one sequence, of `size` tokens, that memory has no room for."""
+def _too_long_message(residues: int, device: torch.device, reason: str) -> str:
+    """Return the message for one sequence that memory has no room for."""
     return (
-        f"expected memory for one sequence of {size - SPECIAL_TOKENS:,} residues, got none left on "
+        f"expected memory for one sequence of {residues:,} residues, got none left on "
         f"{device}: cut the sequence (--max-length), or take a smaller width or a half-precision model "
         f"({reason})"
     )

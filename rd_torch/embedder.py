@@ -43,14 +43,15 @@ class Embedder(NamedTuple):
 
         Args:
             sequences: sequences by number, residues alone, one letter each.
-            failures: if given, a sequence that alone takes more memory than there is does not end the run;
-                its number and the reason are added here.
+            failures: if given, a sequence that alone takes more memory than there is, or that has more tokens
+                than a backbone takes, does not end the run; its number and the reason are added here.
 
         Yields:
             The numbers and embeddings of the sequences that a batch completed, in any order.
 
         Raises:
             MemoryError: without `failures`, for a sequence that alone takes more memory than there is.
+            TooManyTokens: without `failures`, for a sequence that has more tokens than a backbone takes.
         """
         if self.pieces is None:
             yield from self._embed_whole(sequences, self.pool, failures)

@@ -97,7 +97,8 @@ def embed(
         TypeError: for a container without an order or with more than one meaning, such as a set, a table or
             one string, and for an item that is no sequence, with its number, from 1.
         ValueError: for an empty sequence or characters that are no letters, with the number of the sequence,
-            and for a `pool`, `width` or `windows` that does not exist.
+            for a sequence of more tokens than a backbone has positions for, and for a `pool`, `width` or
+            `windows` that does not exist.
         MemoryError: for a sequence that alone takes more memory than there is.
 
     Examples:
@@ -145,9 +146,10 @@ def embed_to_store(
 
     Records keep their order. A record whose identifier an earlier one has is stored as `IDENTIFIER#2`, with a
     warning that counts such records; equal sequences are embedded as often as they come. A record that cannot
-    be read, and a sequence that alone takes more memory than there is, is left out and listed in
-    `<path>.failed.tsv` with its line and the reason. The model runs in `eval` mode, as in `embed`; on CUDA a
-    model that is in `eval` mode is prepared by `prepare_inference` first.
+    be read is left out, and so is a sequence that alone takes more memory than there is, or more tokens than
+    a backbone has positions for; `<path>.failed.tsv` lists them with their lines and the reasons. The model
+    runs in `eval` mode, as in `embed`; on CUDA a model that is in `eval` mode is prepared by
+    `prepare_inference` first.
 
     Args:
         model: the chain.

@@ -338,6 +338,24 @@ def test_budgets_count_attention_maps(chain, monkeypatch):
     assert find_budget(family, torch.device("cpu")) == LEAST_TOKENS
 
 
+def test_too_long_sequences_are_left_out_and_listed(tmp_path):
+    backbone = TransformersBackbone(bert(max_position_embeddings=60), bert_tokenizer(tmp_path))
+    chain = RDModel({"a": backbone}, [])
+    proteins = {f"P{length}": random_sequence(length, length) for length in (12, 59, 30, 58, 200, 5)}
+    failures = rd_torch.embed_to_store(chain, proteins.items(), tmp_path / "out.h5", tokens_per_batch=1000)
+    assert set(failures) == {"P59", "P200"}
+    assert "expected at most 60 tokens, for which BertModel has positions, got 61" in failures["P59"].reason
+    kept = [name for name in proteins if name not in failures]
+    with rd_torch.open_store(tmp_path / "out.h5") as store:
+        assert list(store) == kept
+        alone = rd_torch.embed(chain, [proteins[name] for name in kept])
+        np.testing.assert_allclose(np.stack([store[name] for name in kept]), alone, atol=1e-5)
+    listed = (tmp_path / "out.h5.failed.tsv").read_text()
+    assert all(each in listed for each in ("P59", "P200", "--windows"))
+    pieces = rd_torch.embed_to_store(chain, proteins.items(), tmp_path / "whole.h5", windows=58)
+    assert not pieces
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("shape", ["t5", "bert"])
 def test_the_estimate_covers_what_a_forward_pass_takes(shape):

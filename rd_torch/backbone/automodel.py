@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch.backbone.autoload import is_loaded_again, load
-from rd_torch.backbone.backbone import Backbone
+from rd_torch.backbone.backbone import Backbone, TooManyTokens
 from rd_torch.backbone.layer import AttentionSink
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import apply_outside_half, at_least_float32
@@ -182,17 +182,18 @@ class TransformersBackbone(Backbone):
         """Compute the hidden states of the real tokens; see `Backbone.forward`.
 
         Raises:
-            ValueError: for distributions in place of ids, more tokens than the model has positions for, or
-                attention maps of a model that does not return them.
+            TooManyTokens: for a sequence with more tokens than the model has positions for.
+            ValueError: for distributions in place of ids, or attention maps of a model that does not return
+                them.
         """
         if tokens.is_floating_point():
             raise ValueError(f"expected token ids, got distributions, which {self._name} does not take")
         if packing.index is not None and not packing.longest:
             return torch.zeros(0, self.embed_dim, dtype=at_least_float32(self.dtype), device=tokens.device)
         if self._most_tokens is not None and tokens.shape[1] > self._most_tokens:
-            raise ValueError(
+            raise TooManyTokens(
                 f"expected at most {self._most_tokens:,} tokens, for which {self._name} has positions, got "
-                f"{tokens.shape[1]:,}: cut sequences (--max-length), or embed them in pieces (--windows)"
+                f"{tokens.shape[1]:,}: cut the sequence, or embed it in pieces (--max-length, --windows)"
             )
         hidden = self._run(tokens, packing.real, sink)
         return packing.pack(hidden).to(at_least_float32(hidden.dtype))

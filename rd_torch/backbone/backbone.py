@@ -15,6 +15,10 @@ from rd_torch.levels import Level, Reference
 from rd_torch.modules import StateDict, device_of, is_fetched
 
 
+class TooManyTokens(ValueError):  # noqa: N818  # it says what is wrong, as TypeError does not
+    """A sequence has more tokens than a backbone has positions for."""
+
+
 class MissingHead(nn.Module):
     """A module in place of a head that the checkpoint does not have; a call of it is an error."""
 

@@ -139,8 +139,8 @@ def embed(
     by whole headers.
 
     A record that cannot be read without doubt is left out, and so is a sequence that needs more memory than
-    there is. The others are embedded. OUTPUT.failed.tsv then lists what was left out, with lines and reasons,
-    and the exit status is 3.
+    there is, or more tokens than the model has positions for. The others are embedded. OUTPUT.failed.tsv then
+    lists what was left out, with lines and reasons, and the exit status is 3.
 
     If the command is interrupted, run it again: it continues where it stopped. It reads the proteins again to
     compare them with those of the first run. If they came from a pipe, pipe the same ones in again.
