@@ -232,9 +232,9 @@ class KilledError(Exception):
     """Stands for a kill: nothing that is under work is saved."""
 
 
-def killed_after(residues):
-    """Progress that ends a fit when so many residues are in."""
-    left = [residues]
+def killed_after(count):
+    """Progress that ends a job when so many residues or records are done."""
+    left = [count]
 
     def progress(more, before):
         left[0] -= more

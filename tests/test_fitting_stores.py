@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from helpers import embed_alone, random_esm2, random_sequence, small_model
 from safetensors import safe_open
+from test_fitting import KilledError, killed_after, maps_of
 
 import rd_torch
 from rd_torch import (
@@ -87,10 +88,6 @@ def small_windows(monkeypatch):
 def saving(monkeypatch):
     """Moments are saved at the end of every window."""
     monkeypatch.setattr("rd_torch.sums.SECONDS_BETWEEN_SAVES", 0)
-
-
-def maps_of(chain):
-    return dict(chain.stages.named_buffers())
 
 
 def assert_same_maps(one, other):
@@ -187,21 +184,6 @@ def test_no_backbone_and_no_network_is_asked_for(means, tmp_path, monkeypatch):
     monkeypatch.setattr(rd_torch.ESM2, "__init__", refuse)
     fit_stores(means).save_pretrained(tmp_path / "maps")
     combine_stores(Nesting.from_pretrained(tmp_path / "maps"), means, tmp_path / "out.h5")
-
-
-class KilledError(Exception):
-    """Stands for a kill: nothing that is under work is saved."""
-
-
-def killed_after(records):
-    left = [records]
-
-    def progress(more, before):
-        left[0] -= more
-        if left[0] < 0:
-            raise KilledError
-
-    return progress
 
 
 @pytest.mark.usefixtures("small_windows", "saving")
