@@ -54,8 +54,8 @@ def counter(monkeypatch):
 LONGEST_FIRST = (
     "cluster", "benchmarks", "docs", "resume", "tutorials", "esm2", "training", "scaling", "huggingface",
     "inputs", "family", "dataset", "structure", "finetuning", "model", "frameworks", "backbone_files",
-    "esmc_training", "esmc_jobs", "esmc", "processes", "shards", "engine", "soft_sequences", "store",
-    "reference",
+    "automodel_jobs", "esmc_training", "esmc_jobs", "esmc", "processes", "shards", "engine", "soft_sequences",
+    "store", "reference",
 )  # fmt: skip
 """Files of tests that take long: no process is to work through one when the others have ended."""
 
