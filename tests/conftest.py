@@ -36,6 +36,12 @@ def data():
 
 
 @pytest.fixture
+def saving(monkeypatch):
+    """Moments are saved at the end of every window."""
+    monkeypatch.setattr("rd_torch.sums.SECONDS_BETWEEN_SAVES", 0)
+
+
+@pytest.fixture
 def counter(monkeypatch):
     """Counts compilations instead of generating code, and forgets them afterwards."""
     from torch._dynamo.testing import CompileCounter  # takes a second, which most tests need not spend

@@ -14,7 +14,7 @@ from test_automodel_files import with_own_code
 from test_fitting import KilledError, killed_after
 
 import rd_torch
-from rd_torch import RDModel, TransformersBackbone, hardware, sums
+from rd_torch import RDModel, TransformersBackbone, hardware
 from rd_torch.batching import LEAST_TOKENS, bytes_per_token, find_budget
 from rd_torch.cli import main
 
@@ -189,8 +189,7 @@ def test_windows_blend_rows_of_the_residues_that_they_are_of(folder):
         np.testing.assert_allclose(mean, rows.mean(0), atol=1e-5)
 
 
-def test_a_fit_goes_on_after_a_kill_to_the_same_bits(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(sums, "SECONDS_BETWEEN_SAVES", 0)
+def test_a_fit_goes_on_after_a_kill_to_the_same_bits(sources, saving, tmp_path):
     options, progress = {"tokens_per_batch": 30, "work_folder": tmp_path / "work"}, Progress()
     with pytest.raises(KilledError):
         rd_torch.fit(sources, SEQUENCES, progress=killed_after(800), **options)

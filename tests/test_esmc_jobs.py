@@ -14,7 +14,7 @@ from test_resume import embed as embed_in_windows
 from test_resume import interrupt, same
 
 import rd_torch
-from rd_torch import Nesting, RDModel, open_store, sums
+from rd_torch import Nesting, RDModel, open_store
 from rd_torch.cli import main
 from rd_torch.sequences import Protein
 
@@ -100,8 +100,7 @@ def test_a_store_goes_on_after_a_kill_and_ends_the_same(model, tmp_path, suffix)
         embed_in_windows(other, tmp_path / f"out.{suffix}", PROTEINS)
 
 
-def test_a_fit_goes_on_after_a_kill_to_the_same_bits(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sums, "SECONDS_BETWEEN_SAVES", 0)
+def test_a_fit_goes_on_after_a_kill_to_the_same_bits(model, saving, tmp_path):
     backbones = dict(model.backbones.items())
     whole = rd_torch.fit(backbones, SEQUENCES, tokens_per_batch=60)
     arguments = {"tokens_per_batch": 60, "work_folder": tmp_path / "work"}

@@ -244,12 +244,6 @@ def killed_after(count):
     return progress
 
 
-@pytest.fixture
-def saving(monkeypatch):
-    """Moments are saved at the end of every window."""
-    monkeypatch.setattr(sums, "SECONDS_BETWEEN_SAVES", 0)
-
-
 def maps_of(model):
     return dict(model.stages.named_buffers())
 
