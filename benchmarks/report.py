@@ -41,9 +41,9 @@ def command_of_today(recorded: str) -> str:
 
 
 def page(folder: Path) -> str:
-    """Return the tables of all result files in a folder, each with its command and its machine."""
+    """Return the tables of all result files in a folder and below, each with its command and its machine."""
     parts = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         result = json.loads(path.read_text())
         machine = ", ".join(
             f"{key} {value}" for key, value in result["environment"].items() if value is not None

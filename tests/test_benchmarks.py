@@ -48,6 +48,26 @@ def test_speed_compares_everybody_in_every_dtype(run):
     assert ("bfloat16", "fair-esm float32") in rows
 
 
+def test_speed_compares_esmc_with_transformers(run):
+    pytest.importorskip("transformers.models.esmc", reason="needs a transformers with ESM-C")
+    options = [
+        "--dtype",
+        "float32",
+        "--lengths",
+        "30",
+        "--tokens",
+        "128",
+        "--rounds",
+        "1",
+        "--budgets",
+        "128",
+    ]
+    rows = run("speed", "--level", "300M", "--layers", "1", *options)["rows"]
+    names = ["rd chain", "own 300M alone", "sum of own backbones alone", "transformers sdpa"]
+    assert [row["contender"] for row in rows] == names
+    assert all(row["tokens/s"] > 0 for row in rows)
+
+
 @linux
 def test_a_pass_takes_a_third_of_fair_esms_memory(run):
     options = ["--batch", "2", "--residues", "1022", "--dtype", "float32"]

@@ -221,6 +221,8 @@ def test_fit_takes_the_backbones_of_a_chain_and_files(model, folder, fasta, tmp_
     tokens = tokens_of("MKTAY")
     assert torch.equal(files(tokens).embeddings, two(tokens).embeddings)
     assert torch.equal(two(tokens).representations["a"], model(tokens).representations["a"])
+    one = run("fit", fasta, "-o", tmp_path / "none", "--backbones", f"hf:{folder}", *options)
+    assert f"name the model of each level by --backbone LEVEL=hf:{folder}" in one.output
     unknown = run("fit", fasta, "-o", tmp_path / "none", "--backbone", f"9K={folder}", *options)
     assert "expected a level whose backbone is in" in unknown.output
     assert "(a, b, c), got '9K'" in unknown.output

@@ -97,8 +97,10 @@ def test_training_resumes_where_it_stopped(make, data, tmp_path, monkeypatch, fa
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the recipe needs a newer PyTorch, with Muon")
-def test_the_recipe_makes_a_checkpoint_in_small(make, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["esm2", "esmc"])
+def test_the_recipe_makes_a_checkpoint_in_small(make, data, tmp_path, monkeypatch, family):
     import train
+    from recipe import CHAINS
 
     from rd_torch.reading import Fasta
 
@@ -106,23 +108,22 @@ def test_the_recipe_makes_a_checkpoint_in_small(make, data, tmp_path, monkeypatc
         proteins = islice(Fasta(data / f"natural50_{kind}.fasta.xz"), 40)
         with lzma.open(tmp_path / f"natural50_{kind}.fasta.xz", "wt") as file:
             file.write("".join(f">{each.identifier}\n{each.sequence[:60]}\n" for each in proteins))
-    made = tmp_path / "made"
-    made.mkdir()
+    made, levels = tmp_path / "made", list(CHAINS[family])
     monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
-    monkeypatch.setattr(make, "HERE", made)
     for module in (train, make):
         monkeypatch.setattr(module, "TOKENS", 1_024)
     folders = ["--data", str(tmp_path), "--state", str(tmp_path)]
-    for name in NAMES:
+    for name in levels:
         monkeypatch.setattr(sys, "argv", ["train.py", *folders, "--level", name])
         train.main()
-    monkeypatch.setattr(sys, "argv", ["make.py", *folders])
+    monkeypatch.setattr(sys, "argv", ["make.py", *folders, "--family", family, "--output", str(made)])
     make.main()
-    assert list(rd_torch.RDModel.from_pretrained(made).config.widths) == NAMES
+    assert list(rd_torch.RDModel.from_pretrained(made).config.widths) == levels
     losses = json.loads((made / "losses.json").read_text())
-    assert {name: (each["tokens"], each.keys()) for name, each in losses.items()} == {
-        name: (1_024, LOSSES[name].keys()) for name in NAMES
-    }
+    shipped = LOSSES[NAMES[0]].keys()
+    assert {name: (each["tokens"], each.keys()) for name, each in losses.items()} == dict.fromkeys(
+        levels, (1024, shipped)
+    )
 
 
 def test_command_embeds_a_thousand_validation_proteins(data, tmp_path):

@@ -4,15 +4,16 @@ import csv
 import gzip
 import json
 import lzma
+import re
 import sys
-from itertools import chain, islice
+from itertools import chain, islice, product
 
 import numpy as np
 import pytest
 import torch
 
 import rd_torch
-from benchmarks.scaling import probes, scaling
+from benchmarks.scaling import added, probes, scaling
 from benchmarks.scaling.cache import Cache, Scores
 from benchmarks.scaling.data import (
     MUTATIONS,
@@ -472,6 +473,33 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
     monkeypatch.setattr("benchmarks.scaling.cache.add_moments", never)
     monkeypatch.setattr(rd_torch, "embed_to_store", never)
     assert run("cut")[:2] == (whole, every)
+
+
+def test_numbers_of_added_directions_are_judged_as_the_study_judges(run, small, tmp_path, monkeypatch):
+    _, every, _ = run("cache")
+    options = {"--data": small, "--cache": tmp_path / "cache", "--output": tmp_path / "added.json"}
+    options["--model"] = tmp_path / "chain"
+    RDModel.from_pretrained("esm2-rd-mini", level="207K").save_pretrained(options["--model"])
+    monkeypatch.setattr(added, "SIZES", (4, 10))
+    monkeypatch.setattr(
+        sys, "argv", [added.__file__, *(str(each) for pair in options.items() for each in pair)]
+    )
+    added.main()
+    rows = json.loads((tmp_path / "added.json").read_text())["rows"]
+    counts = {"90K": "plain 6 12 16 24 36 48", "207K": "plain 8 16 32 48 64"}
+    for level, head in product(counts, ("linear", "MLP")):
+        chosen = [row for row in rows if (row["level"], row["head"]) == (level, head)]
+        numbers = [re.sub(r"\D", "", row["embedding"]) or "plain" for row in chosen]
+        assert " ".join(numbers) == counts[level]
+        usual = next(row for row in chosen if "default" in row["embedding"])
+        for row, approach in ((chosen[0], PLAIN), (usual, PCR)):
+            scores = {}
+            for each in every:
+                asked = (each["level"], each["head"], each["approach"]) == (level, head, approach)
+                if asked and each["fit"].startswith("all"):
+                    scores.setdefault(each["data"], []).append(next(iter(each["scores"].values())))
+            mean = np.mean([np.mean(found) for found in scores.values()])
+            assert float(row["score, mean"]) == pytest.approx(mean, abs=6e-5)
 
 
 def test_raw_embeddings_stand_side_by_side_as_each_backbone_gives_them(tmp_path):

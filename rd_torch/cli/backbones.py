@@ -69,8 +69,8 @@ def choose_backbones(
         The choice.
 
     Raises:
-        ValueError: if both a checkpoint and sources were given, for one model in place of a checkpoint, or for
-            a level that is not there.
+        ValueError: if both a checkpoint and sources were given, for one model in place of a checkpoint, and
+            for a level that is not there.
     """
     from rd_torch.loading import is_foreign
     from rd_torch.weights import DEFAULT_MODEL, ON_HUB, read_checkpoint
@@ -87,8 +87,8 @@ def choose_backbones(
         return BackboneChoice(chosen, {name: published[name] for name in chosen}, "", None, trusted)
     if backbones is not None and is_foreign(backbones):
         raise ValueError(
-            f"expected a checkpoint or the name of a family as --backbones, got {backbones!r}: name each level's "
-            f"model by --backbone LEVEL={backbones}"
+            f"expected a checkpoint or the name of a family as --backbones, got {backbones!r}: name the "
+            f"model of each level by --backbone LEVEL={backbones}"
         )
     name = absolute_name(backbones or DEFAULT_MODEL)
     config = read_checkpoint(name).config
