@@ -25,7 +25,9 @@ from rd_torch.hardware import FULL
 from rd_torch.levels import TRANSFORMERS_FAMILY
 from rd_torch.modules import StateDict
 
-POSITIONS: Final = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+POSITIONS: Final = (
+    "position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe",
+)  # fmt: skip
 """What models call tables of positions, which have a row for each position that was trained."""
 
 
@@ -215,9 +217,11 @@ class TransformersBackbone(Backbone):
     def _find_most_tokens(self) -> int | None:
         """Return for how many tokens the model has learned positions; None where it counts them otherwise."""
         tables = [
-            part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+            len(part.weight)
+            - (0 if part.padding_idx is None else part.padding_idx + 1)
+            - getattr(part, "offset", 0)  # rows before the first position, as in OPT
             for name, part in self.model.named_modules()
-            if name.endswith(POSITIONS) and isinstance(part, nn.Embedding)
+            if name.endswith(POSITIONS) and hasattr(part, "weight") and hasattr(part, "padding_idx")
         ]
         return min(tables, default=None)
 
