@@ -151,8 +151,14 @@ class TransformersBackbone(Backbone):
         """Require that transformers would load the model's files as what it is, before they are written.
 
         Raises:
-            ValueError: for a model that is a part of another, or of a class that transformers does not know.
+            ValueError: for a model that is a part of another, that holds adapters, or of a class that
+                transformers does not know.
         """
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"expected a model without adapters, which are written alone, got {self._name} with some: "
+                "merge them by peft's merge_and_unload, and save what that gives"
+            )
         if not is_loaded_again(self.model):
             raise ValueError(
                 f"expected a model that transformers loads by itself, got {self._name}: it is a part of "

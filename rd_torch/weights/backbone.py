@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rd_torch.levels import Level
+from rd_torch.modules import as_module_name
 from rd_torch.weights.convention import published_size
 from rd_torch.weights.files import Files
 from rd_torch.weights.tensors import Tensors, require_finite
@@ -54,7 +55,7 @@ def read_level(files: Files, name: str | None = None) -> Level:
             f"expected the {name} of {convention.title}, {expected.num_layers} layers of width "
             f"{expected.width}, got {found.num_layers} layers of width {found.width} in {files.place}"
         )
-    name = name or called or Path(files.place).stem.replace(".", "_")
+    name = name or called or as_module_name(Path(files.place).stem)
     return replace(found, name=name, reference=files.reference)
 
 
