@@ -49,6 +49,7 @@ _FACTS: Final = {
     "layer_norm_eps": 1e-5,
     "vocab_size": 33,
     "rope_theta": 10_000,
+    "is_decoder": False,
 }
 
 
