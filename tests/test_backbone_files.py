@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import rd_torch
 from benchmarks.speed import loading
+from rd_torch.weights import read_checkpoint
 
 SHAPE = (2, 64, 4)
 
@@ -245,7 +246,7 @@ def edited(theirs, folder, **changes):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("position_embedding_type", "absolute"), ("emb_layer_norm_before", True), ("layer_norm_eps", 1e-12),
-     ("vocab_size", 40), ("rope_theta", 20_000.0), ("model_type", "bert")],
+     ("vocab_size", 40), ("rope_theta", 20_000.0), ("is_decoder", True), ("model_type", "bert")],
 )  # fmt: skip
 def test_other_families_are_told_by_their_config(theirs, tmp_path, key, value):
     folder = edited(theirs, tmp_path, **{key: value})
@@ -332,6 +333,9 @@ def test_nothing_there_is_said(tmp_path):
         FileNotFoundError, match="expected a file, a folder or a Hub id, got none of them: '.*no.pt'"
     ):
         rd_torch.RDModel.from_pretrained("esm2-rd-mini", backbones={"28K": str(tmp_path / "no.pt")})
+    for name in ("weights/esmc.pth", "hf:someone/model"):  # neither is looked for on the Hub
+        with pytest.raises(FileNotFoundError, match=rf"expected a checkpoint's folder, .*, got '{name}'"):
+            read_checkpoint(name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="expected a checkpoint file .*config.json"):
         rd_torch.RDModel.from_pretrained(tmp_path / "empty")
