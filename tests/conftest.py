@@ -36,6 +36,12 @@ def data():
 
 
 @pytest.fixture
+def saving(monkeypatch):
+    """Moments are saved at the end of every window."""
+    monkeypatch.setattr("rd_torch.sums.SECONDS_BETWEEN_SAVES", 0)
+
+
+@pytest.fixture
 def counter(monkeypatch):
     """Counts compilations instead of generating code, and forgets them afterwards."""
     from torch._dynamo.testing import CompileCounter  # takes a second, which most tests need not spend
@@ -54,8 +60,8 @@ def counter(monkeypatch):
 LONGEST_FIRST = (
     "cluster", "benchmarks", "docs", "resume", "tutorials", "esm2", "training", "scaling", "huggingface",
     "inputs", "family", "dataset", "structure", "finetuning", "model", "frameworks", "backbone_files",
-    "esmc_training", "esmc_jobs", "esmc", "processes", "shards", "engine", "soft_sequences", "store",
-    "reference",
+    "automodel_jobs", "esmc_training", "esmc_jobs", "esmc", "processes", "shards", "engine", "soft_sequences",
+    "store", "reference",
 )  # fmt: skip
 """Files of tests that take long: no process is to work through one when the others have ended."""
 

@@ -39,15 +39,14 @@ def _random_tensors(shapes, seed):
     return tensors
 
 
-def random_esmc(num_layers, width, attention_heads, seed=0, **others):
-    """transformers' model."""
+def random_esmc(num_layers, width, attention_heads, seed=0):
+    """transformers' model with random weights."""
     transformers = oracle()
     config = transformers.EsmcConfig(
         hidden_size=width,
         num_hidden_layers=num_layers,
         num_attention_heads=attention_heads,
         intermediate_size=256 * math.ceil(8 * width / 3 / 256),
-        **others,
     )
     model = transformers.EsmcForMaskedLM(config).eval()
     model.load_state_dict(_random_tensors(model.state_dict(), seed))
@@ -85,7 +84,7 @@ def ours_of(reference):
 
 def save_packed(reference, folder, *, first=False, prefix="esmc."):
     """The reference's tensors as research checkpoints pack them, by either of their two sets of names."""
-    names = {
+    renamed = {
         "embed_tokens.": "embed.",
         "norm.": "transformer.norm.",
         "input_layernorm.": "attn.layernorm_qkv.0." if first else "attn.layernorm_qkv.layer_norm_",
@@ -116,8 +115,8 @@ def save_packed(reference, folder, *, first=False, prefix="esmc."):
         elif rest == "mlp.gate_proj.weight":
             packed[base + gate_up] = torch.cat([tensor, state[f"{here}mlp.up_proj.weight"]])
         elif not rest.startswith(("self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")):
-            (old,) = [old for old in names if rest.startswith(old)]
-            packed[base + rest.replace(old, names[old])] = tensor.clone()
+            (old,) = [old for old in renamed if rest.startswith(old)]
+            packed[base + rest.replace(old, renamed[old])] = tensor.clone()
         if rest == "mlp.down_proj.weight" and not first:
             packed[base + "ffn._extra_state"] = torch.zeros(5, dtype=torch.uint8)
     folder.mkdir(exist_ok=True)

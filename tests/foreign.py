@@ -20,16 +20,11 @@ def bert_tokenizer(folder):
     return transformers.BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=False)
 
 
-def fast(
-    model,
-    *,
-    before=None,
-    after=None,
-    prepare=None,
-    normalizer=None,
-    **named,
-):
-    """A tokenizer of the library that transformers' own are made of."""
+def fast_tokenizer(model, *, before=None, after=None, prepare=None, normalizer=None, **named):
+    """A tokenizer around a model of the library that transformers' own are made of.
+
+    `before` and `after` are the special tokens around a sequence; `named` gives tokens their roles.
+    """
     inner = tokenizers.Tokenizer(model)
     if prepare is not None:
         inner.pre_tokenizer = prepare
@@ -46,13 +41,14 @@ def fast(
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **named)
 
 
-def t5_tokenizer(letters=RESIDUE_LETTERS, extra=100):
+def t5_tokenizer():
     """As ProtT5's: letters behind the mark of a word, `</s>` alone at the end, many special tokens."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((f"▁{letter}", -2.0) for letter in letters)]
-    others = [f"<extra_id_{number}>" for number in range(extra)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
+    pieces += [(f"▁{letter}", -2.0) for letter in RESIDUE_LETTERS]
+    others = [f"<extra_id_{number}>" for number in range(100)]
     pieces += [(name, 0.0) for name in others]
     prepare = tokenizers.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    return fast(
+    return fast_tokenizer(
         tokenizers.models.Unigram(pieces, unk_id=2), after="</s>", prepare=prepare,
         additional_special_tokens=others,
     )  # fmt: skip
@@ -78,8 +74,10 @@ def bpe_tokenizer(letters="ACGT", merges=(("A", "C"), ("AC", "G"), ("T", "T")), 
     """As DNABERT-2's: pairs of letters that are frequent become tokens of their own."""
     names = ["<pad>", "</s>", "<unk>", "<mask>", "<cls>", *letters, *map("".join, merges)]
     vocabulary = {name: index for index, name in enumerate(names)}
-    model = tokenizers.models.BPE(vocabulary, list(merges), unk_token=options.pop("model_unk", "<unk>"))
-    return fast(model, before="<cls>", after="</s>", cls_token="<cls>", mask_token="<mask>", **options)
+    model = tokenizers.models.BPE(vocabulary, list(merges), unk_token="<unk>")
+    return fast_tokenizer(
+        model, before="<cls>", after="</s>", cls_token="<cls>", mask_token="<mask>", **options
+    )
 
 
 def gpt_tokenizer():
@@ -88,7 +86,7 @@ def gpt_tokenizer():
     vocabulary = {name: index for index, name in enumerate(names)}
     model = tokenizers.models.BPE(vocabulary, [("L", "A"), ("G", "V")])
     end = "<|endoftext|>"
-    return fast(model, pad_token=end, unk_token=end, eos_token=end, bos_token=end)
+    return fast_tokenizer(model, pad_token=end, unk_token=end, eos_token=end, bos_token=end)
 
 
 def bert(folder=None, *, vocab=30, width=32, layers=2, heads=2, seed=0, tokenizer=None, **options):

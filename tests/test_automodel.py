@@ -56,7 +56,7 @@ def parts(tmp_path_factory):
 SHAPES = ("bert", "t5", "esm", "roberta", "gpt", "kmers", "bpe")
 
 
-def by_hand(model, tokenizer, ids, layer=None):
+def by_hand(model, ids, layer=None):
     """What a user's own code computes of one sequence; `(tokens, width)`."""
     with torch.no_grad():
         tokens = torch.tensor([ids])
@@ -75,7 +75,7 @@ def test_every_token_in_a_batch_is_the_models_own_of_the_sequence_alone(parts, s
     assert (out.embeddings[~is_real(tokens, chain.alphabet)] == 0).all()
     for row, sequence in zip(out.embeddings, sequences, strict=True):
         ids = chain.alphabet.ids_of(sequence)
-        expected = by_hand(model, tokenizer, ids, layer)
+        expected = by_hand(model, ids, layer)
         torch.testing.assert_close(row[: len(ids)], expected, atol=2e-5 * float(expected.std()), rtol=0)
     residues = rd_torch.embed(chain, sequences, pool="none")
     means = rd_torch.embed(chain, sequences, tokens_per_batch=20)
@@ -305,7 +305,7 @@ def test_copies_and_pickles_are_the_same(parts):
 @pytest.mark.filterwarnings("ignore:cpu computes")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", ["bert", "t5", "esm"])
-def test_half_precision(parts, shape, dtype):
+def test_half_precision_is_near_and_keeps_buffers_and_embeddings_in_float32(parts, shape, dtype):
     model, tokenizer, sequences = parts[shape]
     chain = RDModel({"a": TransformersBackbone(copy.deepcopy(model), tokenizer)}, []).eval()
     expected = torch.tensor(rd_torch.embed(chain, sequences))

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from click.testing import CliRunner
 from foreign import bert, bert_tokenizer, bpe_tokenizer, kmer_tokenizer, save, t5, t5_tokenizer
 from helpers import embed_alone, random_sequence, share_of_estimate
 from test_automodel_files import with_own_code
+from test_fitting import KilledError, killed_after
 
 import rd_torch
-from rd_torch import RDModel, TransformersBackbone, hardware, sums
+from rd_torch import RDModel, TransformersBackbone, hardware
 from rd_torch.batching import LEAST_TOKENS, bytes_per_token, find_budget
 from rd_torch.cli import main
 
@@ -28,29 +30,43 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folders of two BERTs with the same tokens, and of a T5."""
+    """Folders of two BERTs with the same tokens, and of two T5s."""
     place = tmp_path_factory.mktemp("models")
     tokenizer = bert_tokenizer(place / "tokenizer")
     bert(place / "small", width=16, tokenizer=tokenizer)
     bert(place / "large", width=24, layers=3, seed=1, tokenizer=tokenizer)
-    t5(place / "t5", tokenizer=t5_tokenizer())
+    t5(place / "small-t5", width=16, tokenizer=t5_tokenizer())
+    t5(place / "t5", layers=3, seed=1, tokenizer=t5_tokenizer())
     return place
 
 
+CHAINS = {"bert": {"small": "small", "large": "large"}, "t5": {"small": "small-t5", "large": "t5"}}
+
+
+@pytest.fixture(scope="module", params=CHAINS)
+def sources(folder, request):
+    """The two levels of a chain, 16 and 24 wide."""
+    return {level: f"hf:{folder / name}" for level, name in CHAINS[request.param].items()}
+
+
 @pytest.fixture(scope="module")
-def chain(folder):
-    sources = {level: f"hf:{folder / level}" for level in ("small", "large")}
+def chain(sources):
     return rd_torch.fit(sources, SEQUENCES, tokens_per_batch=100)
 
 
 @pytest.fixture(scope="module")
 def saved(chain, tmp_path_factory):
-    """The chain's folder, and the proteins as FASTA."""
-    place = tmp_path_factory.mktemp("saved")
-    chain.save_pretrained(place / "chain")
-    text = "".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS)
-    (place / "proteins.fasta").write_text(text)
+    """The chain's folder."""
+    place = tmp_path_factory.mktemp("saved") / "chain"
+    chain.save_pretrained(place)
     return place
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fasta") / "proteins.fasta"
+    path.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS))
+    return path
 
 
 def run(*arguments):
@@ -62,27 +78,27 @@ def read(path):
     return {name: np.asarray(store[name]) for name in store}
 
 
-class Kill(BaseException):
-    """What no code catches."""
+class Progress:
+    """Counts residues: those of an earlier run, and new ones."""
+
+    def __init__(self):
+        self.earlier = self.new = 0
+
+    def __call__(self, residues, before):
+        self.earlier += residues * before
+        self.new += residues * (not before)
+
+    def require_resumed(self):
+        """Require that a part was there, and only the rest was computed."""
+        assert self.earlier > 0
+        assert self.new > 0
+        assert self.earlier + self.new == sum(map(len, SEQUENCES))
 
 
-def killed(job, after):
-    """Runs a job that is killed when so many residues are done."""
-    done = [0]
-
-    def progress(residues, before):
-        done[0] += residues
-        if done[0] >= after:
-            raise Kill
-
-    with pytest.raises(Kill):
-        job(progress)
-
-
-def test_fits_are_those_of_moments_by_hand(folder, chain):
+def test_fits_are_those_of_moments_by_hand(sources, chain):
     rows = {"small": [], "large": []}
     for level, found in rows.items():
-        backbone = TransformersBackbone.from_pretrained(folder / level)
+        backbone = TransformersBackbone.from_pretrained(sources[level].removeprefix("hf:"))
         found += [
             torch.tensor(each)
             for each in rd_torch.embed(RDModel({level: backbone}, []), SEQUENCES, pool="none")
@@ -114,14 +130,16 @@ def test_models_of_different_tokens_are_refused(folder):
 
 @pytest.mark.parametrize(
     ("pool", "suffix"),
-    [("none", "h5"), ("mean", "h5"), ("mean", "parquet"), ("max", "parquet"), ("cls", "h5")],
+    [("none", "h5"), ("mean", "h5"), ("mean", "parquet"), ("max", "parquet"), ("std", "pt")],
 )
 def test_stores_hold_what_embed_gives_also_after_a_kill(chain, tmp_path, pool, suffix):
     path = tmp_path / f"out.{suffix}"
-    options = {"pool": pool, "tokens_per_batch": 20}
-    killed(lambda progress: rd_torch.embed_to_store(chain, PROTEINS, path, progress=progress, **options), 700)
+    options, progress = {"pool": pool, "tokens_per_batch": 20}, Progress()
+    with pytest.raises(KilledError):
+        rd_torch.embed_to_store(chain, PROTEINS, path, progress=killed_after(700), **options)
     assert not path.exists()
-    assert rd_torch.embed_to_store(chain, PROTEINS, path, **options) == {}
+    assert rd_torch.embed_to_store(chain, PROTEINS, path, progress=progress, **options) == {}
+    progress.require_resumed()
     expected = rd_torch.embed(chain, SEQUENCES, **options)
     for (name, rows), (identifier, sequence), mine in zip(
         read(path).items(), PROTEINS, expected, strict=True
@@ -135,6 +153,9 @@ def test_cls_and_windows_need_the_tokens_for_them(folder, tmp_path):
     model = RDModel.from_pretrained(f"hf:{folder / 't5'}")
     genes = RDModel({"a": TransformersBackbone(bert(vocab=10), bpe_tokenizer("ACGTN", []))}, [])
     joined = RDModel({"a": TransformersBackbone(bert(vocab=20), bpe_tokenizer("ACGTN"))}, [])
+    small = RDModel.from_pretrained(f"hf:{folder / 'small'}")
+    first = small(small.alphabet.get_batch_converter()([("", SEQUENCES[0])])[2]).embeddings[:, 0].detach()
+    np.testing.assert_allclose(rd_torch.embed(small, SEQUENCES, pool="cls")[:1], first, atol=1e-5)
     for pool in ("cls", ["mean", "cls"]):
         message = (
             "expected a pool over residues, got 'cls', though the model's tokenizer puts no token before a"
@@ -157,7 +178,7 @@ def test_cls_and_windows_need_the_tokens_for_them(folder, tmp_path):
 def test_windows_blend_rows_of_the_residues_that_they_are_of(folder):
     for name in ("small", "t5"):
         model = RDModel.from_pretrained(f"hf:{folder / name}")
-        (sequence,) = [random_sequence(30, 5)]
+        sequence = random_sequence(30, 5)
         rows = rd_torch.embed(model, [sequence], pool="none", windows=(20, 10))[0]
         assert rows.shape[0] == 30
         first = rd_torch.embed(model, [sequence[:20]], pool="none")[0]
@@ -168,36 +189,24 @@ def test_windows_blend_rows_of_the_residues_that_they_are_of(folder):
         np.testing.assert_allclose(mean, rows.mean(0), atol=1e-5)
 
 
-def test_a_fit_goes_on_after_a_kill_to_the_same_bits(folder, chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(sums, "SECONDS_BETWEEN_SAVES", 0)
-    sources = {level: f"hf:{folder / level}" for level in ("small", "large")}
-
-    def fit(progress=lambda residues, before: None, **options):
-        return rd_torch.fit(
-            sources,
-            SEQUENCES,
-            tokens_per_batch=30,
-            work_folder=tmp_path / "work",
-            progress=progress,
-            **options,
-        )
-
-    killed(fit, 800)
-    seen = []
-    again = fit(lambda residues, before: seen.append(before))
+def test_a_fit_goes_on_after_a_kill_to_the_same_bits(sources, saving, tmp_path):
+    options, progress = {"tokens_per_batch": 30, "work_folder": tmp_path / "work"}, Progress()
+    with pytest.raises(KilledError):
+        rd_torch.fit(sources, SEQUENCES, progress=killed_after(800), **options)
+    again = rd_torch.fit(sources, SEQUENCES, progress=progress, **options)
+    progress.require_resumed()
     whole = rd_torch.fit(sources, SEQUENCES, tokens_per_batch=30)
     assert again.fingerprint() == whole.fingerprint()
-    assert True in seen
-    assert False in seen
-    other = bert(width=24, layers=3, seed=9)
-    sources["large"] = TransformersBackbone(other, bert_tokenizer(tmp_path))
+    other = TransformersBackbone.from_pretrained(sources["large"].removeprefix("hf:"))
+    with torch.no_grad():
+        next(other.model.encoder.parameters()).add_(1)
     with pytest.raises(ValueError, match="with which .* was begun, got"):
-        fit()
+        rd_torch.fit({**sources, "large": other}, SEQUENCES, **options)
 
 
 def test_raw_stores_are_combined_to_what_the_chain_gives(chain, saved, tmp_path):
     paths = embed_alone(chain, tmp_path / "raw", proteins=PROTEINS)
-    rd_torch.combine_stores(rd_torch.Nesting.from_pretrained(saved / "chain"), paths, tmp_path / "nested.h5")
+    rd_torch.combine_stores(rd_torch.Nesting.from_pretrained(saved), paths, tmp_path / "nested.h5")
     expected = rd_torch.embed(chain, SEQUENCES)
     np.testing.assert_allclose(np.stack(list(read(tmp_path / "nested.h5").values())), expected, atol=2e-5)
 
@@ -257,12 +266,13 @@ def test_nucleic_acids_go_through_the_doors_of_models_of_them(tmp_path):
         np.testing.assert_array_equal(np.stack(list(read(output).values())), vectors)
 
 
-def test_commands_take_such_models(folder, saved, tmp_path):
-    small = f"hf:{folder / 'small'}"
+def test_commands_take_such_models(sources, saved, fasta, tmp_path):
+    small, large = sources.values()
     result = run("info", small)
     assert result.exit_code == 0, result.output
-    assert re.search(r"small +\S+ +2 +2 +16 +16", result.output)
-    result = run("embed", saved / "proteins.fasta", "-o", tmp_path / "a.h5", "--model", small, "--width", 8)
+    name = Path(small).name
+    assert re.search(rf"{name} +transformers +2 +\d +16 +16", result.output)
+    result = run("embed", fasta, "-o", tmp_path / "a.h5", "--model", small, "--width", 8)
     assert result.exit_code == 0, result.output
     expected = rd_torch.embed(RDModel.from_pretrained(small), SEQUENCES, width=8)
     np.testing.assert_allclose(np.stack(list(read(tmp_path / "a.h5").values())), expected, atol=1e-5)
@@ -271,11 +281,11 @@ def test_commands_take_such_models(folder, saved, tmp_path):
     assert RDModel.from_pretrained(tmp_path / "converted").dtype == torch.float16
     for command in (
         ("info", tmp_path / "converted"),
-        ("embed", saved / "proteins.fasta", "-o", tmp_path / "b.parquet", "--model", saved / "chain"),
-        ("fit", saved / "proteins.fasta", "-o", tmp_path / "chain", "--backbone", f"small={small}",
-         "--backbone", f"large=hf:{folder / 'large'}"),
-        ("embed", saved / "proteins.fasta", "-o", tmp_path / "small.h5", "--model", small),
-        ("embed", saved / "proteins.fasta", "-o", tmp_path / "large.h5", "--model", f"hf:{folder / 'large'}"),
+        ("embed", fasta, "-o", tmp_path / "b.parquet", "--model", saved),
+        ("fit", fasta, "-o", tmp_path / "chain", "--backbone", f"small={small}",
+         "--backbone", f"large={large}"),
+        ("embed", fasta, "-o", tmp_path / "small.h5", "--model", small),
+        ("embed", fasta, "-o", tmp_path / "large.h5", "--model", large),
         ("combine", f"small={tmp_path / 'small.h5'}", f"large={tmp_path / 'large.h5'}",
          "-o", tmp_path / "c.h5", "--model", tmp_path / "chain"),
     ):  # fmt: skip
@@ -284,16 +294,16 @@ def test_commands_take_such_models(folder, saved, tmp_path):
     fitted = RDModel.from_pretrained(tmp_path / "chain")
     nested = np.stack(list(read(tmp_path / "c.h5").values()))
     np.testing.assert_allclose(nested, rd_torch.embed(fitted, SEQUENCES), atol=2e-5)
-    assert fitted.config.provenance["backbones"]["small"].endswith("small")
+    assert fitted.config.provenance["backbones"]["small"].endswith(name)
 
 
-def test_commands_say_what_they_cannot_do_with_such_models(folder, saved, tmp_path):
-    chain, proteins, output = saved / "chain", saved / "proteins.fasta", tmp_path / "a.h5"
+def test_commands_say_what_they_cannot_do_with_such_models(folder, saved, fasta, tmp_path):
+    output = tmp_path / "a.h5"
     for command, message in (
-        (("verify", "large", "--model", chain), "expected levels of ESM-2 or ESM-C, which other"),
-        (("export", "large", "--model", chain, "-o", tmp_path / "a.onnx"), "is a model of transformers'"),
-        (("embed", proteins, "-o", output, "--model", f"hf:{folder / 't5'}", "--pool", "cls"), "got 'cls'"),
-        (("embed", proteins, "-o", output, "--model", f"hf:{folder / 'none'}"), "expected a model and a"),
+        (("verify", "large", "--model", saved), "expected levels of ESM-2 or ESM-C, which other"),
+        (("export", "large", "--model", saved, "-o", tmp_path / "a.onnx"), "is a model of transformers'"),
+        (("embed", fasta, "-o", output, "--model", f"hf:{folder / 't5'}", "--pool", "cls"), "got 'cls'"),
+        (("embed", fasta, "-o", output, "--model", f"hf:{folder / 'none'}"), "expected a model and a"),
     ):  # fmt: skip
         result = run(*command)
         assert result.exit_code == 1, result.output
@@ -303,9 +313,9 @@ def test_commands_say_what_they_cannot_do_with_such_models(folder, saved, tmp_pa
     assert not output.exists()
 
 
-def test_commands_run_code_of_files_that_are_named_alone(folder, saved, tmp_path):
+def test_commands_run_code_of_files_that_are_named_alone(folder, fasta, tmp_path):
     place, marker = with_own_code(folder / "small", tmp_path)
-    arguments = ("embed", saved / "proteins.fasta", "-o", tmp_path / "a.h5", "--model", f"hf:{place}")
+    arguments = ("embed", fasta, "-o", tmp_path / "a.h5", "--model", f"hf:{place}")
     result = run(*arguments)
     assert result.exit_code == 1
     assert f"--trust-remote-code {place} on the command line" in result.output

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pages import DOCS, PAGES, PICTURES, ROOT, TUTORIALS, blocks_of, execute, name_of, pictures_of
 
+import rd_torch
 from rd_torch import hardware
 from rd_torch.exporting import OLDEST_EXPORTER
 
@@ -88,6 +89,13 @@ def test_the_table_of_levels_is_the_checkpoints():
         ]
         cells += [f"{shares[key]:.3f}" for key in ("r2", "kept")] if shares else ["", ""]
         assert f"| {' | '.join(map(str, cells))} |" in page
+
+
+@pytest.mark.parametrize("family", ["ESM-2", "ESM-C"])
+def test_the_table_of_families_has_the_published_sizes(family):
+    levels = {"ESM-2": rd_torch.ESM2_LEVELS, "ESM-C": rd_torch.ESMC_LEVELS}[family]
+    cells = [family, ", ".join(levels), ", ".join(f"{level.width:,}" for level in levels.values())]
+    assert f"| {' | '.join(cells)} |" in (DOCS / "guides" / "families.md").read_text()
 
 
 @pytest.mark.parametrize("page", [*PAGES, *REPOSITORY], ids=name_of)

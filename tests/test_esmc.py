@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from rd_torch import ESMC_LEVELS, RDModel, TransformersForMaskedLM
+from rd_torch.backbone import hidden_width
 from rd_torch.backbone.packing import Packing
 from rd_torch.levels import ESMC_ALPHABET
 
@@ -80,6 +81,15 @@ def test_every_hidden_state_is_transformers(reference, tokens):
     errors = [error(mine, other) for mine, other in zip(ours, theirs, strict=True)]
     assert len(errors) == reference.config.num_hidden_layers + 1
     assert max(errors) < TOLERANCE, errors
+
+
+def test_published_sizes_have_the_shapes_of_transformers_configs():
+    shapes = {name: level.shape for name, level in ESMC_LEVELS.items()}
+    assert shapes == {"300M": (30, 960, 15), "600M": (36, 1152, 18), "6B": (80, 2560, 40)}
+    assert [hidden_width(width) for _, width, _ in shapes.values()] == [2560, 3072, 6912]
+    largest = oracle().EsmcConfig()  # the others' are not in the package
+    shape = largest.num_hidden_layers, largest.hidden_size, largest.num_attention_heads
+    assert (shape, largest.intermediate_size, largest.vocab_size) == (shapes["6B"], 6912, 64)
 
 
 def test_our_own_random_backbone_has_the_oracles_numbers():

@@ -65,10 +65,11 @@ def test_packed_checkpoints_give_the_same_tensors(theirs, tokens, tmp_path, pref
     assert all(torch.equal(mine[name], other[name]) for name in mine)
 
 
-def test_the_first_layout_needs_the_number_of_heads(tmp_path, tokens):
-    """300M's shape is known; others' heads stand in no tensor."""
-    level = rd_torch.ESMC_LEVELS["300M"]
-    known = random_esmc(level.num_layers, level.width, level.attention_heads)
+def test_the_first_layout_is_read_of_published_sizes_and_refused_of_others(tmp_path, tokens, monkeypatch):
+    """How many heads there are stands in no tensor; of published sizes it is known."""
+    level = rd_torch.Level("300M", 3, 32, 2, family="esmc")  # a size that a test can hold
+    monkeypatch.setitem(rd_torch.ESMC_LEVELS, "300M", level)
+    known = random_esmc(*level.shape)
     model = RDModel.from_pretrained(save_packed(known, tmp_path / "known", first=True, prefix=""))
     assert model.config.levels[0] == level
     assert_same(model, known, tokens[1:2, :8])

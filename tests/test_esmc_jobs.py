@@ -14,7 +14,7 @@ from test_resume import embed as embed_in_windows
 from test_resume import interrupt, same
 
 import rd_torch
-from rd_torch import Nesting, RDModel, open_store, sums
+from rd_torch import Nesting, RDModel, open_store
 from rd_torch.cli import main
 from rd_torch.sequences import Protein
 
@@ -77,8 +77,11 @@ def test_embedding_takes_batches_windows_and_generators_alike(model):
     few = rd_torch.embed(model, iter(SEQUENCES), tokens_per_batch=40)
     np.testing.assert_allclose(few, together, atol=2e-5)
     assert np.array_equal(rd_torch.embed(model, SEQUENCES, width=48), together[:, :48])
-    windows = rd_torch.embed(model, [random_sequence(90)], windows=(30, 6))
-    assert windows.shape == (1, 64)
+    long = random_sequence(90)
+    (pieces,) = rd_torch.embed(model, [long], pool="none", windows=(30, 6))
+    np.testing.assert_allclose(pieces[:24], expected_rows(model, long[:30])[:24], atol=2e-5)
+    mean = rd_torch.embed(model, [long], windows=(30, 6))
+    np.testing.assert_allclose(mean, [pieces.mean(0)], atol=2e-5)
     rows = rd_torch.embed(model, SEQUENCES[:3], pool="none")
     for row, sequence in zip(rows, SEQUENCES[:3], strict=True):
         np.testing.assert_allclose(row, expected_rows(model, sequence), atol=2e-5)
@@ -97,8 +100,7 @@ def test_a_store_goes_on_after_a_kill_and_ends_the_same(model, tmp_path, suffix)
         embed_in_windows(other, tmp_path / f"out.{suffix}", PROTEINS)
 
 
-def test_a_fit_goes_on_after_a_kill_to_the_same_bits(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sums, "SECONDS_BETWEEN_SAVES", 0)
+def test_a_fit_goes_on_after_a_kill_to_the_same_bits(model, saving, tmp_path):
     backbones = dict(model.backbones.items())
     whole = rd_torch.fit(backbones, SEQUENCES, tokens_per_batch=60)
     arguments = {"tokens_per_batch": 60, "work_folder": tmp_path / "work"}
@@ -118,7 +120,7 @@ def test_a_fit_goes_on_after_a_kill_to_the_same_bits(model, tmp_path, monkeypatc
     other = small_esmc().backbones["a"]
     with torch.no_grad():
         other.norm.weight[0] += 1
-    with pytest.raises(ValueError, match="begun with other backbones|expected"):
+    with pytest.raises(ValueError, match="expected the fingerprint .*, with which .* was begun"):
         rd_torch.fit({**backbones, "a": other}, SEQUENCES, **arguments)
 
 
@@ -135,7 +137,8 @@ def test_a_fit_is_the_closed_form_of_all_residues(model):
             moments.update(torch.cat(raw, 1))
     expected = rd_torch.solve_stages(moments, WIDTHS, regressor="ols")
     for stage, other in zip(chain.stages.values(), expected, strict=True):
-        torch.testing.assert_close(stage.W, other.W.float(), rtol=0, atol=2e-4)
+        for name, tensor in stage.named_buffers():
+            torch.testing.assert_close(tensor, other.get_buffer(name).float(), rtol=0, atol=2e-4, msg=name)
 
 
 @pytest.mark.parametrize("pool", ["mean", "none"])
@@ -157,9 +160,8 @@ def test_raw_files_combine_to_what_the_model_embeds(model, folder, tmp_path, poo
 
 def test_info_embed_and_convert_take_a_chain(model, folder, fasta, tmp_path):
     output = ran("info", folder)
-    assert "ESM-C" in output or "esmc" in output
     for level in WIDTHS:
-        assert f"\n{level:>8} " in output
+        assert f"\n{level:>8}        ESM-C " in output
     ran("embed", fasta, "-o", tmp_path / "out.h5", "--model", folder, "--width", 40, "--device", "cpu")
     with open_store(tmp_path / "out.h5") as store:
         assert np.array_equal(store[:], rd_torch.embed(model, [each.sequence for each in FEW])[:, :40])
@@ -186,24 +188,26 @@ def test_a_record_with_a_chain_break_is_listed_and_the_others_are_embedded(model
 
 
 @pytest.mark.parametrize("layout", ["transformers", "packed", "first"])
-def test_one_backbone_converts_from_every_layout(layout, fasta, tmp_path):
-    theirs = random_esmc(2, 64, 4)
+def test_one_backbone_converts_from_every_layout(layout, tmp_path, monkeypatch):
+    monkeypatch.setitem(rd_torch.ESMC_LEVELS, "300M", rd_torch.Level("300M", 2, 64, 4, family="esmc"))
+    theirs, source = random_esmc(2, 64, 4), tmp_path / "theirs"
     if layout == "transformers":
-        theirs.save_pretrained(tmp_path / "theirs")
+        theirs.save_pretrained(source)
     else:
-        save_packed(theirs, tmp_path / "theirs", first=layout == "first")
-    source = tmp_path / "theirs" / ("esmc.pth" if layout == "first" else "")
-    result = run("convert", source, tmp_path / "ours")
-    if layout == "first":  # which tells the heads of published sizes alone
-        assert result.exit_code == 1
-        assert "expected a config.json beside the tensors" in result.output.splitlines()[-1]
-        return
-    assert result.exit_code == 0, result.output
+        source = save_packed(theirs, source, first=layout == "first")
+    ran("convert", source, tmp_path / "ours")
     tokens = tokens_of("MKTAY|IAKQR", "MK")
     with torch.no_grad():
         hidden = theirs.esmc(tokens, attention_mask=(tokens != 1).long()).last_hidden_state
         out = RDModel.from_pretrained(tmp_path / "ours")(tokens).embeddings
     torch.testing.assert_close(out[tokens != 1], hidden[tokens != 1], rtol=0, atol=5e-5)
+
+
+def test_a_file_that_does_not_tell_its_heads_is_refused_in_one_line(tmp_path):
+    result = run("convert", save_packed(random_esmc(2, 64, 4), tmp_path, first=True), tmp_path / "ours")
+    assert result.exit_code == 1
+    assert "expected a config.json beside the tensors" in result.output.splitlines()[-1]
+    assert not (tmp_path / "ours").exists()
 
 
 def test_fit_takes_the_backbones_of_a_chain_and_files(model, folder, fasta, tmp_path):

@@ -77,20 +77,19 @@ def test_what_is_computed_again_is_what_would_have_been_kept(monkeypatch):
             loss = weighted(model(TOKENS, width=32).embeddings, TOKENS != PAD)
             first = torch.autograd.grad(loss, weights, create_graph=True)
         second = torch.autograd.grad(sum(each.square().sum() for each in first), weights)
-        return len(again), saved_bytes(lambda: model(TOKENS)), first, second
+        return len(again), first, second
 
-    count, most, *ours = steps()
+    count, *ours = steps()
     assert (count > 2) == hardware.may_replace_saved_tensors()
 
     def keep(tensor, compute):
         return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
     monkeypatch.setattr(esmc, "recompute", keep)
-    count, _, *kept = steps()
+    count, *kept = steps()
     assert count == 2
     for mine, theirs in zip(ours, kept, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-    assert most
 
 
 def test_functional_calls_and_tensors_saved_on_the_cpu_give_the_same_gradients():

@@ -67,13 +67,14 @@ def test_losses_measured_again_on_the_whole_validation_file(make, data, name):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the recipe needs a newer PyTorch, with Muon")
-def test_training_resumes_where_it_stopped(make, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "name"), [("esm2", "28K"), ("esmc", "32K")])
+def test_training_resumes_where_it_stopped(make, data, tmp_path, monkeypatch, family, name):
     import train
 
     monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
     valid = tmp_path / "natural50_train.fasta.xz"
     valid.symlink_to(data / "natural50_valid.fasta.xz")
-    level = train.CHAINS["esm2"]["28K"]
+    level = train.CHAINS[family][name]
     train.train(level, tmp_path, tmp_path / "whole.pt", 4_000)
 
     steps = iter(range(4))

@@ -232,9 +232,9 @@ class KilledError(Exception):
     """Stands for a kill: nothing that is under work is saved."""
 
 
-def killed_after(residues):
-    """Progress that ends a fit when so many residues are in."""
-    left = [residues]
+def killed_after(count):
+    """Progress that ends a job when so many residues or records are done."""
+    left = [count]
 
     def progress(more, before):
         left[0] -= more
@@ -242,12 +242,6 @@ def killed_after(residues):
             raise KilledError
 
     return progress
-
-
-@pytest.fixture
-def saving(monkeypatch):
-    """Moments are saved at the end of every window."""
-    monkeypatch.setattr(sums, "SECONDS_BETWEEN_SAVES", 0)
 
 
 def maps_of(model):

@@ -126,7 +126,7 @@ AT_HOME = ("backbone/", "weights/", "levels.py", "__init__.py", "oracles.py")
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if not str(path).startswith(AT_HOME)], ids=str)
-def test_no_room_but_backbones_and_their_files_knows_a_family(path):
+def test_no_room_but_backbones_and_their_files_uses_the_classes_of_a_family(path):
     nodes = list(ast.walk(ast.parse((PACKAGE / path).read_text())))
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     names |= {each.name for node in nodes if isinstance(node, ast.ImportFrom) for each in node.names}

@@ -9,7 +9,7 @@ from foreign import (
     bert_tokenizer,
     bpe_tokenizer,
     esm_tokenizer,
-    fast,
+    fast_tokenizer,
     gpt_tokenizer,
     kmer_tokenizer,
     t5_tokenizer,
@@ -194,7 +194,7 @@ def unigram(letters, *, alone=True, between="▁"):
     ]
     pieces += [("▁", -3.0)] if alone else []
     prepare = tokenizers.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    return fast(tokenizers.models.Unigram(pieces, unk_id=2), after="</s>", prepare=prepare)
+    return fast_tokenizer(tokenizers.models.Unigram(pieces, unk_id=2), after="</s>", prepare=prepare)
 
 
 def test_letters_of_several_tokens_become_x():
@@ -208,7 +208,7 @@ def test_letters_of_several_tokens_become_x():
 def test_letters_that_would_be_lost_become_x_or_are_refused():
     letters = RESIDUE_LETTERS[:21]
     model = {name: index for index, name in enumerate(["<pad>", "</s>", *letters])}
-    alphabet = TokenizerAlphabet(fast(tokenizers.models.BPE(model, []), unk_token=None))
+    alphabet = TokenizerAlphabet(fast_tokenizer(tokenizers.models.BPE(model, []), unk_token=None))
     assert alphabet.ids_of("MUB") == alphabet.ids_of("MXX")
     assert alphabet.is_per_letter
     model.pop("X")
@@ -216,7 +216,7 @@ def test_letters_that_would_be_lost_become_x_or_are_refused():
     with pytest.raises(
         ValueError, match=r"expected a tokenizer with a token for each letter, or for X.*loses B, O"
     ):
-        TokenizerAlphabet(fast(tokenizers.models.BPE(model, []), unk_token=None))
+        TokenizerAlphabet(fast_tokenizer(tokenizers.models.BPE(model, []), unk_token=None))
 
 
 def test_unknown_letters_are_not_taken_for_padding():
@@ -224,11 +224,11 @@ def test_unknown_letters_are_not_taken_for_padding():
     end, letters = "<|endoftext|>", RESIDUE_LETTERS[:21]
     names = {name: index for index, name in enumerate([end, *letters])}
     options = dict.fromkeys(("pad_token", "unk_token", "eos_token"), end)
-    alphabet = TokenizerAlphabet(fast(tokenizers.models.BPE(names, [], unk_token=end), **options))
+    alphabet = TokenizerAlphabet(fast_tokenizer(tokenizers.models.BPE(names, [], unk_token=end), **options))
     assert alphabet.ids_of("MUB") == alphabet.ids_of("MXX")
     names = {name: index for index, name in enumerate([end, *letters[:20]])}
     with pytest.raises(ValueError, match="which loses B, O, U, X, Z"):
-        TokenizerAlphabet(fast(tokenizers.models.BPE(names, [], unk_token=end), **options))
+        TokenizerAlphabet(fast_tokenizer(tokenizers.models.BPE(names, [], unk_token=end), **options))
 
 
 def test_bytes_of_unknown_letters_are_no_letters():
@@ -238,7 +238,7 @@ def test_bytes_of_unknown_letters_are_no_letters():
     pieces += [(f"▁{each}", -2.0) for each in RESIDUE_LETTERS]
     prepare = tokenizers.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     model = tokenizers.models.Unigram(pieces, unk_id=2, byte_fallback=True)
-    alphabet = TokenizerAlphabet(fast(model, after="</s>", prepare=prepare))
+    alphabet = TokenizerAlphabet(fast_tokenizer(model, after="</s>", prepare=prepare))
     assert [alphabet.get_tok(index) for index in alphabet.ids_of("MK")] == ["▁M", "▁K", "</s>"]
 
 
@@ -247,18 +247,22 @@ def test_tokenizers_that_join_letters_are_not_per_letter():
     model = {name: index for index, name in enumerate(["<pad>", "</s>", "<unk>", *RESIDUE_LETTERS, "WWM"])}
     joined = tokenizers.models.WordPiece({**model, "##W": 40}, unk_token="<unk>")
     longer = tokenizers.models.Unigram([(name, -1.0) for name in model], unk_id=2)
-    assert not TokenizerAlphabet(fast(longer)).is_per_letter
+    assert not TokenizerAlphabet(fast_tokenizer(longer)).is_per_letter
     with pytest.raises(
         ValueError, match="expected a tokenizer that knows the letters of proteins or of nucleic"
     ):
-        TokenizerAlphabet(fast(joined, unk_token="<unk>", normalizer=tokenizers.normalizers.Lowercase()))
+        TokenizerAlphabet(
+            fast_tokenizer(joined, unk_token="<unk>", normalizer=tokenizers.normalizers.Lowercase())
+        )
 
 
 def test_other_tokenizers_are_refused(tmp_path):
     tokenizer = bert_tokenizer(tmp_path)
-    words = fast(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1, "house": 2}, unk_token="<unk>"))
+    words = fast_tokenizer(
+        tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1, "house": 2}, unk_token="<unk>")
+    )
     with pytest.raises(
-        ValueError, match="knows the letters of proteins or of nucleic acids, got .*TokenizerF?"
+        ValueError, match="knows the letters of proteins or of nucleic acids, got .*, which does not"
     ):
         TokenizerAlphabet(words)
     without = gpt_tokenizer()
