@@ -118,7 +118,9 @@ def test_a_mark_by_itself_is_no_residue():
     """As byte-level tokenizers put it before the first letter, where they have no token of both."""
     names = {name: index for index, name in enumerate(["<pad>", "</s>", "<unk>", "Ġ", *RESIDUE_LETTERS])}
     prepare = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-    alphabet = TokenizerAlphabet(fast(tokenizers.models.BPE(names, []), after="</s>", prepare=prepare))
+    alphabet = TokenizerAlphabet(
+        fast_tokenizer(tokenizers.models.BPE(names, []), after="</s>", prepare=prepare)
+    )
     ids = alphabet.ids_of("MKV")
     assert [alphabet.get_tok(index) for index in ids] == ["Ġ", "M", "K", "V", "</s>"]
     assert is_residue(torch.tensor([ids]), alphabet).tolist() == [[False, True, True, True, False]]
