@@ -255,7 +255,7 @@ def test_stages_that_do_not_fit_the_backbones_are_refused():
         RDModel(backbones, random_stages(added=[20, 20]), special_rows="larger")
     with pytest.raises(ValueError, match="expected predict_from to be one of 'nested', 'previous'"):
         RDModel(backbones, stages, predict_from="both")
-    with pytest.raises(TypeError, match=r"expected a backbone of rd_torch.ESM2 or esm.ESM2, got Linear"):
+    with pytest.raises(TypeError, match=r"expected a backbone of rd_torch or an esm.ESM2, got Linear"):
         RDModel({"a": nn.Linear(2, 2)}, [])
 
 
