@@ -121,7 +121,7 @@ def test_too_long_sequences_are_refused(tmp_path):
     backbone = TransformersBackbone(roberta(positions=50), esm_tokenizer(tmp_path))
     chain = RDModel({"a": backbone}, [])
     assert rd_torch.embed(chain, ["L" * 46]).shape == (1, 32)  # 48 tokens: positions begin at 2
-    message = "expected at most 48 tokens, for which RobertaModel has positions, got 49: cut the sequence"
+    message = "expected at most 48 tokens, for which RobertaModel has positions, got 49: take shorter sequences"
     with pytest.raises(ValueError, match=message):
         rd_torch.embed(chain, ["L" * 47])
     pieces = rd_torch.embed(chain, ["L" * 100], windows=40)

@@ -106,6 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
     backbones, runs = load(arguments.state, arguments.family)
     found = losses(backbones, read_sequences(arguments.data / "natural50_valid.fasta.xz"))
+    arguments.output.mkdir(parents=True, exist_ok=True)
     report = {name: {**found[name], **runs[name]} for name in backbones}
     (arguments.output / "losses.json").write_text(json.dumps(report, indent=1) + "\n")
     provenance = {

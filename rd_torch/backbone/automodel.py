@@ -201,7 +201,8 @@ class TransformersBackbone(Backbone):
         if self._most_tokens is not None and tokens.shape[1] > self._most_tokens:
             raise TooManyTokens(
                 f"expected at most {self._most_tokens:,} tokens, for which {self._name} has positions, got "
-                f"{tokens.shape[1]:,}: cut the sequence, or embed it in pieces (--max-length, --windows)"
+                f"{tokens.shape[1]:,}: take shorter sequences; rd-torch embed cuts them by --max-length, and "
+                "embeds them in pieces by --windows"
             )
         hidden = self._run(tokens, packing.real, sink)
         return packing.pack(hidden).to(at_least_float32(hidden.dtype))

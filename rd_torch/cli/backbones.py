@@ -69,8 +69,10 @@ def choose_backbones(
         The choice.
 
     Raises:
-        ValueError: if both a checkpoint and sources were given, or for a level that is not there.
+        ValueError: if both a checkpoint and sources were given, for one model in place of a checkpoint, or for
+            a level that is not there.
     """
+    from rd_torch.loading import is_foreign
     from rd_torch.weights import DEFAULT_MODEL, ON_HUB, read_checkpoint
 
     trusted = tuple(map(absolute_name, trusted))  # machines of a cluster work in other folders
@@ -83,6 +85,11 @@ def choose_backbones(
         published = ON_HUB[backbones]
         chosen = choose_levels(levels, published)
         return BackboneChoice(chosen, {name: published[name] for name in chosen}, "", None, trusted)
+    if backbones is not None and is_foreign(backbones):
+        raise ValueError(
+            f"expected a checkpoint or the name of a family as --backbones, got {backbones!r}: name each level's "
+            f"model by --backbone LEVEL={backbones}"
+        )
     name = absolute_name(backbones or DEFAULT_MODEL)
     config = read_checkpoint(name).config
     return BackboneChoice(choose_levels(levels, config.widths), {}, name, config, trusted)

@@ -113,7 +113,8 @@ budget_option = option(
     type=click.IntRange(min=1),
     metavar="N",
     show_default="what half of the free memory takes",
-    help="Largest number of tokens in a batch. A protein has a token for each residue and two more.",
+    help="Largest number of tokens in a batch. For ESM-2 and ESM-C a protein has a token for each residue "
+    "and two more.",
 )
 
 _PUBLISHED = {
