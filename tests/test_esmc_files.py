@@ -104,9 +104,11 @@ def test_another_computation_is_told_by_the_config(theirs, tmp_path, key, value)
         ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "rope_type 'default', got 'linear'"),
     ],
 )
-def test_other_angles_are_told_by_the_config(tmp_path, angles, message):
+def test_other_angles_are_told_by_the_config(theirs, tmp_path, angles, message):
     """No tensor tells them, so that the numbers would be wrong without a word."""
-    random_esmc(*SHAPE, rope_parameters=angles).save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text()) | {"rope_parameters": angles}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=f"expected an ESM-C with {message}"):
         RDModel.from_pretrained(tmp_path)
 

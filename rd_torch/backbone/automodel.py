@@ -25,9 +25,7 @@ from rd_torch.hardware import FULL
 from rd_torch.levels import TRANSFORMERS_FAMILY
 from rd_torch.modules import StateDict
 
-POSITIONS: Final = (
-    "position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe",
-)  # fmt: skip
+POSITIONS: Final = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe")
 """What models call tables of positions, which have a row for each position that was trained."""
 
 
