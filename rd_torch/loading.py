@@ -17,7 +17,7 @@ from rd_torch.chain import Chain
 from rd_torch.choices import Storage, check_choice
 from rd_torch.config import RDConfig
 from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference
-from rd_torch.modules import StateDict
+from rd_torch.modules import StateDict, as_module_name
 from rd_torch.stage import Maps, stages_of
 from rd_torch.weights import (
     BACKBONES,
@@ -90,8 +90,7 @@ def read_parts(
     if published or others:
         raise ValueError(f"expected {name_or_folder} alone, got it with options of chains of several levels")
     backbone = load_backbone(name_or_folder, hub, None, place, revision)
-    place_name = Path(str(name_or_folder).removeprefix(FOREIGN)).resolve().name
-    name = level or place_name.replace(".", "_")
+    name = level or as_module_name(Path(str(name_or_folder).removeprefix(FOREIGN)).resolve().name)
     return RDConfig((backbone.level(name),), (), ()), {name: backbone}, []
 
 

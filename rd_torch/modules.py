@@ -44,8 +44,33 @@ else:  # not subclasses: other libraries look for PyTorch's own classes
     Modules, ModuleRow = nn.ModuleDict, nn.ModuleList
 
 
+def as_module_name(name: str) -> str:
+    """Return a name by which a module can be called, which is the given one wherever that is possible."""
+    name = name.replace(".", "_")
+    return f"{name}_" if hasattr(nn.ModuleDict(), name) else name
+
+
+def require_module_names(names: Iterable[str]) -> None:
+    """Require that modules can be called by the names.
+
+    Raises:
+        ValueError: for a name that modules have for something else, such as `"half"`.
+    """
+    taken = [name for name in names if as_module_name(name) != name]
+    if taken:
+        raise ValueError(
+            f"expected levels by names that PyTorch's modules have for nothing else, got {', '.join(taken)}: "
+            "choose others"
+        )
+
+
 def modules_of(parts: Mapping[str, Part]) -> Modules[Part]:
-    """Return an `nn.ModuleDict` of the modules, whose type a type checker knows."""
+    """Return an `nn.ModuleDict` of the modules, whose type a type checker knows.
+
+    Raises:
+        ValueError: for names that `require_module_names` refuses.
+    """
+    require_module_names(parts)
     return cast("Modules[Part]", nn.ModuleDict(parts))
 
 

@@ -88,13 +88,20 @@ class Nesting:
             `(..., nested width)` nested embeddings of the widest of these levels, in the maps' dtype.
 
         Raises:
-            ValueError: for levels that are not the family's first, or for other widths than their backbones'.
+            ValueError: for levels that are not the family's first, for other widths than their backbones', or
+                for another number of rows than at the first level.
         """
         levels = self.config.first_levels(embeddings)
+        rows = embeddings[levels[0]].shape[:-1]
         for level in self.config.levels[: len(levels)]:
-            got = embeddings[level.name].shape[-1]
+            *others, got = embeddings[level.name].shape
             if got != level.width:
                 raise ValueError(f"expected width {level.width} at level {level.name}, got {got}")
+            if tuple(others) != rows:  # PyTorch would repeat a single row for all
+                raise ValueError(
+                    f"expected shape {(*rows, got)} at level {level.name}, as many rows as at level "
+                    f"{levels[0]}, got {(*others, got)}"
+                )
         raw = {name: embeddings[name] for name in levels}
         return nest(raw, self.stages, self.config.predict_from)[levels[-1]]
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rd_torch.disk import LOCK, Lock, require_folder, take_lock, write_whole
+from rd_torch.modules import require_module_names
 from rd_torch.moments import RunningMoments
 from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions, solve_stages
 from rd_torch.stage import Stage
@@ -108,7 +109,8 @@ class Sums:
     Raises:
         FileNotFoundError: if the folder in which `folder` is to be made is not there.
         BlockingIOError: if another process works in the folder.
-        ValueError: for a folder that was begun with other summands or another budget, or cannot be read.
+        ValueError: for a folder that was begun with other summands or another budget, or cannot be read, and
+            for a level whose name no module can have.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Sums:
         *,
         fixed_budget: bool = False,
     ) -> None:
+        require_module_names(summands.widths)  # in time: the names are of modules when all is summed
         self.widths, self.tokens_per_batch = dict(summands.widths), tokens_per_batch
         self.moments = RunningMoments(sum(self.widths.values()), device)
         self.sequences = 0

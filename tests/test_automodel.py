@@ -130,6 +130,52 @@ def test_too_long_sequences_are_refused(tmp_path):
     assert pieces.shape == (1, 32)
 
 
+def small_opt():
+    config = transformers.OPTConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64,
+        max_position_embeddings=48, word_embed_proj_dim=32, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.OPTModel(config)
+
+
+def small_openai_gpt():
+    config = transformers.OpenAIGPTConfig(vocab_size=30, n_embd=32, n_layer=1, n_head=2, n_positions=48)
+    return transformers.OpenAIGPTModel(config)
+
+
+def small_ibert():
+    config = transformers.IBertConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=49, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.IBertModel(config)
+
+
+@pytest.mark.parametrize("make", [small_opt, small_openai_gpt, small_ibert])
+def test_positions_are_counted_as_each_model_has_them(tmp_path, make):
+    """With rows before the first one, under an own name, or in a table of an own class."""
+    chain = RDModel({"a": TransformersBackbone(make().eval(), bert_tokenizer(tmp_path))}, [])
+    assert rd_torch.embed(chain, ["L" * 46]).shape == (1, 32)
+    with pytest.raises(ValueError, match="expected at most 48 tokens, for which .* has positions, got 49"):
+        rd_torch.embed(chain, ["L" * 47])
+
+
+class Untold(transformers.BertModel):
+    """A model whose code does not tell its table of embeddings."""
+
+    def get_input_embeddings(self):
+        raise NotImplementedError
+
+
+def test_models_that_do_not_tell_their_embeddings_are_taken(parts):
+    model, tokenizer, _ = parts["bert"]
+    other = Untold(model.config)
+    other.load_state_dict(model.state_dict())
+    chains = [RDModel({"a": TransformersBackbone(each.eval(), tokenizer)}, []) for each in (model, other)]
+    one, two = (rd_torch.embed(chain, SEQUENCES) for chain in chains)
+    assert (one == two).all()
+
+
 def test_other_input_is_refused(parts):
     model, tokenizer, _ = parts["bert"]
     chain = RDModel({"a": TransformersBackbone(model, tokenizer)}, [])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from foreign import bert, bert_tokenizer, esm, esm_tokenizer, save, t5, t5_tokenizer, transformers
 from helpers import random_sequence, tokens_of
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_hub import hub  # noqa: F401  # a fixture
 
@@ -133,6 +134,25 @@ def test_other_folders_are_refused(folder, tmp_path):
     assert not (tmp_path / "saved").exists()
     with pytest.raises(ValueError, match="alone, got it with options of chains of several levels"):
         RDModel.from_pretrained(f"hf:{folder}", regressor="pcr")
+
+
+def test_models_with_adapters_embed_and_are_not_saved_without_their_weights(folder, tmp_path):
+    model = transformers.BertModel.from_pretrained(folder)
+    model.add_adapter(LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
+    tokenizer = bert_tokenizer(tmp_path / "tokenizer")
+    chain = from_parts(model, tokenizer)
+    assert abs(embed(chain) - embed(from_parts(bert(), tokenizer))).max() > 1e-3
+    with pytest.raises(ValueError, match="expected a model without adapters, .* got BertModel with some"):
+        chain.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("name", ["half", "half.v1"])
+def test_folders_may_have_any_name(folder, tmp_path, name):
+    """Also one that modules have for something else, or one with a dot."""
+    folder.rename(tmp_path / name)
+    chain = RDModel.from_pretrained(f"hf:{tmp_path / name}")
+    assert list(chain.backbones) == [{"half": "half_", "half.v1": "half_v1"}[name]]
 
 
 MODELING = """

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import rd_torch
 from benchmarks.speed import loading
+from rd_torch.weights import read_checkpoint
 
 SHAPE = (2, 64, 4)
 
@@ -245,13 +246,19 @@ def edited(theirs, folder, **changes):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("position_embedding_type", "absolute"), ("emb_layer_norm_before", True), ("layer_norm_eps", 1e-12),
-     ("vocab_size", 40), ("model_type", "bert")],
+     ("vocab_size", 40), ("rope_theta", 20_000.0), ("is_decoder", True), ("model_type", "bert")],
 )  # fmt: skip
 def test_other_families_are_told_by_their_config(theirs, tmp_path, key, value):
     folder = edited(theirs, tmp_path, **{key: value})
     for place in (folder, folder / "model.safetensors"):  # the config beside a file counts as well
         with pytest.raises(ValueError, match=rf"expected an ESM-2 .*{key} .*, got {value!r}"):
             rd_torch.RDModel.from_pretrained(place)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads"])
+def test_tensors_of_another_shape_than_their_config_states_are_refused(theirs, tmp_path, key):
+    with pytest.raises(ValueError, match=f"expected a model with {key} 16, as config.json says, got"):
+        rd_torch.RDModel.from_pretrained(edited(theirs, tmp_path, **{key: 16}))
 
 
 def test_other_families_are_told_by_their_tensors(theirs, tmp_path):
@@ -326,6 +333,9 @@ def test_nothing_there_is_said(tmp_path):
         FileNotFoundError, match="expected a file, a folder or a Hub id, got none of them: '.*no.pt'"
     ):
         rd_torch.RDModel.from_pretrained("esm2-rd-mini", backbones={"28K": str(tmp_path / "no.pt")})
+    for name in ("weights/esmc.pth", "hf:someone/model"):  # neither is looked for on the Hub
+        with pytest.raises(FileNotFoundError, match=rf"expected a checkpoint's folder, .*, got '{name}'"):
+            read_checkpoint(name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="expected a checkpoint file .*config.json"):
         rd_torch.RDModel.from_pretrained(tmp_path / "empty")

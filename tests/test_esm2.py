@@ -288,7 +288,7 @@ def test_tensors_name_the_tied_weight_once_and_build_the_same_module():
 
 
 def test_another_kind_of_module_is_refused():
-    with pytest.raises(TypeError, match=r"expected a backbone of rd_torch.ESM2 or esm.ESM2, got Linear"):
+    with pytest.raises(TypeError, match=r"expected a backbone of rd_torch or an esm.ESM2, got Linear"):
         ESM2.sharing(nn.Linear(2, 2))
 
 
@@ -298,7 +298,7 @@ def test_a_subclass_of_fair_esms_is_shared_and_a_namesake_is_refused():
     reference.__class__ = type("Tuned", (parent,), {"__module__": "elsewhere"})
     assert ESM2.sharing(reference).embed_tokens.weight is reference.embed_tokens.weight
     namesake = type("ESM2", (nn.Module,), {"__module__": "esm.models.esmc"})()
-    with pytest.raises(TypeError, match=r"expected a backbone of rd_torch.ESM2 or esm.ESM2, got ESM2"):
+    with pytest.raises(TypeError, match=r"expected a backbone of rd_torch or an esm.ESM2, got ESM2"):
         ESM2.sharing(namesake)
 
 

@@ -80,13 +80,46 @@ def test_the_first_layout_is_read_of_published_sizes_and_refused_of_others(tmp_p
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hidden_act", "gelu"), ("attention_bias", True), ("vocab_size", 33), ("mask_token_id", 3)],
+    [
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("vocab_size", 33),
+        ("mask_token_id", 3),
+        ("rope_theta", 20_000.0),
+    ],
 )
 def test_another_computation_is_told_by_the_config(theirs, tmp_path, key, value):
     theirs.save_pretrained(tmp_path)
     facts = json.loads((tmp_path / "config.json").read_text()) | {key: value}
+    facts.pop("rope_parameters")
     (tmp_path / "config.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=f"expected an ESM-C with {key} .*, got {value!r}"):
+        RDModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("angles", "message"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e6}, "rope_theta 10000, got 1000000.0"),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "rope_type 'default', got 'linear'"),
+    ],
+)
+def test_other_angles_are_told_by_the_config(theirs, tmp_path, angles, message):
+    """No tensor tells them, so that the numbers would be wrong without a word."""
+    theirs.save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text()) | {"rope_parameters": angles}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=f"expected an ESM-C with {message}"):
+        RDModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 3), ("hidden_size", 48)])
+def test_tensors_of_another_shape_than_the_config_states_are_refused(theirs, tmp_path, key, value):
+    """Such as a file that ends before the last layer."""
+    theirs.save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text()) | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=f"expected a model with {key} {value}, as config.json says, got"):
         RDModel.from_pretrained(tmp_path)
 
 

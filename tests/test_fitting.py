@@ -194,7 +194,10 @@ def test_a_stream_of_fewer_than_two_residues_is_refused(sequences):
 
 
 def test_a_backbone_of_another_kind_is_refused():
-    with pytest.raises(TypeError, match=r"expected a backbone of rd_torch.ESM2 or esm.ESM2, got Linear"):
+    message = (
+        r"expected a backbone of rd_torch or an esm.ESM2, got Linear: rd_torch.TransformersBackbone takes"
+    )
+    with pytest.raises(TypeError, match=message):
         fit({**own_family(), "other": nn.Linear(2, 2)}, SEQUENCES)
 
 

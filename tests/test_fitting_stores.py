@@ -319,6 +319,9 @@ def test_levels_that_no_module_can_be_called_are_refused_before_anything_is_read
         fit_stores({level: means["x"]}, progress=lambda *_: pytest.fail("something was read"))
     with pytest.raises(ValueError, match="expected a file of embeddings for at least one level, got none"):
         fit_stores({})
+    inputs = {"x": means["x"], "half": means["y"]}
+    with pytest.raises(ValueError, match="expected levels by names that PyTorch's modules have .*, got half"):
+        fit_stores(inputs, progress=lambda *_: pytest.fail("something was read"))
 
 
 @pytest.fixture
@@ -583,6 +586,7 @@ def test_the_options_of_maps_work(means, tmp_path, arguments, widths, regressor)
         (("8M=a", "8M=b"), "expected files as LEVEL=FILE, each level once, got 8M=a, 8M=b"),
         (("8M=gone.h5",), "expected an embedding file or folder at gone.h5, got nothing there"),
         (("8M=a", "--levels", "9M"), "expected level to be one of '8M', got '9M'"),
+        (("8M=a", "--levels", "8M,8M"), "expected each level once, got --levels 8M,8M"),
         (
             ("8M=a", "--strict"),
             "expected --from-stores without --strict, got them together: no protein is read",

@@ -96,6 +96,14 @@ def test_combine_refuses_other_levels_and_widths(model, widths, message):
         model.combine({name: torch.zeros(3, width) for name, width in widths.items()})
 
 
+@pytest.mark.parametrize("rows", [(1,), (), (2,), (1, 3)])
+def test_combine_refuses_other_numbers_of_rows(model, rows):
+    """One row would else be taken for all."""
+    message = r"expected shape \(3, 48\) at level b, as many rows as at level a, got \("
+    with pytest.raises(ValueError, match=message):
+        model.combine({"a": torch.zeros(3, 32), "b": torch.zeros(*rows, 48)})
+
+
 @each_source
 @torch.no_grad()
 def test_forward_is_the_formula_of_the_paper(predict_from, tokens):
@@ -247,7 +255,7 @@ def test_stages_that_do_not_fit_the_backbones_are_refused():
         RDModel(backbones, random_stages(added=[20, 20]), special_rows="larger")
     with pytest.raises(ValueError, match="expected predict_from to be one of 'nested', 'previous'"):
         RDModel(backbones, stages, predict_from="both")
-    with pytest.raises(TypeError, match=r"expected a backbone of rd_torch.ESM2 or esm.ESM2, got Linear"):
+    with pytest.raises(TypeError, match=r"expected a backbone of rd_torch or an esm.ESM2, got Linear"):
         RDModel({"a": nn.Linear(2, 2)}, [])
 
 

@@ -114,6 +114,18 @@ def test_strings_are_read_as_at_every_door(made, shape):
         converter([("a", "acgtta" * 8)])
 
 
+def test_a_mark_by_itself_is_no_residue():
+    """As byte-level tokenizers put it before the first letter, where they have no token of both."""
+    names = {name: index for index, name in enumerate(["<pad>", "</s>", "<unk>", "Ġ", *RESIDUE_LETTERS])}
+    prepare = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = TokenizerAlphabet(
+        fast_tokenizer(tokenizers.models.BPE(names, []), after="</s>", prepare=prepare)
+    )
+    ids = alphabet.ids_of("MKV")
+    assert [alphabet.get_tok(index) for index in ids] == ["Ġ", "M", "K", "V", "</s>"]
+    assert is_residue(torch.tensor([ids]), alphabet).tolist() == [[False, True, True, True, False]]
+
+
 def test_masks_are_tokens_where_there_are_any(made):
     tokenizer, *_ = made["bert"]
     alphabet = TokenizerAlphabet(tokenizer)

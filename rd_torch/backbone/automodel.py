@@ -25,7 +25,7 @@ from rd_torch.hardware import FULL
 from rd_torch.levels import TRANSFORMERS_FAMILY
 from rd_torch.modules import StateDict
 
-POSITIONS: Final = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+POSITIONS: Final = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe")
 """What models call tables of positions, which have a row for each position that was trained."""
 
 
@@ -149,8 +149,14 @@ class TransformersBackbone(Backbone):
         """Require that transformers would load the model's files as what it is, before they are written.
 
         Raises:
-            ValueError: for a model that is a part of another, or of a class that transformers does not know.
+            ValueError: for a model that is a part of another, that holds adapters, or of a class that
+                transformers does not know.
         """
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"expected a model without adapters, which are written alone, got {self._name} with some: "
+                "merge them by peft's merge_and_unload, and save what that gives"
+            )
         if not is_loaded_again(self.model):
             raise ValueError(
                 f"expected a model that transformers loads by itself, got {self._name}: it is a part of "
@@ -216,9 +222,11 @@ class TransformersBackbone(Backbone):
     def _find_most_tokens(self) -> int | None:
         """Return for how many tokens the model has learned positions; None where it counts them otherwise."""
         tables = [
-            part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+            len(part.weight)
+            - (0 if part.padding_idx is None else part.padding_idx + 1)
+            - getattr(part, "offset", 0)  # rows before the first position, as in OPT
             for name, part in self.model.named_modules()
-            if name.endswith(POSITIONS) and isinstance(part, nn.Embedding)
+            if name.endswith(POSITIONS) and hasattr(part, "weight") and hasattr(part, "padding_idx")
         ]
         return min(tables, default=None)
 

@@ -247,7 +247,7 @@ class ESM2(Encoder):
         if isinstance(module, cls):
             return module
         if not _is_fair_esms(module):
-            raise TypeError(f"expected a backbone of rd_torch.ESM2 or esm.ESM2, got {type(module).__name__}")
+            raise TypeError(f"expected a backbone of rd_torch or an esm.ESM2, got {type(module).__name__}")
         theirs = cast(Any, module)
         trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
         facts = {} if theirs.token_dropout else {"token_dropout": False}

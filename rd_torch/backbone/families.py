@@ -44,7 +44,12 @@ def as_backbone(module: nn.Module) -> Backbone:
     Raises:
         TypeError: for a module that is neither.
     """
-    return module if isinstance(module, Backbone) else ESM2.sharing(module)
+    if isinstance(module, Backbone):
+        return module
+    try:
+        return ESM2.sharing(module)
+    except TypeError as error:
+        raise TypeError(f"{error}: rd_torch.TransformersBackbone takes a model of transformers'") from error
 
 
 def one_alphabet(family: Mapping[str, Backbone]) -> Alphabet:

@@ -149,7 +149,8 @@ class TokenizerAlphabet(Alphabet):
                 return
         special = {self.tok_to_idx[token] for token in self.all_special_tokens} - {self.unk_idx}
         others = special | self._around | {
-            index for index, token in enumerate(self.all_toks) if not re.search(r"[^\W_]", token)
+            index for index, token in enumerate(self.all_toks)
+            if not re.search(r"[^\W_]", MARKS.sub("", token))
         }  # fmt: skip
         residues = [index for index in range(len(self)) if index == self.unk_idx or index not in others]
         self.residue_ranges = tuple(_runs(each for each in residues if each not in self._around))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -67,7 +67,9 @@ def find_idle(model: Any, alphabet: TokenizerAlphabet, width: int, run: Run) -> 
 
 def _require_rows(model: Any, alphabet: TokenizerAlphabet) -> None:
     """Raise a ValueError for a tokenizer with ids that the model has no embedding for."""
-    table = model.get_input_embeddings()
+    table = None
+    with suppress(NotImplementedError):  # the code of some models does not tell it
+        table = model.get_input_embeddings()
     most = max(alphabet.padding_idx, *alphabet.ids_of(alphabet.kind.letters))
     if isinstance(table, nn.Embedding) and most >= table.num_embeddings:
         raise ValueError(

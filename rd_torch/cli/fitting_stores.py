@@ -71,11 +71,13 @@ def choose_levels(levels: str | None, known: Collection[str]) -> list[str]:
     """Return the names of the levels that `--levels` gives; by default all that are known.
 
     Raises:
-        ValueError: for a level that is not known.
+        ValueError: for a level that is not known, or is named twice.
     """
     from rd_torch.choices import check_choice
 
     wanted = list(known) if levels is None else levels.split(",")
     for level in wanted:
         check_choice("level", level, tuple(known))
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"expected each level once, got --levels {levels}")
     return wanted

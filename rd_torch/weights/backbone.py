@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from rd_torch.levels import Level
+from rd_torch.modules import as_module_name
 from rd_torch.weights.convention import published_size
 from rd_torch.weights.files import Files
 from rd_torch.weights.tensors import Tensors, require_finite
+
+_STATED: Final = {
+    "num_layers": ("num_hidden_layers", "n_layers"),
+    "width": ("hidden_size", "d_model"),
+    "attention_heads": ("num_attention_heads", "n_heads"),
+}
+"""For each part of a level's shape, its names in `config.json`, the second that of research checkpoints."""
 
 
 def read_level(files: Files, name: str | None = None) -> Level:
@@ -27,8 +36,8 @@ def read_level(files: Files, name: str | None = None) -> Level:
         The level, with the reference of files that came from the Hub.
 
     Raises:
-        ValueError: for files that cannot be read or hold no backbone, or another shape than its family has at
-            `name`.
+        ValueError: for files that cannot be read or hold no backbone, or another shape than their config
+            states or their family has at `name`.
     """
     convention = files.convention
     convention.check(files.config, files.place)
@@ -37,6 +46,7 @@ def read_level(files: Files, name: str | None = None) -> Level:
         shapes = {key: tuple(tensor.shape) for key, tensor in files.tensors()}
         found = convention.level_of(shapes, files.config, files.place)
     num_layers, width, heads = found.shape
+    _require_stated(found, files)
     size = published_size(convention.sizes, num_layers, width)
     called = size.name if size and size.attention_heads == heads else None
     expected = convention.sizes.get(name or "")
@@ -45,8 +55,20 @@ def read_level(files: Files, name: str | None = None) -> Level:
             f"expected the {name} of {convention.title}, {expected.num_layers} layers of width "
             f"{expected.width}, got {found.num_layers} layers of width {found.width} in {files.place}"
         )
-    name = name or called or Path(files.place).stem.replace(".", "_")
+    name = name or called or as_module_name(Path(files.place).stem)
     return replace(found, name=name, reference=files.reference)
+
+
+def _require_stated(level: Level, files: Files) -> None:
+    """Raise a ValueError for tensors of another shape than the config beside them states, such as too few."""
+    for attribute, keys in _STATED.items():
+        got = getattr(level, attribute)
+        for key in keys:
+            if files.config.get(key, got) != got:
+                raise ValueError(
+                    f"expected a model with {key} {files.config[key]}, as config.json says, got {got} in the "
+                    f"tensors of {files.place}"
+                )
 
 
 def read_backbone(

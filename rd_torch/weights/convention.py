@@ -46,6 +46,8 @@ class Convention:
     def check(self, config: Mapping[str, Any], place: str) -> None:
         """Refuse a model whose config says that it is computed in another way.
 
+        What it says of rotary angles may stand in a dictionary of its own, which goes before.
+
         Args:
             config: the content of `config.json`.
             place: where it lies, for the message.
@@ -53,10 +55,12 @@ class Convention:
         Raises:
             ValueError: for the first fact that differs.
         """
+        angles = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        stated = {**config, **angles}
         for key, expected in self.facts.items():
-            if config.get(key, expected) != expected:
+            if stated.get(key, expected) != expected:
                 raise ValueError(
-                    f"expected an {self.title} with {key} {expected!r}, got {config[key]!r} in {place}"
+                    f"expected an {self.title} with {key} {expected!r}, got {stated[key]!r} in {place}"
                 )
 
 

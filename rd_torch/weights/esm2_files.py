@@ -48,6 +48,8 @@ _FACTS: Final = {
     "emb_layer_norm_before": False,
     "layer_norm_eps": 1e-5,
     "vocab_size": 33,
+    "rope_theta": 10_000,
+    "is_decoder": False,
 }
 
 

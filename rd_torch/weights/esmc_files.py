@@ -47,6 +47,9 @@ _FACTS: Final = {
     "vocab_size": 64,
     "pad_token_id": 1,
     "mask_token_id": 32,
+    "rope_theta": 10_000,
+    "rope_type": "default",
+    "type": "default",  # the older name of rope_type
 }
 
 

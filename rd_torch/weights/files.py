@@ -239,7 +239,8 @@ def list_weights(folder: Path) -> list[Path]:
 
 def looks_like_a_repository(name: str) -> bool:
     """Return whether a name can be a Hub id, `owner/repository`, rather than the path of a weight file."""
-    return name.count("/") == 1 and Path(name).suffix not in {".pt", ".bin", ".safetensors"}
+    is_file = Path(name).suffix in {".pt", ".pth", ".bin", ".safetensors"}
+    return name.count("/") == 1 and ":" not in name and not is_file
 
 
 def _list_files(path: Path) -> list[Path]:
