@@ -37,6 +37,13 @@ def gpt(tokenizer):
     return livened(transformers.GPT2Model(config))
 
 
+def mamba(tokenizer):
+    """A model without attention."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2)
+    return livened(transformers.MambaModel(config))
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Models with their tokenizers, by shape."""
@@ -48,12 +55,13 @@ def parts(tmp_path_factory):
         "esm": (esm(token_dropout=False).esm, esm_tokenizer(folder / "esm"), SEQUENCES),
         "roberta": (roberta(positions=64), esm_tokenizer(folder / "roberta"), SEQUENCES),
         "gpt": (gpt(end), end, SEQUENCES),
+        "mamba": (mamba(end), end, SEQUENCES),
         "kmers": (bert(vocab=len(kmers)), kmers, GENES),
         "bpe": (bert(vocab=len(joined)), joined, GENES),
     }
 
 
-SHAPES = ("bert", "t5", "esm", "roberta", "gpt", "kmers", "bpe")
+SHAPES = ("bert", "t5", "esm", "roberta", "gpt", "mamba", "kmers", "bpe")
 
 
 def by_hand(model, ids, layer=None):
@@ -362,7 +370,7 @@ def test_other_models_are_refused(parts, tmp_path):
         TransformersBackbone(bert(vocab=20), tokenizer)
     with pytest.raises(ValueError, match="got T5ForConditionalGeneration, which fails with ValueError"):
         TransformersBackbone(t5(whole=True), t5_tokenizer())
-    with pytest.raises(ValueError, match="whose config states width, layers and heads, got Linear"):
+    with pytest.raises(ValueError, match="whose config states hidden_size as a number, got None in Linear"):
         TransformersBackbone(torch.nn.Linear(3, 3), tokenizer)
 
 

@@ -19,14 +19,14 @@ from rd_torch.backbone.layer import AttentionSink
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import apply_outside_half, at_least_float32
 from rd_torch.backbone.tokenizers import TokenizerAlphabet
-from rd_torch.backbone.trying import find_idle, giving_maps, pass_on
+from rd_torch.backbone.trying import count_positions, find_idle, giving_maps, pass_on
 from rd_torch.disk import move, part_folder
 from rd_torch.hardware import FULL
 from rd_torch.levels import TRANSFORMERS_FAMILY
 from rd_torch.modules import StateDict
 
-POSITIONS: Final = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe")
-"""What models call tables of positions, which have a row for each position that was trained."""
+LAYERS: Final = ("num_hidden_layers", "n_layer")
+"""What configs call the number of layers."""
 
 
 class TransformersBackbone(Backbone):
@@ -69,15 +69,10 @@ class TransformersBackbone(Backbone):
         super().__init__()
         self.model: Any = model
         self.alphabet = TokenizerAlphabet(tokenizer)
-        config: Any = getattr(model, "config", None)
-        try:
-            self.embed_dim = int(config.hidden_size)
-            self.num_layers = int(config.num_hidden_layers)
-            self.attention_heads = int(config.num_attention_heads)
-        except (AttributeError, TypeError) as error:
-            raise ValueError(
-                f"expected a model whose config states width, layers and heads, got {self._name}: {error}"
-            ) from error
+        self.embed_dim = self._read_number("hidden_size", "d_model")
+        self.num_layers = self._read_number(*LAYERS)
+        # Models that mix tokens in another way, such as Mamba, have no attention heads.
+        self.attention_heads = self._read_number("num_attention_heads", otherwise=0)
         if layer is not None and not 0 <= layer <= self.num_layers:
             raise ValueError(f"expected a layer from 0 to {self.num_layers}, got {layer}")
         self.layer = layer
@@ -85,7 +80,7 @@ class TransformersBackbone(Backbone):
             self.num_layers = layer  # by which files of embeddings are told from those of other layers
         self.facts = {"tokenizer": self.alphabet.digest} | ({} if layer is None else {"layer": layer})
         self._checkpointing = False
-        self._most_tokens = self._find_most_tokens()
+        self._most_tokens = count_positions(model)
         self._idle = find_idle(self.model, self.alphabet, self.embed_dim, self._run)
 
     @classmethod
@@ -219,16 +214,15 @@ class TransformersBackbone(Backbone):
             pass_on(out.attentions, real, sink)
         return out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
 
-    def _find_most_tokens(self) -> int | None:
-        """Return for how many tokens the model has learned positions; None where it counts them otherwise."""
-        tables = [
-            len(part.weight)
-            - (0 if part.padding_idx is None else part.padding_idx + 1)
-            - getattr(part, "offset", 0)  # rows before the first position, as in OPT
-            for name, part in self.model.named_modules()
-            if name.endswith(POSITIONS) and hasattr(part, "weight") and hasattr(part, "padding_idx")
-        ]
-        return min(tables, default=None)
+    def _read_number(self, *names: str, otherwise: int | None = None) -> int:
+        """Return the number that the model's config has by one of the names."""
+        config = getattr(self.model, "config", None)
+        found = next((each for name in names if (each := getattr(config, name, None)) is not None), otherwise)
+        if not isinstance(found, int):
+            raise ValueError(
+                f"expected a model whose config states {names[0]} as a number, got {found!r} in {self._name}"
+            )
+        return found
 
     @property
     def _name(self) -> str:
@@ -268,9 +262,9 @@ class TransformersBackbone(Backbone):
         Returns:
             The number of bytes for each token.
         """
-        config, element = self.model.config, self.dtype.itemsize
+        config, element, layers = self.model.config, self.dtype.itemsize, self._read_number(*LAYERS)
         inner = max(int(getattr(config, name, None) or 0) for name in ("intermediate_size", "d_ff"))
-        kept = 0 if self.layer is None else (config.num_hidden_layers + 1) * self.embed_dim
+        kept = 0 if self.layer is None else (layers + 1) * self.embed_dim
         return 16 * self.attention_heads * time + element * (4 * inner + kept)
 
     def freeze_heads(self) -> None:

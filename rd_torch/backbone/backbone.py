@@ -45,7 +45,7 @@ class Backbone(nn.Module):
             PEFT, keeps a chain from being prepared or exported, which could skip what it does.
         embed_dim: number of features of a token's vector.
         num_layers: number of layers.
-        attention_heads: number of attention heads in each layer.
+        attention_heads: number of attention heads in each layer; 0 in a model without attention.
         facts: further facts of the architecture that a checkpoint has to state, as JSON takes them.
         reference: where the weights lie on the Hub; None where they did not come from there.
         checkpointing: whether the backward pass computes layers again, so that their activations are not

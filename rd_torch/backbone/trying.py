@@ -25,6 +25,21 @@ LIMITS: Final = {True: 1e-3, False: 0.1}
 A choice, well above rounding and below what a model does that attends to padding.
 """
 
+POSITIONS: Final = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe")
+"""What models call tables of positions, which have a row for each position that was trained."""
+
+
+def count_positions(model: Any) -> int | None:
+    """Return for how many tokens a model has learned positions; None where it counts them otherwise."""
+    tables = [
+        len(part.weight)
+        - (0 if part.padding_idx is None else part.padding_idx + 1)
+        - getattr(part, "offset", 0)  # rows before the first position, as in OPT
+        for name, part in model.named_modules()
+        if name.endswith(POSITIONS) and hasattr(part, "weight") and hasattr(part, "padding_idx")
+    ]
+    return min(tables, default=None)
+
 
 def find_idle(model: Any, alphabet: TokenizerAlphabet, width: int, run: Run) -> frozenset[str]:
     """Try a model on two sequences, and find the parameters that its hidden states do not depend on.
