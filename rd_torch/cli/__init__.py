@@ -21,7 +21,7 @@ from rd_torch.cli.plotting import plot
 )
 @click.version_option(package_name="rd_torch")
 def main() -> None:
-    """Reverse-distilled ESM-2 embeddings of proteins.
+    """Reverse-distilled embeddings of proteins.
 
     The first features of a large model's embedding are the embeddings of the smaller models. So you embed
     once, and cut the embeddings to any width later.

@@ -46,17 +46,17 @@ def combine(
     level: str | None,
     **options: Any,
 ) -> None:
-    """Nest ESM-2 embeddings that you already have.
+    """Nest embeddings that you already have.
 
     \b
       rd-torch combine --model my-chain 8M=8M.h5 35M=35M.h5 -o nested.h5
       rd-torch combine --model singhlab/plm_reverse_distillation --level 35M \\
           8M=8M.h5 35M=35M.h5 -o nested.parquet
 
-    Each LEVEL=FILE gives the final embeddings of one backbone as ESM-2 computes them. FILE is an output of
-    rd-torch, an HDF5 file with a dataset for each protein, or a folder of fair-esm's .pt files. All files
-    hold one vector for each protein, the mean over its residues, or all hold one vector for each residue.
-    The levels are the first ones of the model, without a gap.
+    Each LEVEL=FILE gives the final embeddings of one backbone, as its own model computes them. FILE is an
+    output of rd-torch, an HDF5 file with a dataset for each protein, or a folder of fair-esm's .pt files. All
+    files hold one vector for each protein, the mean over its residues, or all hold one vector for each
+    residue. The levels are the first ones of the model, without a gap.
 
     Proteins are matched by their identifiers, and stay in the order of the first file. Only the maps of the
     model are loaded, not its backbones.
