@@ -10,7 +10,7 @@ Rounding errors depend on the weights, so plain random ones would not do. The re
   each layer, interpolated over relative depth; attention goes half of each layer's way;
 - four random channels, which the growth leaves out, hold constants of both signs, 50 times the median
   channel's root-mean-square, set by the biases of these linear layers, or, as ESM-C has none, by the table of
-  embeddings. The LayerNorms before attention and
+  embeddings, so that ESM-C has them as large from the first layer on. The LayerNorms before attention and
   before the feed-forward block have weights that bring all channels to unit size; the last one's are ones.
 
 Growth and constants are closed forms, found layer after layer on the first 126 residues of two proteins.
@@ -169,18 +169,19 @@ def random_backbone(level: Level, tokens: Tensor, curve: Sequence[float], seed: 
     targets = np.interp(depth, np.linspace(0, 1, len(curve)), curve).tolist()
     constants = torch.zeros(level.width)
     constants[torch.randperm(level.width)[: len(CONSTANTS)]] = torch.tensor(CONSTANTS)
-    size = constants.abs().clamp(min=1)
     kept = MEAN_SHARE_KEPT if isinstance(backbone, ESM2) else 1.0
     backbone.embed_tokens.weight.mul_(targets[0] / kept)
     if isinstance(backbone, ESMC):
         backbone.embed_tokens.weight[:, constants != 0] = constants[constants != 0] * targets[-1]
-    for layer in backbone.layers:
+    for layer, (before, after) in zip(backbone.layers, pairwise(targets), strict=True):
         for name, part in layer.named_modules():
             if name.endswith(("q_proj", "k_proj")) and isinstance(backbone, ESM2):
                 part.weight.mul_(GAIN)
             elif name.endswith(("q_norm", "k_norm")):  # PyTorch's initial q and k have the variance 1/3
                 part.weight.fill_(GAIN / sqrt(3))
-        for norm in Ends.of(layer).norms:
+        for norm, rms in zip(Ends.of(layer).norms, (before, (before + after) / 2), strict=True):
+            growth = targets[-1] / rms if isinstance(backbone, ESMC) else 1.0
+            size = (growth * constants.abs()).clamp(min=1)
             norm.weight.copy_(size.square().mean().sqrt() / size)
     calibration = Calibration(backbone, targets, constants)
     backbone(tokens, Packing.of(tokens != ALPHABET.padding_idx))
