@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from foreign import (
@@ -358,6 +359,20 @@ def test_models_that_attend_to_padding_are_refused(parts):
         ValueError, match="expected a model that leaves out padding where its mask says so, got"
     ):
         TransformersBackbone(other.eval(), tokenizer)
+
+
+def test_attention_that_depends_on_the_batch_is_refused(parts):
+    _, tokenizer, sequences = parts["bert"]
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "block_size": 4}
+    config = transformers.BigBirdConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **shape)
+    with pytest.raises(
+        ValueError, match="attends in one way, got BigBirdModel, whose sparse attention"
+    ):
+        TransformersBackbone(transformers.BigBirdModel(config), tokenizer)
+    config.attention_type = "original_full"
+    chain = RDModel({"a": TransformersBackbone(transformers.BigBirdModel(config), tokenizer)}, [])
+    alone, together = rd_torch.embed(chain, sequences[2:3]), rd_torch.embed(chain, sequences)
+    np.testing.assert_allclose(together[2:3], alone, atol=1e-5)
 
 
 def test_other_models_are_refused(parts, tmp_path):

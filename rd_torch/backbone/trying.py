@@ -54,14 +54,16 @@ def find_idle(model: Any, alphabet: TokenizerAlphabet, width: int, run: Run) -> 
         Names of the parameters.
 
     Raises:
-        ValueError: for a model that fails, that has no embedding for some of the ids, whose hidden states are
-            not one finite vector for each token, or differ where a sequence is padded.
+        ValueError: for a model that fails, that has no embedding for some of the ids, whose attention depends
+            on the batch's length, whose hidden states are not one finite vector for each token, or differ
+            where a sequence is padded.
     """  # noqa: DOC501  # out of memory is let pass
     probe, device = PROBES[alphabet.kind], device_of(model)
     short = probe[: len(probe) // 2]
     tokens, alone = (tokenize(each, alphabet).to(device) for each in ([probe + probe, short], [short]))
     real = is_real(tokens, alphabet)
     _require_rows(model, alphabet)
+    _require_one_attention(model)
     try:
         with evaluating(model), torch.enable_grad(), _recording_all(model):
             hidden = run(tokens, real)
@@ -90,6 +92,15 @@ def _require_rows(model: Any, alphabet: TokenizerAlphabet) -> None:
         raise ValueError(
             f"expected a tokenizer with ids below {table.num_embeddings}, for which {type(model).__name__} "
             f"has embeddings, got {most}: resize the model's embeddings, or take its own tokenizer"
+        )
+
+
+def _require_one_attention(model: Any) -> None:
+    """Raise a ValueError for a model that attends in another way to longer batches, as BigBird does."""
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        raise ValueError(
+            f"expected a model that attends in one way, got {type(model).__name__}, whose sparse attention "
+            "becomes full at short batches: set attention_type to 'original_full' in its config"
         )
 
 
