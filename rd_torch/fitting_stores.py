@@ -79,7 +79,7 @@ def fit_stores(
         added = check_options(list(files.widths.values()), **options)
         with Sums(_summands_of(files), files.rows_per_batch, folder=work_folder) as sums:
             _add_windows(files, sums, progress)
-            _warn_of_few(files, sums.moments.count)
+            _warn_of_few(files, sums.sequences, sums.moments.count)
             stages = [stage.to(torch.float32) for stage in sums.solve(**options)]
             counts = {"sequences": sums.sequences, "rows": sums.moments.count, "pool": files.pool}
     config = RDConfig(
@@ -124,9 +124,15 @@ def _add_window(window: Window[Raw], moments: RunningMoments, most: int, progres
         progress(len(places), False)
 
 
-def _warn_of_few(files: RawFiles, rows: int) -> None:
-    """Warn of so few rows that their covariance has no full rank: some directions are then arbitrary."""
+def _warn_of_few(files: RawFiles, records: int, rows: int) -> None:
+    """Warn of a single record, and of so few rows that some directions of their covariance are arbitrary."""
     features = sum(files.widths.values())
+    if records == 1 and files.pool == "none":
+        warnings.warn(
+            f"every file holds one record alone, with {rows:,} rows, which are taken for the residues of one "
+            "sequence and matched by their place: a file of one vector a sequence needs a record for each",
+            stacklevel=3,
+        )
     if rows <= features:
         kind = "means" if files.pool == "mean" else "rows"
         warnings.warn(

@@ -365,9 +365,7 @@ def test_attention_that_depends_on_the_batch_is_refused(parts):
     _, tokenizer, sequences = parts["bert"]
     shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "block_size": 4}
     config = transformers.BigBirdConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **shape)
-    with pytest.raises(
-        ValueError, match="attends in one way, got BigBirdModel, whose sparse attention"
-    ):
+    with pytest.raises(ValueError, match="attends in one way, got BigBirdModel, whose sparse attention"):
         TransformersBackbone(transformers.BigBirdModel(config), tokenizer)
     config.attention_type = "original_full"
     chain = RDModel({"a": TransformersBackbone(transformers.BigBirdModel(config), tokenizer)}, [])

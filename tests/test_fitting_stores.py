@@ -270,8 +270,9 @@ def test_so_few_rows_that_maps_are_not_determined_are_told(tmp_path):
     with pytest.warns(UserWarning, match=message):
         fit_stores(few)
     residues = {level: put(tmp_path / level, rows[None, :20]) for level, rows in made.items()}
-    with pytest.warns(UserWarning, match="20 rows are too few .* take more than 29$"):
+    with pytest.warns(UserWarning, match="20 rows are too few .* take more than 29$") as said:
         fit_stores(residues)
+    assert "every file holds one record alone, with 20 rows, which are taken for the residues" in str(said[0])
 
 
 VECTORS = [np.arange(6.0) + k for k in range(8)]
