@@ -185,7 +185,7 @@ def test_the_page_of_results_is_made_of_the_result_files():
     folder = ROOT / "benchmarks" / "results"
     page = (folder / "README.md").read_text()
     assert page == report.page(folder), "run python -m benchmarks.report"
-    assert len(re.findall("^## ", page, re.M)) == len(list(folder.glob("*.json"))) > 0
+    assert len(re.findall("^## ", page, re.M)) == len(list(folder.rglob("*.json"))) > 0
     assert "python benchmarks/" not in page
 
 
