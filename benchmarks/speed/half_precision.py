@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.half_precision mini --output benchmarks/results/half_precision_mini.json
     python -m benchmarks.speed.half_precision 650M --output benchmarks/results/half_precision_650M.json
-    python -m benchmarks.speed.half_precision esmc --output benchmarks/results/half_precision_esmc.json
+    python -m benchmarks.speed.half_precision esmc --output benchmarks/results/esmc/half_precision.json
 
 A level's block is what it adds to the nested embedding. Each variant turns the backbones alone; weights and
 float32 maps are those of the reference. In `float16` and `bfloat16` the residual stream has that type too,

@@ -3,8 +3,8 @@
 Rounding errors depend on the weights, so plain random ones would not do. The recipe:
 
 - PyTorch's initial weights from a seed for each level, `q_proj` and `k_proj` doubled, so that a query attends
-  to about as many keys as in the shipped family's largest backbone (in ESM-C their LayerNorms are set to the
-  same effect);
+  to about as many keys as in the shipped family's largest backbone (in ESM-C the LayerNorms of queries and
+  keys give them the same variance, which leaves attention flatter);
 - the linear layers that end a layer's two branches, weights and biases, scaled so that the root-mean-square
   of the residual stream follows that of the shipped family's largest backbone, after the embedding and after
   each layer, interpolated over relative depth; attention goes half of each layer's way;
