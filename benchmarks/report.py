@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 FOLDER = HERE / "results"
 HEAD = """# Results of the benchmarks
 
-This page is written by `python -m benchmarks.report` from the JSON files in this folder and below. Each
-table stands below the command that makes it, and above the machine and the versions that its figures belong to.
+This page is written by `python -m benchmarks.report` from the JSON files in this folder and below. Each table
+stands below the command that makes it, and above the machine and the versions that its figures belong to.
 [The guide](../README.md) says what each command asks, what was found, and what was decided from it.
 
 """
