@@ -137,7 +137,7 @@ def test_a_piece_without_memory_leaves_its_whole_protein_out(model, tmp_path, mo
 
     def short_of_memory(compute, part, *others):
         refused = any(LONG[15:35] == sequence for _, sequence in part)
-        return "no room" if refused else attempt(compute, part, *others)
+        return MemoryError("no room") if refused else attempt(compute, part, *others)
 
     monkeypatch.setattr(batching, "_attempt", short_of_memory)
     proteins = [("short", SHORT), ("long", LONG), ("also", LONG[::-1])]
