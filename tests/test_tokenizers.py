@@ -119,7 +119,7 @@ def test_a_mark_by_itself_is_no_residue():
     names = {name: index for index, name in enumerate(["<pad>", "</s>", "<unk>", "Ġ", *RESIDUE_LETTERS])}
     prepare = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     alphabet = TokenizerAlphabet(
-        fast_tokenizer(tokenizers.models.BPE(names, []), after="</s>", prepare=prepare)
+        fast_tokenizer(tokenizers.models.BPE(names, []), after="</s>", prepare=prepare, add_prefix_space=True)
     )
     ids = alphabet.ids_of("MKV")
     assert [alphabet.get_tok(index) for index in ids] == ["Ġ", "M", "K", "V", "</s>"]
