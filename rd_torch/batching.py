@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rd_torch import hardware
 from rd_torch.alphabet import Alphabet
-from rd_torch.backbone import Backbone, TooManyTokens, tokenize
+from rd_torch.backbone import Backbone, TooManyTokensError, tokenize
 from rd_torch.levels import SPECIAL_TOKENS
 from rd_torch.sequences import cut_batches
 
@@ -152,7 +152,7 @@ def run_batches(
     Raises:
         ValueError: for a budget below 1.
         MemoryError: without `failures`, for a sequence that alone takes more memory than there is.
-        TooManyTokens: without `failures`, for a sequence that has more tokens than a backbone takes.
+        TooManyTokensError: without `failures`, for a sequence that has more tokens than a backbone takes.
     """
     limit = tokens_per_batch
     for batch in cut_batches(sequences, tokens_per_batch):
@@ -165,7 +165,7 @@ def run_batches(
                 if isinstance(done, Batch):
                     yield done
                     continue
-                if failures is None and (len(part) == 1 or isinstance(done, TooManyTokens)):
+                if failures is None and (len(part) == 1 or isinstance(done, TooManyTokensError)):
                     raise done
                 if failures is not None and len(part) == 1:
                     failures[part[0][0]] = str(done)
@@ -178,12 +178,12 @@ def run_batches(
 
 def _attempt(
     compute: Callable[[Tensor], Result], part: list[tuple[int, str]], alphabet: Alphabet, device: torch.device
-) -> Batch[Result] | MemoryError | TooManyTokens:
+) -> Batch[Result] | MemoryError | TooManyTokensError:
     """Return what was computed of a batch, or why it cannot be."""
     try:
         tokens = tokenize([sequence for _, sequence in part], alphabet).to(device)
         return Batch([index for index, _ in part], compute(tokens))
-    except TooManyTokens as error:
+    except TooManyTokensError as error:
         return error
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

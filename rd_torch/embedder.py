@@ -51,7 +51,7 @@ class Embedder(NamedTuple):
 
         Raises:
             MemoryError: without `failures`, for a sequence that alone takes more memory than there is.
-            TooManyTokens: without `failures`, for a sequence that has more tokens than a backbone takes.
+            TooManyTokensError: without `failures`, for a sequence that has more tokens than a backbone takes.
         """
         if self.pieces is None:
             yield from self._embed_whole(sequences, self.pool, failures)

@@ -2,7 +2,7 @@
 
 from rd_torch.backbone.attention import RotaryEmbedding, inverse_frequencies
 from rd_torch.backbone.automodel import TransformersBackbone
-from rd_torch.backbone.backbone import Backbone, MissingHead, TooManyTokens
+from rd_torch.backbone.backbone import Backbone, MissingHead, TooManyTokensError
 from rd_torch.backbone.encoder import EMBEDDING, Encoder
 from rd_torch.backbone.esm2 import ESM2, MEAN_SHARE_KEPT, TransformerLayer
 from rd_torch.backbone.esmc import ESMC, hidden_width
@@ -31,7 +31,7 @@ __all__ = [
     "Prepared",
     "RotaryEmbedding",
     "TokenizerAlphabet",
-    "TooManyTokens",
+    "TooManyTokensError",
     "TransformerLayer",
     "TransformersBackbone",
     "apply_outside_half",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rd_torch.backbone.autoload import is_loaded_again, load
-from rd_torch.backbone.backbone import Backbone, TooManyTokens
+from rd_torch.backbone.backbone import Backbone, TooManyTokensError
 from rd_torch.backbone.layer import AttentionSink
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import apply_outside_half, at_least_float32
@@ -183,7 +183,7 @@ class TransformersBackbone(Backbone):
         """Compute the hidden states of the real tokens; see `Backbone.forward`.
 
         Raises:
-            TooManyTokens: for a sequence with more tokens than the model has positions for.
+            TooManyTokensError: for a sequence with more tokens than the model has positions for.
             ValueError: for distributions in place of ids, or attention maps of a model that does not return
                 them.
         """
@@ -192,7 +192,7 @@ class TransformersBackbone(Backbone):
         if packing.index is not None and not packing.longest:
             return torch.zeros(0, self.embed_dim, dtype=at_least_float32(self.dtype), device=tokens.device)
         if self._most_tokens is not None and tokens.shape[1] > self._most_tokens:
-            raise TooManyTokens(
+            raise TooManyTokensError(
                 f"expected at most {self._most_tokens:,} tokens, for which {self._name} has positions, got "
                 f"{tokens.shape[1]:,}: take shorter sequences; rd-torch embed cuts them by --max-length, and "
                 "embeds them in pieces by --windows"
@@ -284,6 +284,7 @@ class TransformersBackbone(Backbone):
 
     @checkpointing.setter
     def checkpointing(self, on: bool) -> None:
+        """Let the backward pass compute layers again, or not."""
         # transformers has renamed its methods, and warns of the old ones.
         kind = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
         if on:

@@ -15,7 +15,7 @@ from rd_torch.levels import Level, Reference
 from rd_torch.modules import StateDict, device_of, is_fetched
 
 
-class TooManyTokens(ValueError):  # noqa: N818  # it says what is wrong, as TypeError does not
+class TooManyTokensError(ValueError):
     """A sequence has more tokens than a backbone has positions for."""
 
 

@@ -19,7 +19,7 @@ class BackboneChoice(NamedTuple):
         levels: names of the levels, smallest first.
         sources: by level, where the backbone is; empty where one checkpoint has all of them.
         checkpoint: name of the checkpoint that has all of them.
-        config: its config.
+        config: the config of that checkpoint; None where `sources` says where the backbones are.
         trusted: names of models whose files may bring Python code that is run.
     """
 
