@@ -74,7 +74,7 @@ SCHEDULES = {
     "32K": Schedule(),
     "93K": Schedule(),
     "215K": Schedule(long_from=0.0),
-    "207K-overfitted": Schedule(tokens=1_500_000, proteins=2, haste=20.0),
+    "207K-overfitted": Schedule(tokens=1_000_000, proteins=2, haste=10.0),
     "1M-overfitted": Schedule(tokens=800_000, proteins=2, haste=40.0),
 }
 
