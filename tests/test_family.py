@@ -98,7 +98,7 @@ def test_training_resumes_where_it_stopped(make, data, tmp_path, monkeypatch, fa
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the recipe needs a newer PyTorch, with Muon")
-@pytest.mark.parametrize("family", ["esm2", "esmc", "overfitted"])
+@pytest.mark.parametrize("family", ["esm2", "esmc", "spoilt"])
 def test_the_recipe_makes_a_checkpoint_in_small(make, data, tmp_path, monkeypatch, family):
     import train
     from recipe import CHAINS, SCHEDULES
@@ -110,7 +110,7 @@ def test_the_recipe_makes_a_checkpoint_in_small(make, data, tmp_path, monkeypatc
         with lzma.open(tmp_path / f"natural50_{kind}.fasta.xz", "wt") as file:
             file.write("".join(f">{each.identifier}\n{each.sequence[:60]}\n" for each in proteins))
     made, levels = tmp_path / "made", list(CHAINS[family])
-    taken = ["28K", "90K"] if family == "overfitted" else []
+    taken = ["28K", "90K"] if family == "spoilt" else []
     monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
     folders = ["--data", str(tmp_path), "--state", str(tmp_path)]
     for name in levels:

@@ -3,8 +3,8 @@
     python checkpoints/esm2-rd-mini/make.py --data DATA --state STATE
 
 reads what `train.py` left in STATE and writes config, maps, backbones and `losses.json` beside this file, or
-to `--output`; `--family esmc` takes the ESM-C-shaped backbones. `--family overfitted` takes two overfitted
-backbones, and the shipped ones for the levels below.
+to `--output`; `--family esmc` takes the ESM-C-shaped backbones. `--family spoilt` takes two badly
+trained backbones, and the shipped ones for the levels below.
 
 A loss is the cross-entropy in nats over 15 % of the residues, chosen at random: 80 % of them are shown as
 `<mask>`, 10 % as a random residue, 10 % as they are. Sequences are whole; nothing is cropped.

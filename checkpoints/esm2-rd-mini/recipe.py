@@ -35,14 +35,14 @@ CAMBRIAN_LEVELS = {
         Level("215K", 4, 64, 4, family="esmc", facts={"hidden_dim": 176}),
     )
 }
-# The shipped 28K and 90K, and two larger levels that are trained badly: wider embeddings of this chain are
-# worse. It serves to ask what nesting makes of such a chain.
-OVERFITTED_LEVELS = {
+# The shipped 28K and 90K, and two larger levels that are trained badly, so that their embeddings are worse than
+# that of 90K. The benchmark of scaling asks what nesting makes of such a chain.
+SPOILT_LEVELS = {
     "28K": LEVELS["28K"],
     "90K": LEVELS["90K"],
-    **{f"{name}-overfitted": replace(LEVELS[name], name=f"{name}-overfitted") for name in ("207K", "1M")},
+    **{f"{name}-spoilt": replace(LEVELS[name], name=f"{name}-spoilt") for name in ("207K", "1M")},
 }
-CHAINS = {"esm2": LEVELS, "esmc": CAMBRIAN_LEVELS, "overfitted": OVERFITTED_LEVELS}
+CHAINS = {"esm2": LEVELS, "esmc": CAMBRIAN_LEVELS, "spoilt": SPOILT_LEVELS}
 SEED = 0
 STANDARD_RESIDUES = (4, 24)
 
@@ -74,8 +74,8 @@ SCHEDULES = {
     "32K": Schedule(),
     "93K": Schedule(),
     "215K": Schedule(long_from=0.0),
-    "207K-overfitted": Schedule(tokens=1_000_000, proteins=2, haste=10.0),
-    "1M-overfitted": Schedule(tokens=800_000, proteins=2, haste=40.0),
+    "207K-spoilt": Schedule(tokens=1_000_000, proteins=2, haste=10.0),
+    "1M-spoilt": Schedule(tokens=800_000, proteins=2, haste=40.0),
 }
 
 
