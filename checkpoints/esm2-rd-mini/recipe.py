@@ -35,8 +35,8 @@ CAMBRIAN_LEVELS = {
         Level("215K", 4, 64, 4, family="esmc", facts={"hidden_dim": 176}),
     )
 }
-# The shipped 28K and 90K, and two larger levels that are trained badly, so that their embeddings are worse than
-# that of 90K. The benchmark of scaling asks what nesting makes of such a chain.
+# The shipped 28K and 90K, and two larger levels that are trained badly, so that their embeddings are worse
+# than that of 90K. The benchmark of scaling asks what nesting makes of such a chain.
 SPOILT_LEVELS = {
     "28K": LEVELS["28K"],
     "90K": LEVELS["90K"],
