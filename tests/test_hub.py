@@ -903,3 +903,32 @@ def test_verify_and_export_find_a_size_of_esmc_by_its_name(esmc, tmp_path):
         patch.setattr("rd_torch.exporting.export", lambda model, path: written.append(model.config))
         assert run("export", "300M", "-o", tmp_path / "model.onnx").exit_code == 0
     assert list(written[0].widths) == ["300M"]
+
+
+def test_layers_of_a_backbone_are_referenced_pushed_and_loaded(hub, tmp_path):
+    repos = {level: f"someone/esm-{level}" for level in ("28K", "90K")}
+    for level, repo in repos.items():
+        hub.add(repo, backbone_files(level))
+    sequences = [random_sequence(30, seed) for seed in range(20)]
+    sources = {"28K": repos["28K"], "90K@1": repos["90K"], "90K@2": repos["90K"]}
+    model = rd_torch.fit(sources, sequences, added=16)
+    assert model.backbones["90K"].depth == 2
+    for storage, files in (
+        ("referenced", set()),
+        ("included", {f"backbones/{level}.safetensors" for level in repos}),
+    ):
+        repo = f"{CHAIN}-{storage}"
+        model.push_to_hub(repo, backbones=storage)
+        assert {name for name in uploaded(hub, repo) if name.startswith("backbones/")} == files
+        again = load(repo, cache_dir=tmp_path / storage)
+        assert same(again, model)
+        assert again.backbones["90K"].depth == 2
+        assert load(repo, level="90K@1").backbones["90K"].depth == 1
+    with torch.no_grad():
+        model.backbones["90K"].layers[1].fc2.bias.add_(1)
+    with pytest.raises(
+        ValueError, match="expected backbone 90K@2 as it came from someone/esm-90K, got a changed"
+    ):
+        model.push_to_hub(CHAIN, backbones="referenced")
+    alone = load(repos["90K"], layers={"esm-90K": 1})
+    assert alone.config.levels[0].depth == 1

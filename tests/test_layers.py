@@ -378,6 +378,16 @@ def test_stores_of_layers_are_combined_to_what_the_chain_gives(final_norm, tmp_p
     expected = rd_torch.embed(model, [sequence for _, sequence in PROTEINS])
     got = np.stack([rd_torch.open_store(tmp_path / "nested.h5")[name] for name, _ in PROTEINS])
     np.testing.assert_allclose(got, expected, atol=1e-4)
+    with pytest.warns(UserWarning, match="12 means are too few"):
+        fitted = rd_torch.fit_stores(files, added=4, regressor="ols")
+    assert fitted.config.levels[1].depth == 2
+    with pytest.raises(ValueError, match="expected embeddings of layer 4 at level b@4, got those of layer 2"):
+        rd_torch.fit_stores({"b@4": files["b@2"]})
+    fitted.save_pretrained(tmp_path / "maps")
+    loaded = RDModel.from_pretrained(
+        tmp_path / "maps", backbones={"a": model.backbones["a"], "b": model.backbones["b"]}
+    )
+    assert loaded.config.levels[1].num_layers == 5
     with pytest.raises(ValueError, match="expected embeddings of layer 4 at level b@4, got those of layer 2"):
         rd_torch.combine_stores(nesting, {**files, "b@4": files["b@2"]}, tmp_path / "wrong.h5")
     with pytest.raises(
