@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rd_torch import cluster, pretrained
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
+    from rd_torch.basis import change_basis
     from rd_torch.combining import combine_stores
     from rd_torch.config import Explained, RDConfig
     from rd_torch.embedding import embed, embed_to_store
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         TransformersForTokenClassification,
     )
     from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level, Reference
+    from rd_torch.maps import Basis
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
     from rd_torch.nesting import Nesting
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 # The module in which each public name lives.
 _HOMES = {
     "Backbone": "backbone",
+    "Basis": "maps",
     "ConcatPCA": "stage",
     "ESM2": "backbone",
     "ESM2_LEVELS": "levels",
@@ -69,6 +72,7 @@ _HOMES = {
     "TransformersForSequenceClassification": "huggingface",
     "TransformersForTokenClassification": "huggingface",
     "align_labels": "heads",
+    "change_basis": "basis",
     "cluster": "cluster",
     "combine_stores": "combining",
     "concat_pca": "solve",
@@ -89,6 +93,7 @@ __all__ = [
     "ESMC",
     "ESMC_LEVELS",
     "Backbone",
+    "Basis",
     "ConcatPCA",
     "Explained",
     "Fasta",
@@ -111,6 +116,7 @@ __all__ = [
     "TransformersForSequenceClassification",
     "TransformersForTokenClassification",
     "align_labels",
+    "change_basis",
     "cluster",
     "combine_stores",
     "concat_pca",

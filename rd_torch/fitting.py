@@ -56,8 +56,9 @@ def fit(
             which are about 16 batches, is done. The same call after a kill goes on from there, and gives the
             same bits. The folder is left when the fit is finished, so that nothing is lost before the model
             is saved; then it can be removed.
-        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`. A fit that goes on
-            may have other ones than when it was begun.
+        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`; `scale`, `centre`
+            and `rotate_first`, as in `change_basis`. A fit that goes on may have other ones than when it was
+            begun.
 
     Returns:
         The fitted model, with the numbers of sequences and residues in its provenance. It is in `eval` mode,
@@ -185,7 +186,7 @@ def make_chain(
         sums: the moments of all residues.
         provenance: where backbones and sequences come from; the numbers of sequences and residues and the
             options are added to it.
-        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`.
+        **options: options of `solve_stages` and `change_basis`.
 
     Returns:
         The model, in `eval` mode.
@@ -204,7 +205,7 @@ def shared_family(backbones: Mapping[str, nn.Module], **options: Unpack[SolveOpt
 
     Args:
         backbones: the family by level, smallest first, as in `fit`.
-        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`.
+        **options: options of `solve_stages` and `change_basis`.
 
     Returns:
         The family by level.

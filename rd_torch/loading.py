@@ -17,8 +17,9 @@ from rd_torch.chain import Chain
 from rd_torch.choices import Storage, check_choice
 from rd_torch.config import RDConfig
 from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference
+from rd_torch.maps import Maps
 from rd_torch.modules import StateDict, as_module_name
-from rd_torch.stage import Maps, stages_of
+from rd_torch.stage import stages_of
 from rd_torch.weights import (
     BACKBONES,
     CONFIG,

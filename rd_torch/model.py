@@ -25,14 +25,16 @@ class RDModel(Chain):
     """A family of backbones, and the stages that nest their embeddings, as one module.
 
     Every prefix of the embedding that ends at a level's width is, to the bit, the embedding of the
-    chain that ends there (reverse distillation: Catrina et al., ICLR 2026, arXiv 2603.07710).
+    chain that ends there (reverse distillation: Catrina et al., ICLR 2026, arXiv 2603.07710). The first
+    backbone's is its own embedding to the bit, unless the chain has a `Basis`.
 
     Args:
         backbones: backbones by level name, smallest first, of one alphabet: modules of `rd_torch.ESM2`,
             `rd_torch.ESMC` or another `rd_torch.Backbone`, or `esm.ESM2` objects, whose tensors are shared,
             not copied. Their heads are frozen; everything else stays as trainable as it is.
         stages: stages, one fewer than backbones, from `solve_stages`, or from `concat_pca` for the baseline;
-            the model keeps them in float32 (in float64 where the backbones are).
+            a `Basis` may stand before them, as `change_basis` gives it. The model keeps them in float32 (in
+            float64 where the backbones are).
         predict_from: whether the stages' W acts on the nested embedding or on the previous raw one.
         special_rows: what stands at `<cls>`, `<eos>` and `<mask>` in the widest returned level: `"maps"` for
             what the maps give, `"larger"` for the backbone's raw rows, as in the published implementation.

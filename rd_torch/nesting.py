@@ -10,8 +10,9 @@ from typing import Unpack
 from torch import Tensor
 
 from rd_torch.config import RDConfig
+from rd_torch.maps import Maps
 from rd_torch.modules import Modules, StateDict, digest_of, modules_of
-from rd_torch.stage import Maps, nest, stages_of
+from rd_torch.stage import nest, stages_of
 from rd_torch.weights import PublishedOptions, read_checkpoint, require_no_backbones, write_folder
 
 
@@ -21,7 +22,7 @@ class Nesting:
 
     Attributes:
         config: levels and choices of the chain.
-        stages: the stages, by the level that each leads to.
+        stages: the stages, by the level that each leads to; the basis by the first level, if there is one.
         name: name or path by which the user asked for the checkpoint.
 
     Examples:
@@ -108,7 +109,7 @@ class Nesting:
     def until(self, level: str) -> Nesting:
         """Return the part of this chain that ends at `level`; stages are shared, not copied."""
         config = self.config.until(level)
-        stages = {level.name: self.stages[level.name] for level in config.levels[1:]}
+        stages = {name: self.stages[name] for name in config.widths if name in self.stages}
         return Nesting(config, modules_of(stages), self.name)
 
     def fingerprint(self) -> str:
@@ -124,6 +125,5 @@ def fingerprint(config: RDConfig, tensors: Mapping[str, Mapping[str, Tensor]]) -
         tensors: state dicts, by the prefix of the names in them.
     """
     shapes = [level.architecture for level in config.levels]
-    return digest_of(
-        (config.method, config.predict_from, config.special_rows, config.widths, shapes), tensors
-    )
+    facts = (config.method, config.predict_from, config.special_rows, config.widths, shapes)
+    return digest_of((*facts, config.basis) if config.has_basis else facts, tensors)

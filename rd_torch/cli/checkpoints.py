@@ -61,6 +61,11 @@ def info(model: str | None, level: str | None, trusted: tuple[str, ...], **optio
     print_levels(config)
     click.echo(f"\nmethod        {config.method}")
     click.echo(f"predict_from  {config.predict_from}\nspecial_rows  {config.special_rows}")
+    if config.has_basis:
+        click.echo(
+            "".join(f"{name:14}{json.dumps(fact).strip(chr(34))}\n" for name, fact in config.basis.items()),
+            nl=False,
+        )
     for each in config.levels:
         if each.reference:
             click.echo(

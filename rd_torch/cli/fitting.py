@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from rd_torch.choices import PredictFrom, Regressor
+from rd_torch.choices import PredictFrom, Regressor, Scale
 from rd_torch.cli.backbones import choose_backbones
 from rd_torch.cli.command import Command, option
-from rd_torch.cli.fitting_stores import fit_from_stores, require_options_for_stores
+from rd_torch.cli.fitting_stores import MAPS_OPTIONS, fit_from_stores, require_options_for_stores
 from rd_torch.cli.reading import (
     proteins_argument,
     reading_options,
@@ -100,6 +100,28 @@ if TYPE_CHECKING:
     default="nested",
     help="Predict from the nested embedding so far, or from the previous backbone's own embedding.",
 )
+@option(
+    "--scale",
+    group="Maps",
+    type=click.Choice(get_args(Scale)),
+    default="none",
+    help="Divide each feature by its standard deviation (feature), or the features that one level adds by "
+    "the root of their mean variance (block). The first features are then scaled too, and no longer equal to "
+    "the bit to the first backbone's.",
+)
+@option(
+    "--centre",
+    group="Maps",
+    is_flag=True,
+    help="Subtract the mean of the first backbone's embedding; added features have mean zero.",
+)
+@option(
+    "--rotate-first",
+    group="Maps",
+    is_flag=True,
+    help="Turn the first backbone's features to their principal components, the largest first, so that fewer "
+    "features than the first level has are the best ones.",
+)
 @strict_option
 @reading_options
 @device_option
@@ -148,7 +170,7 @@ def fit(
     counts = parse_added(added)
     if from_stores:
         require_options_for_stores()
-        maps = {name: options[name] for name in ("regressor", "alpha", "predict_from")}
+        maps = {name: options[name] for name in MAPS_OPTIONS}
         fit_from_stores(paths, output, levels, added=counts, **maps)
         return
     proteins = take_proteins(paths, options)

@@ -11,7 +11,10 @@ from click.core import ParameterSource
 
 from rd_torch.cli.shared import print_levels, split_by_level
 
-_TAKEN: Final = ("paths", "output", "from_stores", "levels", "regressor", "alpha", "added", "predict_from")
+MAPS_OPTIONS: Final = ("regressor", "alpha", "predict_from", "scale", "centre", "rotate_first")
+"""The parameters of `rd-torch fit` that are passed on to the solving of the maps as they are."""
+
+_TAKEN: Final = ("paths", "output", "from_stores", "levels", "added", *MAPS_OPTIONS)
 """The parameters of `rd-torch fit` that make sense where no protein is read and no backbone runs."""
 
 
@@ -22,7 +25,7 @@ def fit_from_stores(pairs: tuple[str, ...], output: Path, levels: str | None, **
         pairs: the files as `LEVEL=FILE`, smallest level first.
         output: the folder to write.
         levels: names of the levels to use, with commas between them; by default all.
-        **options: options of `solve_stages`.
+        **options: options of `solve_stages` and `change_basis`.
     """
     from rd_torch.cli.progress import Bar
     from rd_torch.disk import part_folder

@@ -94,7 +94,7 @@ def fit_dataset(
         tokens_per_batch: number of tokens, padding included, that a batch holds at most; by default what half
             of a worker's free memory takes.
         provenance: where backbones and sequences come from; it is saved with the model.
-        **options: options of `rd_torch.solve_stages`, as for `rd_torch.fit`.
+        **options: options of `rd_torch.solve_stages` and `rd_torch.change_basis`, as for `rd_torch.fit`.
 
     Returns:
         The fitted model in `eval` mode, on the CPU.

@@ -181,7 +181,7 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
         work_folder: as for `rd_torch.fit`, on the driver's machine; either of the two can finish what the
             other has begun.
         left_out: if given, records that could not be read are appended to it.
-        **options: options of `rd_torch.solve_stages`, as for `rd_torch.fit`.
+        **options: options of `rd_torch.solve_stages` and `rd_torch.change_basis`, as for `rd_torch.fit`.
 
     Returns:
         The fitted model in `eval` mode, on the CPU.
