@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rd_torch.plotting import plot_store
     from rd_torch.predictor import Predictor
     from rd_torch.reading import Fasta, Proteins
+    from rd_torch.reconstruct import Reconstruction
     from rd_torch.solve import concat_pca, solve_stages
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
@@ -61,6 +62,7 @@ _HOMES = {
     "RDConfig": "config",
     "RDModel": "model",
     "RDOutput": "output",
+    "Reconstruction": "reconstruct",
     "Reference": "levels",
     "ResidueHead": "heads",
     "RunningMoments": "moments",
@@ -105,6 +107,7 @@ __all__ = [
     "RDConfig",
     "RDModel",
     "RDOutput",
+    "Reconstruction",
     "Reference",
     "ResidueHead",
     "RunningMoments",

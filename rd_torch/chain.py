@@ -18,6 +18,7 @@ from rd_torch.levels import ALPHABET
 from rd_torch.maps import Maps, basis_in
 from rd_torch.modules import Modules, StateDict, modules_of
 from rd_torch.nesting import fingerprint
+from rd_torch.reconstruct import Reconstructor
 from rd_torch.stage import map_shapes
 
 Fact = TypeVar("Fact")
@@ -47,6 +48,7 @@ class Chain(nn.Module):
         config: levels and choices of the chain.
         backbones: backbones by level, smallest first.
         stages: stages by the level that each leads to; the basis by the first level, if there is one.
+        reconstructor: what raw embeddings are reconstructed from; None where only the maps are known.
         alphabet: the alphabet of the token ids, which all backbones have.
         alphabet_size: number of its tokens.
         padding_idx: id of the token that fills shorter sequences up.
@@ -69,6 +71,7 @@ class Chain(nn.Module):
     config: RDConfig
     backbones: Modules[Backbone]
     stages: Modules[Maps]
+    reconstructor: Reconstructor | None = None
 
     def __init__(
         self,
@@ -177,9 +180,9 @@ class Chain(nn.Module):
         names = list(self.config.widths)
         run = names[: names.index(level) + 1]
         backbones = {name: self.backbones[name] for name in run}
-        return self.of(
-            self.config, backbones, [self.stages[name] for name in run if name in self.stages]
-        ).train(self.training)
+        cut = self.of(self.config, backbones, [self.stages[name] for name in run if name in self.stages])
+        cut.reconstructor = self.reconstructor
+        return cut.train(self.training)
 
     def family(self, width: int | None = None) -> dict[str, Backbone]:
         """Return the backbones that run for a number of features, by level, smallest first.

@@ -192,12 +192,12 @@ def make_chain(
         The model, in `eval` mode.
     """
     counts = {"sequences": sums.sequences, "residues": sums.moments.count}
-    return RDModel(
-        family,
-        sums.solve(**options),
-        predict_from=options.get("predict_from", SOLVE_DEFAULTS["predict_from"]),
-        provenance=record_fit(provenance, counts, options),
+    stages, predict_from = sums.solve(**options), options.get("predict_from", SOLVE_DEFAULTS["predict_from"])
+    chain = RDModel(
+        family, stages, predict_from=predict_from, provenance=record_fit(provenance, counts, options)
     ).eval()
+    chain.reconstructor = sums.solve_reconstruction(stages, predict_from)
+    return chain
 
 
 def shared_family(backbones: Mapping[str, nn.Module], **options: Unpack[SolveOptions]) -> dict[str, Backbone]:

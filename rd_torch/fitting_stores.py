@@ -82,19 +82,22 @@ def fit_stores(
         with Sums(_summands_of(files), files.rows_per_batch, folder=work_folder) as sums:
             _add_windows(files, sums, progress)
             _warn_of_few(files, sums.sequences, sums.moments.count)
-            stages = [stage.to(torch.float32) for stage in sums.solve(**options)]
+            predict_from = options.get("predict_from", SOLVE_DEFAULTS["predict_from"])
+            solved = sums.solve(**options)
+            reconstructor = sums.solve_reconstruction(solved, predict_from)
+            stages = [stage.to(torch.float32) for stage in solved]
             counts = {"sequences": sums.sequences, "rows": sums.moments.count, "pool": files.pool}
     basis = basis_in(stages)
     config = RDConfig(
         levels,
         tuple(added),
         tuple(stage.explained for stage in stages[1 if basis else 0 :]),
-        predict_from=options.get("predict_from", SOLVE_DEFAULTS["predict_from"]),
+        predict_from=predict_from,
         provenance=record_fit(provenance, counts, options),
         **(basis.facts if basis else {}),
     )
     by_level = {level.name: stage for level, stage in zip(levels[0 if basis else 1 :], stages, strict=True)}
-    return Nesting(config, modules_of(by_level))
+    return Nesting(config, modules_of(by_level), reconstructor=reconstructor)
 
 
 def _summands_of(files: RawFiles) -> Summands:

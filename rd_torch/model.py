@@ -17,6 +17,7 @@ from rd_torch.choices import Storage
 from rd_torch.loading import Place, read_parts, write_chain
 from rd_torch.nesting import Nesting
 from rd_torch.output import RDOutput, check_layers
+from rd_torch.reconstruct import Reconstruction
 from rd_torch.stage import nest
 from rd_torch.weights import Hub, PublishedOptions, Source, Upload, upload
 
@@ -32,9 +33,8 @@ class RDModel(Chain):
         backbones: backbones by level name, smallest first, of one alphabet: modules of `rd_torch.ESM2`,
             `rd_torch.ESMC` or another `rd_torch.Backbone`, or `esm.ESM2` objects, whose tensors are shared,
             not copied. Their heads are frozen; everything else stays as trainable as it is.
-        stages: stages, one fewer than backbones, from `solve_stages`, or from `concat_pca` for the baseline;
-            a `Basis` may stand before them, as `change_basis` gives it. The model keeps them in float32 (in
-            float64 where the backbones are).
+        stages: stages, one fewer than backbones, from `solve_stages`, or from `concat_pca` for the baseline,
+            or behind a `Basis`, from `change_basis`. They are kept in float32 (float64 where backbones are).
         predict_from: whether the stages' W acts on the nested embedding or on the previous raw one.
         special_rows: what stands at `<cls>`, `<eos>` and `<mask>` in the widest returned level: `"maps"` for
             what the maps give, `"larger"` for the backbone's raw rows, as in the published implementation.
@@ -97,10 +97,12 @@ class RDModel(Chain):
         """
         hub = Hub(cache_dir, local_files_only, trust_remote_code)
         place = Place(dtype, device)
-        config, family, stages = read_parts(
+        config, family, stages, reconstructor = read_parts(
             name_or_folder, level, backbones, hub, place, revision, **published
         )
-        return cls.of(config, family, stages).to(device=device, dtype=dtype).eval()
+        model = cls.of(config, family, stages).to(device=device, dtype=dtype).eval()
+        model.reconstructor = reconstructor
+        return model
 
     def save_pretrained(
         self,
@@ -225,6 +227,10 @@ class RDModel(Chain):
         Arguments and errors are those of `Nesting.combine`.
         """
         return Nesting(self.config, self.stages).combine(embeddings)
+
+    def reconstruct(self, nested: Tensor, level: str) -> Reconstruction:
+        """Return a level's raw embedding as `Nesting.reconstruct` estimates it from nested features."""
+        return Nesting(self.config, self.stages, reconstructor=self.reconstructor).reconstruct(nested, level)
 
     def predict_contacts(self, tokens: Tensor) -> Tensor:
         """Return `(batch, residues, residues)` contact probabilities from the largest backbone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -16,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rd_torch.basis import solve_chain
+from rd_torch.choices import PredictFrom
 from rd_torch.disk import LOCK, Lock, require_folder, take_lock, write_whole
 from rd_torch.maps import Maps
 from rd_torch.modules import require_module_names
 from rd_torch.moments import RunningMoments
+from rd_torch.reconstruct import Reconstructor, solve_reconstruction
 from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions
 from rd_torch.store import Window
 
@@ -225,6 +227,15 @@ class Sums:
             Float64 stages in order, one fewer than levels; before them the basis, if one is asked for.
         """
         return solve_chain(self.moments, self.widths, **options)
+
+    def solve_reconstruction(self, stages: Sequence[Maps], predict_from: PredictFrom) -> Reconstructor:
+        """Solve for what raw embeddings are reconstructed from.
+
+        Args:
+            stages: what `solve` returned.
+            predict_from: what the stages predict from.
+        """
+        return solve_reconstruction(stages, self.moments, self.widths, predict_from=predict_from)
 
     def __enter__(self) -> Self:
         """Return the sums themselves."""

@@ -12,6 +12,7 @@ import torch
 
 from rd_torch.config import RDConfig
 from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference
+from rd_torch.reconstruct import Reconstructor
 from rd_torch.weights.backbone import read_backbone, read_level
 from rd_torch.weights.files import (
     Files,
@@ -22,7 +23,16 @@ from rd_torch.weights.files import (
     looks_like_a_repository,
     shipped_checkpoints,
 )
-from rd_torch.weights.folder import BACKBONES, CONFIG, MAPS, backbone_file, read_config, read_maps
+from rd_torch.weights.folder import (
+    BACKBONES,
+    CONFIG,
+    MAPS,
+    RECONSTRUCTION,
+    backbone_file,
+    read_config,
+    read_maps,
+    read_reconstruction,
+)
 from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.known import PUBLISHED_MAPS, reference_to
 from rd_torch.weights.published import Choice, PublishedOptions, holds_published_maps, read_published
@@ -41,6 +51,7 @@ class Checkpoint:
         maps: by level, the tensors of the stage that leads to it.
         included: by level, a function that finds the files of a backbone which the checkpoint itself holds.
         name: name or path by which the user asked for it.
+        reconstructor: what raw embeddings are reconstructed from; None where only the maps are known.
         as_stored: whether included backbones are read in the dtype and shape that the checkpoint states; if
             false, their shape is told from their tensors, and they are read in float32.
     """
@@ -50,6 +61,7 @@ class Checkpoint:
     included: Mapping[str, Callable[[], Files]]
     name: str = ""
     as_stored: bool = True
+    reconstructor: Reconstructor | None = None
 
     def read_backbone(
         self,
@@ -178,17 +190,23 @@ def read_checkpoint(
         )
     if path.is_dir() and not list_weights(path):
         checkpoint = _read_own(str(name_or_folder), lambda name: path / name, lambda name: path / name, level)
+        # Mapped now, so that a file that replaces this one is not taken for it later.
+        found = read_reconstruction(path / RECONSTRUCTION, read_config(path / CONFIG))
+        checkpoint = replace(checkpoint, reconstructor=Reconstructor(partial(dict, found)) if found else None)
         has_backbones = any(find().paths[0].exists() for find in checkpoint.included.values())
         return checkpoint if has_backbones else replace(checkpoint, included={})
     if not path.exists():
         reference = _reference(name_or_folder, revision)
         pinned = _pin_own(reference, hub)
         if pinned:
-            return _read_own(
+            checkpoint = _read_own(
                 str(name_or_folder),
                 lambda name: hub.fetch(pinned, name).path,
                 partial(hub.fetch_folder, pinned),
                 level,
+            )
+            return replace(
+                checkpoint, reconstructor=Reconstructor(partial(_fetch_reconstruction, hub, pinned))
             )
     files = find_backbone(path if path.exists() else reference, hub)
     config = RDConfig((read_level(files),), (), ())
@@ -214,6 +232,15 @@ def _pin_own(reference: Reference, hub: Hub) -> Reference | None:
     except MissingFileError:
         return None  # the search for a backbone, which follows, says what is missing
     return replace(reference, revision=config.commit) if "format" in read_json(config.path) else None
+
+
+def _fetch_reconstruction(hub: Hub, reference: Reference) -> Tensors | None:
+    """Read from what raw embeddings are reconstructed; None where the repository has no such file."""
+    try:
+        path = hub.fetch(reference, RECONSTRUCTION).path
+    except MissingFileError:
+        return None
+    return read_reconstruction(path, read_config(hub.fetch(reference, CONFIG).path))
 
 
 def _read_own(
