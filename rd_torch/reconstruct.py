@@ -158,7 +158,7 @@ def solve_reconstruction(
         predict_from: what the stages predict from.
 
     Returns:
-        The reconstructor, in float32 but for the factor, which is float64.
+        The reconstructor, whose tensors are float32.
     """
     joint = join_levels(moments, widths, levels)
     blocks = blocks_of(stages, joint, predict_from)
@@ -187,8 +187,7 @@ def solve_reconstruction(
         names, joint.means, B.split(joint.sizes, 1), joint.variances, strict=True
     ):
         tensors |= {f"{name}.mean": each, f"{name}.coefficients": part, f"{name}.variance": variance.sum()}
-    single = {name: part.cpu() if name == "factor" else part.float().cpu() for name, part in tensors.items()}
-    return Reconstructor(partial(dict, single))
+    return Reconstructor(partial(dict, {name: part.float().cpu() for name, part in tensors.items()}))
 
 
 def reconstruct_by_maps(

@@ -6,12 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import SHAPES, WIDTHS, random_esm2, random_sequence
 from test_solve import draw, moments_of, nest, solve
 
 import rd_torch
 from rd_torch import Basis, Nesting, RDConfig, RDModel, Stage, change_basis, solve_stages
 from rd_torch.basis import solve_chain
+from rd_torch.cli import main
 from rd_torch.modules import modules_of
 from rd_torch.stage import nest as run_stages
 
@@ -272,6 +274,29 @@ def test_stores_are_fitted_and_combined_with_a_basis(options, tmp_path):
     with rd_torch.open_store(tmp_path / "nested.h5") as store:
         for row, wanted in zip(store.read(slice(None)), expected, strict=True):
             assert np.abs(np.asarray(row) - wanted).max() < 1e-3 * wanted.std()
+
+
+def test_the_command_line_fits_tells_and_refuses(tmp_path):
+    fasta = tmp_path / "in.fasta"
+    fasta.write_text("".join(f">{k}\n{sequence}\n" for k, sequence in enumerate(PROTEINS)))
+    command = ["fit", str(fasta), "--levels", "28K,90K", "--regressor", "ols"]
+    basis = ["--scale", "block", "--centre", "--rotate-first"]
+    result = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "chain"), *basis])
+    assert result.exit_code == 0, result.output
+    shown = CliRunner().invoke(main, ["info", str(tmp_path / "chain")]).stdout
+    for line in ("scale         block", "centre        true", "rotate_first  true"):
+        assert line in shown.splitlines()
+    assert "in new coordinates, and not its own to the bit" in " ".join(shown.split())
+    model = RDModel.from_pretrained("esm2-rd-mini", level="90K")
+    expected = rd_torch.fit(
+        model.backbones, PROTEINS, regressor="ols", scale="block", centre=True, rotate_first=True
+    )
+    assert RDModel.from_pretrained(tmp_path / "chain").fingerprint() == expected.fingerprint()
+    plain = CliRunner().invoke(main, ["info"]).stdout
+    assert "scale" not in plain
+    result = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "other"), "--scale", "all"])
+    assert result.exit_code == 2
+    assert "'all' is not one of 'none', 'feature', 'block'" in result.stderr
 
 
 def test_configs_of_earlier_versions_are_read_and_written_as_they_were():

@@ -1,4 +1,4 @@
-"""`reconstruct`: the best linear estimate of raw embeddings from any prefix, with the share that it explains."""
+"""`reconstruct`: the best linear estimate of raw embeddings from any prefix, and the share it explains."""
 
 import copy
 import pickle
@@ -69,12 +69,13 @@ def test_features_that_depend_on_each_other_are_no_obstacle(rank, constant, opti
     moments = moments_of(raws)
     stages = solve_chain(moments, RAW, added="all", regressor="ols", **options)
     reconstructor = solve_reconstruction(stages, moments, RAW)
+    exact = run(stages, raws)
     single = run([stage.float() for stage in stages], [raw.astype(np.float32) for raw in raws])
     for level, raw in zip(RAW, raws, strict=True):
         for k in (1, 3, 4, 6, 11, 20):
             embedding, r2 = reconstructor.estimate(torch.from_numpy(single[:, :k]).double(), level)
-            expected, share = estimate_directly(run(stages, raws)[:, :k], raw)
-            assert np.abs(embedding.numpy() - expected).max() < 1e-3 * np.abs(raw).max()
+            expected, share = estimate_directly(exact[:, :k], raw)
+            assert np.abs(embedding.numpy() - expected).max() < 1e-6 * np.abs(raw).max()
             assert r2 == pytest.approx(share, abs=1e-5)
 
 
@@ -113,12 +114,11 @@ def test_it_is_saved_mapped_cut_and_copied_with_the_chain(chain, tmp_path):
         for level, (embedding, r2) in expected.items():
             again = other.reconstruct(nested, level)
             assert torch.equal(again.embedding, embedding)
-            assert again.r2 == r2
+            assert again.r2 == pytest.approx(r2, abs=1e-12)
     short = chain.truncate("b")
     short.save_pretrained(tmp_path / "short")
-    for cut in (
-        short, RDModel.from_pretrained(tmp_path / "short"), Nesting.from_pretrained(tmp_path / "chain").until("b")
-    ):  # fmt: skip
+    again = RDModel.from_pretrained(tmp_path / "short")
+    for cut in (short, again, Nesting.from_pretrained(tmp_path / "chain").until("b")):
         assert torch.equal(
             cut.reconstruct(nested[:, :40], "a").embedding,
             chain.reconstruct(nested[:, :40], "a").embedding,
@@ -127,10 +127,8 @@ def test_it_is_saved_mapped_cut_and_copied_with_the_chain(chain, tmp_path):
             cut.reconstruct(nested, "a")
         with pytest.raises(ValueError, match="expected level to be one of 'a', 'b', got 'c'"):
             cut.reconstruct(nested[:, :40], "c")
-    assert set(load_file(tmp_path / "short" / RECONSTRUCTION)) == {
-        "mean", "factor", *(f"{level}.{name}" for level in "ab" for name in ("mean", "coefficients", "variance"))
-    }  # fmt: skip
-    again = RDModel.from_pretrained(tmp_path / "short")
+    of_levels = {f"{level}.{name}" for level in "ab" for name in ("mean", "coefficients", "variance")}
+    assert set(load_file(tmp_path / "short" / RECONSTRUCTION)) == {"mean", "factor", *of_levels}
     again.save_pretrained(tmp_path / "short")  # over the file that is mapped
     assert RDModel.from_pretrained(tmp_path / "short").reconstruct(nested[:, :40], "b").r2 is not None
 
@@ -153,13 +151,10 @@ def test_a_folder_never_holds_what_another_chain_left(chain, tmp_path):
     small_model().save_pretrained(tmp_path)  # from parts
     assert not (tmp_path / RECONSTRUCTION).exists()
     assert torch.equal(held.reconstruct(torch.ones(1, 64), "c").embedding, expected.embedding)
-    config = chain.config
-    torch.nn.Linear(1, 1)
     chain.truncate("b").save_pretrained(tmp_path / "b")
     (tmp_path / RECONSTRUCTION).write_bytes((tmp_path / "b" / RECONSTRUCTION).read_bytes())
     with pytest.raises(ValueError, match="expected tensors of shapes"):
         RDModel.from_pretrained(tmp_path)
-    assert config == chain.config
 
 
 def test_stores_that_are_fitted_give_raw_embeddings_back(tmp_path):

@@ -62,10 +62,10 @@ def info(model: str | None, level: str | None, trusted: tuple[str, ...], **optio
     click.echo(f"\nmethod        {config.method}")
     click.echo(f"predict_from  {config.predict_from}\nspecial_rows  {config.special_rows}")
     if config.has_basis:
-        click.echo(
-            "".join(f"{name:14}{json.dumps(fact).strip(chr(34))}\n" for name, fact in config.basis.items()),
-            nl=False,
-        )
+        for name, fact in config.basis.items():
+            click.echo(f"{name:14}{fact if isinstance(fact, str) else json.dumps(fact)}")
+        first = config.levels[0].name
+        click.echo(f"The first features are {first}'s in new coordinates, and not its own to the bit.")
     for each in config.levels:
         if each.reference:
             click.echo(
