@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
     from rd_torch.basis import change_basis
     from rd_torch.combining import combine_stores
+    from rd_torch.comparing import similarity
     from rd_torch.config import Explained, RDConfig
     from rd_torch.embedding import embed, embed_to_store
     from rd_torch.exporting import export
@@ -86,6 +87,7 @@ _HOMES = {
     "open_store": "store",
     "plot_store": "plotting",
     "pretrained": "pretrained",
+    "similarity": "comparing",
     "solve_stages": "solve",
 }
 
@@ -131,6 +133,7 @@ __all__ = [
     "open_store",
     "plot_store",
     "pretrained",
+    "similarity",
     "solve_stages",
 ]
 

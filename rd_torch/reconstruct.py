@@ -80,6 +80,11 @@ class Reconstructor:
         assert self._found is not None, "whoever asks has seen that they are known"
         return self._found
 
+    @property
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """The `(n,)` means and standard deviations of the nested features, in float64."""
+        return self.tensors["mean"].double(), self.tensors["factor"].double().square().sum(1).sqrt()
+
     def tensors_of(self, config: RDConfig) -> dict[str, Tensor] | None:
         """Return the tensors of the chain of a config, which is this one or begins it, to save them."""
         if not self.is_known:
