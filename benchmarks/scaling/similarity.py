@@ -31,13 +31,11 @@ import rd_torch
 from benchmarks.demo import FASTA
 from benchmarks.options import add_data_option, add_model_option, data_folder, new_parser
 from benchmarks.result import Row, environment, write_result
+from benchmarks.scaling.cache import Cache
 from benchmarks.scaling.data import DataSet, melting_set, structure_set
 from rd_torch.reading import Fasta
 
 NEIGHBOURS = 10
-MOST_PROTEINS = 1_500
-"""Number of known proteins, of melting temperature, at the most."""
-
 MOST_RESIDUES = 20_000
 """Number of known residues, of secondary structure, at the most."""
 
@@ -87,6 +85,14 @@ def transforms(known: np.ndarray, ends: list[int]) -> dict[str, Transform]:
         "centred, scaled by block": lambda vectors: (vectors - mean) / blocks,
         "centred, scaled by feature": lambda vectors: (vectors - mean) / deviations,
     }
+
+
+def ways_of_chain(model: rd_torch.RDModel) -> dict[str, Transform]:
+    """Return the same with the means and deviations that a fitted chain has of residues."""
+    if model.reconstructor is None or not model.reconstructor.is_known:
+        return {}
+    mean, deviations = (part.numpy() for part in model.reconstructor.spread)
+    return {"centred, scaled by feature, as the chain knows": lambda vectors: (vectors - mean) / deviations}
 
 
 def nearest(asked: np.ndarray, known: np.ndarray, same: bool, count: int) -> np.ndarray:
@@ -150,29 +156,29 @@ def families(model: rd_torch.RDModel) -> Task:
     return Task("families, nearest of 21", vectors, labels, vectors, labels, np.arange(len(labels)))
 
 
-def melting(model: rd_torch.RDModel, data: DataSet) -> Task:
+def nest(model: rd_torch.RDModel, cache: Cache, data: DataSet) -> np.ndarray:
+    """Return `(rows, width)` nested vectors of a data set."""
+    raw = dict(zip(cache.widths, cache.rows(data).split(list(cache.widths.values()), dim=1), strict=True))
+    return model.combine(raw).numpy()
+
+
+def melting(vectors: np.ndarray, data: DataSet) -> Task:
     """Return the task of melting temperatures."""
     ((known, asked),) = data.splits
-    known = np.sort(np.random.default_rng(0).permutation(known)[:MOST_PROTEINS])
-    vectors = [
-        np.asarray(rd_torch.embed(model, [data.sequences[row] for row in rows])) for rows in (known, asked)
-    ]
     labels = data.labels.astype(float)
     return Task(
         "melting temperature, Spearman",
-        vectors[0],
+        vectors[known],
         labels[known],
-        vectors[1],
+        vectors[asked],
         labels[asked],
         np.arange(len(asked)),
     )
 
 
-def structure(model: rd_torch.RDModel, data: DataSet) -> Task:
+def structure(vectors: np.ndarray, data: DataSet) -> Task:
     """Return the task of residues' secondary structure."""
-    rows = rd_torch.embed(model, list(data.sequences), pool="none")
-    vectors = np.concatenate([np.asarray(each) for each in rows])
-    protein = np.repeat(np.arange(len(rows)), [len(each) for each in rows])
+    protein = np.repeat(np.arange(len(data.sequences)), [len(each) for each in data.sequences])
     known, asked = np.unique(np.concatenate([known for known, _ in data.splits])), data.splits[0][1]
     known = np.array(sorted(random.Random(0).sample(list(known), min(MOST_RESIDUES, len(known)))))
     return Task(
@@ -185,10 +191,11 @@ def structure(model: rd_torch.RDModel, data: DataSet) -> Task:
     )
 
 
-def rows_of(task: Task, widths: dict[str, int]) -> list[Row]:
+def rows_of(task: Task, model: rd_torch.RDModel) -> list[Row]:
     """Return a row for each level and way to compare vectors."""
     rows: list[Row] = []
-    ways = transforms(task.known.astype(np.float64), list(widths.values()))
+    widths = model.config.widths
+    ways = transforms(task.known.astype(np.float64), list(widths.values())) | ways_of_chain(model)
     everything = np.arange(len(task.truth))
     for level, width in widths.items():
         told = {name: tell(task, way, width) for name, way in ways.items()}
@@ -213,6 +220,9 @@ def read_arguments() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_data_option(parser)
     add_model_option(parser)
+    parser.add_argument(
+        "--cache", type=Path, default=Path("scaling-cache"), help="Folder for what is kept between runs."
+    )
     return parser.parse_args()
 
 
@@ -221,8 +231,14 @@ def main() -> None:
     arguments = read_arguments()
     data: Path = data_folder(arguments)
     model = rd_torch.RDModel.from_pretrained(arguments.model)
-    tasks = [families(model), melting(model, melting_set(data)), structure(model, structure_set(data))]
-    rows = [row for task in tasks for row in rows_of(task, model.config.widths)]
+    cache = Cache(arguments.cache, model)
+    melted, structured = melting_set(data), structure_set(data)
+    tasks = [
+        families(model),
+        melting(nest(model, cache, melted), melted),
+        structure(nest(model, cache, structured), structured),
+    ]
+    rows = [row for task in tasks for row in rows_of(task, model)]
     title = f"Cosines of nested vectors: {arguments.model}"
     write_result(title, rows, environment(), arguments.output)
 

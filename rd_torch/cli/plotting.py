@@ -32,7 +32,7 @@ from rd_torch.cli.command import Command, option
     type=click.Choice(get_args(Scale)),
     default="none",
     help="Divide each feature in the maps by its standard deviation (feature), or the features that one "
-    "level adds by the root of their mean variance (block), so that added features are seen, which vary less.",
+    "level adds by the root of their mean variance (block), so that added features, which vary less, show.",
 )
 def plot(store: Path, output: Path, width: int | None, scale: Any) -> None:
     """Draw the embeddings in a file: maps, norms and variance.
