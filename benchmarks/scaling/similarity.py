@@ -36,8 +36,8 @@ from benchmarks.scaling.data import DataSet, melting_set, structure_set
 from rd_torch.reading import Fasta
 
 NEIGHBOURS = 10
-MOST_RESIDUES = 20_000
-"""Number of known residues, of secondary structure, at the most."""
+MOST_RESIDUES = 6_000
+"""Number of residues that are known, and that are asked for, at the most."""
 
 DRAWS = 1_000
 CENTRED = "centred"
@@ -106,8 +106,8 @@ def nearest(asked: np.ndarray, known: np.ndarray, same: bool, count: int) -> np.
     """
     unit = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (asked, known)]
     found = []
-    for start in range(0, len(asked), 1_000):
-        cosines = unit[0][start : start + 1_000] @ unit[1].T
+    for start in range(0, len(asked), 500):
+        cosines = unit[0][start : start + 500] @ unit[1].T
         if same:
             np.fill_diagonal(cosines[:, start:], -np.inf)
         found.append(np.argpartition(-cosines, count - 1, axis=1)[:, :count])
@@ -179,8 +179,11 @@ def melting(vectors: np.ndarray, data: DataSet) -> Task:
 def structure(vectors: np.ndarray, data: DataSet) -> Task:
     """Return the task of residues' secondary structure."""
     protein = np.repeat(np.arange(len(data.sequences)), [len(each) for each in data.sequences])
-    known, asked = np.unique(np.concatenate([known for known, _ in data.splits])), data.splits[0][1]
-    known = np.array(sorted(random.Random(0).sample(list(known), min(MOST_RESIDUES, len(known)))))
+    split = np.unique(np.concatenate([known for known, _ in data.splits])), data.splits[0][1]
+    generator = random.Random(0)
+    known, asked = (
+        np.array(sorted(generator.sample(list(rows), min(MOST_RESIDUES, len(rows))))) for rows in split
+    )
     return Task(
         "secondary structure, accuracy",
         vectors[known],
