@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rd_torch import cluster, pretrained
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
     from rd_torch.basis import change_basis
+    from rd_torch.choosing import choose_layers
     from rd_torch.combining import combine_stores
     from rd_torch.comparing import similarity
     from rd_torch.config import Explained, RDConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         TransformersForSequenceClassification,
         TransformersForTokenClassification,
     )
+    from rd_torch.labelled import Labelled
     from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level, Reference
     from rd_torch.maps import Basis
     from rd_torch.model import RDModel
@@ -55,6 +57,7 @@ _HOMES = {
     "ESMC_LEVELS": "levels",
     "Explained": "config",
     "Fasta": "reading",
+    "Labelled": "labelled",
     "Level": "levels",
     "MatryoshkaHead": "heads",
     "Nesting": "nesting",
@@ -76,6 +79,7 @@ _HOMES = {
     "TransformersForTokenClassification": "huggingface",
     "align_labels": "heads",
     "change_basis": "basis",
+    "choose_layers": "choosing",
     "cluster": "cluster",
     "combine_stores": "combining",
     "concat_pca": "solve",
@@ -101,6 +105,7 @@ __all__ = [
     "ConcatPCA",
     "Explained",
     "Fasta",
+    "Labelled",
     "Level",
     "MatryoshkaHead",
     "Nesting",
@@ -122,6 +127,7 @@ __all__ = [
     "TransformersForTokenClassification",
     "align_labels",
     "change_basis",
+    "choose_layers",
     "cluster",
     "combine_stores",
     "concat_pca",

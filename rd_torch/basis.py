@@ -24,6 +24,7 @@ from rd_torch.solve import (
     check_basis,
     principal_directions,
     solve_stages,
+    split_options,
 )
 from rd_torch.stage import Stage
 
@@ -69,9 +70,8 @@ def solve_chain(
     Returns:
         Float64 stages in order, behind a `Basis` if `scale`, `centre` or `rotate_first` asks for one.
     """
-    basis: BasisOptions = {name: options[name] for name in BasisOptions.__annotations__ if name in options}  # type: ignore[assignment, literal-required]
-    rest = {name: value for name, value in options.items() if name not in basis}
-    stages = solve_stages(moments, widths, levels=levels, **rest)  # type: ignore[arg-type]  # a part of the options
+    solving, basis = split_options(options)
+    stages = solve_stages(moments, widths, levels=levels, **solving)  # type: ignore[misc]  # a part of the options
     predict_from = options.get("predict_from", SOLVE_DEFAULTS["predict_from"])
     return change_basis(stages, moments, widths, levels=levels, predict_from=predict_from, **basis)
 

@@ -40,7 +40,7 @@ def join_levels(
 ) -> Joint:
     """Take a chain's part of joint moments; the arguments and errors are those of `solve_stages`."""
     columns, sizes = _choose_columns(moments, widths, levels)
-    covariance = moments.covariance()[columns[:, None], columns]
+    covariance = moments.covariance(columns)
     identity = torch.eye(len(columns), dtype=torch.float64, device=columns.device)
     return Joint(covariance, identity.split(sizes, dim=1), moments.mean[columns].split(sizes))
 

@@ -174,6 +174,13 @@ SOLVE_DEFAULTS: Final[SolveOptions] = {
 } | BASIS_DEFAULTS  # type: ignore[assignment]  # the names are the options'
 
 
+def split_options(options: SolveOptions) -> tuple[SolveOptions, BasisOptions]:
+    """Return the options of `solve_stages`, and those of `change_basis`."""
+    basis = {name: value for name, value in options.items() if name in BASIS_DEFAULTS}
+    rest = {name: value for name, value in options.items() if name not in BASIS_DEFAULTS}
+    return rest, basis  # type: ignore[return-value]  # the names are the options'
+
+
 def check_basis(**options: Unpack[BasisOptions]) -> BasisOptions:
     """Return the options of `change_basis`, with the defaults of those that are left out.
 

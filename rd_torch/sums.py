@@ -20,7 +20,7 @@ from rd_torch.choices import PredictFrom
 from rd_torch.disk import LOCK, Lock, require_folder, take_lock, write_whole
 from rd_torch.maps import Maps
 from rd_torch.modules import require_module_names
-from rd_torch.moments import RunningMoments
+from rd_torch.moments import Alternatives, RunningMoments
 from rd_torch.reconstruct import Reconstructor, solve_reconstruction
 from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions
 from rd_torch.store import Window
@@ -41,11 +41,13 @@ class Summands:
         fingerprint: function that returns a digest of all that the rows depend on besides the records; it is
             called only where moments are saved.
         kind: what the records hold, as errors call it.
+        alternatives: widths of the levels in groups of which one each will be chosen, if that is so.
     """
 
     widths: Mapping[str, int]
     fingerprint: Callable[[], str]
     kind: str = "sequences"
+    alternatives: Alternatives | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Sums:
     ) -> None:
         require_module_names(summands.widths)  # in time: the names are of modules when all is summed
         self.widths, self.tokens_per_batch = dict(summands.widths), tokens_per_batch
-        self.moments = RunningMoments(sum(self.widths.values()), device)
+        width = sum(self.widths.values())
+        self.moments = RunningMoments(width, device, alternatives=summands.alternatives)
         self.sequences = 0
         self.done = SummedWindows({}, kind=summands.kind)
         self._saved = time.monotonic()
@@ -156,10 +159,10 @@ class Sums:
                 f"expected moments in {file}, got a file that cannot be read: remove it"
             ) from error
         current = self._facts()
-        for name in ("levels", "fingerprint"):
-            if facts[name] != current[name]:
+        for name in ("levels", "alternatives", "fingerprint"):
+            if facts.get(name) != current[name]:
                 raise ValueError(
-                    f"expected the {name} {facts[name]}, with which {file.parent} was begun, got "
+                    f"expected the {name} {facts.get(name)}, with which {file.parent} was begun, got "
                     f"{current[name]}: take what it was begun with, or remove the folder"
                 )
         if fixed_budget and facts["tokens_per_batch"] != self.tokens_per_batch:
@@ -168,7 +171,12 @@ class Sums:
                 f"got {self.tokens_per_batch}: leave it out, or remove the folder"
             )
         device = self.moments.mean.device
-        self.moments = RunningMoments.of(facts["residues"], mean.to(device), scatter.to(device))
+        self.moments = RunningMoments.of(
+            facts["residues"],
+            mean.to(device),
+            scatter.to(device),
+            alternatives=self.moments.alternatives,
+        )
         self.sequences, self.tokens_per_batch = facts["sequences"], facts["tokens_per_batch"]
         checksums = {int(number): checksum for number, checksum in facts["done"].items()}
         self.done = replace(self.done, checksums=checksums, folder=file.parent)
@@ -200,6 +208,7 @@ class Sums:
         """Return what is saved beside the moments: what they are of, and which windows they count."""
         return {
             "levels": self.widths,
+            "alternatives": self.moments.alternatives,
             "fingerprint": self._fingerprint,
             "tokens_per_batch": self.tokens_per_batch,
             "sequences": self.sequences,
@@ -217,25 +226,31 @@ class Sums:
             write_whole(self._file, lambda part: save_file(tensors, part, metadata))
         self._saved = time.monotonic()
 
-    def solve(self, **options: Unpack[SolveOptions]) -> list[Maps]:
+    def solve(self, levels: Sequence[str] | None = None, **options: Unpack[SolveOptions]) -> list[Maps]:
         """Solve the stages from the moments.
 
         Args:
+            levels: names of the levels of the chain, by default all.
             **options: options of `solve_stages` and `change_basis`.
 
         Returns:
             Float64 stages in order, one fewer than levels; before them the basis, if one is asked for.
         """
-        return solve_chain(self.moments, self.widths, **options)
+        return solve_chain(self.moments, self.widths, levels=levels, **options)
 
-    def solve_reconstruction(self, stages: Sequence[Maps], predict_from: PredictFrom) -> Reconstructor:
+    def solve_reconstruction(
+        self, stages: Sequence[Maps], predict_from: PredictFrom, levels: Sequence[str] | None = None
+    ) -> Reconstructor:
         """Solve for what raw embeddings are reconstructed from.
 
         Args:
             stages: what `solve` returned.
             predict_from: what the stages predict from.
+            levels: names of the levels of the chain, by default all.
         """
-        return solve_reconstruction(stages, self.moments, self.widths, predict_from=predict_from)
+        return solve_reconstruction(
+            stages, self.moments, self.widths, levels=levels, predict_from=predict_from
+        )
 
     def __enter__(self) -> Self:
         """Return the sums themselves."""

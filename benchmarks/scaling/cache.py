@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 import rd_torch
 from benchmarks.scaling.data import DataSet, digest
-from rd_torch.batching import plan_batches
+from rd_torch.candidates import Candidates
 from rd_torch.disk import write_whole
-from rd_torch.fitting import add_moments
 
 
 def side_by_side(model: rd_torch.RDModel) -> rd_torch.RDModel:
@@ -90,11 +89,11 @@ class Cache:
         """Return joint moments of the residues of sequences, on the CPU."""
         path = self.folder / f"moments-{digest(sequences)}.pt"
         if not path.exists():
-            budget, device = plan_batches(self.model.family().values(), None)
+            candidates = Candidates.of(self.model.family())
+            budget, device = candidates.plan(None)
             moments = rd_torch.RunningMoments(sum(self.widths.values()), device)
             with _bar(sequences, f"moments of {name}") as bar:
-                add_moments(
-                    self.model.family(),
+                candidates.add_moments(
                     moments,
                     sequences,
                     budget,

@@ -10,9 +10,7 @@ import click
 from click.core import ParameterSource
 
 from rd_torch.cli.shared import print_levels, split_by_level
-
-MAPS_OPTIONS: Final = ("regressor", "alpha", "predict_from", "scale", "centre", "rotate_first")
-"""The parameters of `rd-torch fit` that are passed on to the solving of the maps as they are."""
+from rd_torch.cli.solving import MAPS_OPTIONS
 
 _TAKEN: Final = ("paths", "output", "from_stores", "levels", "added", *MAPS_OPTIONS)
 """The parameters of `rd-torch fit` that make sense where no protein is read and no backbone runs."""
@@ -27,6 +25,7 @@ def fit_from_stores(pairs: tuple[str, ...], output: Path, levels: str | None, **
         levels: names of the levels to use, with commas between them; by default all.
         **options: options of `solve_stages` and `change_basis`.
     """
+    from rd_torch.choices import check_choice
     from rd_torch.cli.progress import Bar
     from rd_torch.disk import part_folder
     from rd_torch.fitting_stores import fit_stores
@@ -35,7 +34,10 @@ def fit_from_stores(pairs: tuple[str, ...], output: Path, levels: str | None, **
     from rd_torch.weights import require_no_backbones
 
     inputs = split_by_level(pairs, "files as LEVEL=FILE")
-    inputs = {level: inputs[level] for level in choose_levels(levels, inputs)}
+    chosen = choose_levels(levels, inputs)
+    for level in chosen:
+        check_choice("level", level, tuple(inputs))
+    inputs = {level: inputs[level] for level in chosen}
     require_no_backbones(output)
     with open_store(next(iter(inputs.values()))) as first:
         records = len(first)
@@ -73,14 +75,18 @@ def require_options_for_stores() -> None:
 def choose_levels(levels: str | None, known: Collection[str]) -> list[str]:
     """Return the names of the levels that `--levels` gives; by default all that are known.
 
+    Of a backbone that is known, any layer may be named, as in `650M@25`.
+
     Raises:
         ValueError: for a level that is not known, or is named twice.
     """
     from rd_torch.choices import check_choice
+    from rd_torch.levels import split_level
 
     wanted = list(known) if levels is None else levels.split(",")
     for level in wanted:
-        check_choice("level", level, tuple(known))
+        if level not in known:
+            check_choice("level", split_level(level)[0], tuple(known))
     if len(set(wanted)) < len(wanted):
         raise ValueError(f"expected each level once, got --levels {levels}")
     return wanted

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rd_torch.config import RDConfig
 from rd_torch.disk import write_whole
-from rd_torch.reconstruct import reconstruction_shapes
 from rd_torch.stage import map_shapes
 from rd_torch.weights.card import model_card
 from rd_torch.weights.tensors import Tensors, read_json, read_tensors, require_finite
@@ -41,25 +40,25 @@ def write_folder(
         folder: the folder to write. It is made if it does not exist; files of the same names are replaced.
         config: the config, with a reference for each level whose backbone is not written.
         maps: by level, the tensors of the stage that leads to it.
-        backbones: by level, the tensors of the backbones to write, by the names of their own modules.
+        backbones: by name, the tensors of the backbones to write, by the names of their own modules.
         name: name of the checkpoint in the model card.
-        folders: levels whose backbones are in the checkpoint already, as folders of their own.
+        folders: names of backbones that are in the checkpoint already, as folders of their own.
         reconstruction: tensors from which raw embeddings are reconstructed, if they are known.
     """
     (folder / BACKBONES if backbones else folder).mkdir(parents=True, exist_ok=True)
     # The config is removed first and written last, so that a write that is cut off does not look whole.
     (folder / CONFIG).unlink(missing_ok=True)
     flat = {f"{level}.{name}": part for level, parts in maps.items() for name, part in parts.items()}
-    files = {MAPS: flat, **{backbone_file(level): tensors for level, tensors in backbones.items()}}
+    files = {MAPS: flat, **{backbone_file(each): tensors for each, tensors in backbones.items()}}
     if reconstruction is None:
         (folder / RECONSTRUCTION).unlink(missing_ok=True)
     else:
         files[RECONSTRUCTION] = reconstruction
-    for level in config.levels:
-        if level.name not in backbones:
-            (folder / backbone_file(level.name)).unlink(missing_ok=True)
-        if level.name not in folders and (folder / BACKBONES / level.name).is_dir():
-            shutil.rmtree(folder / BACKBONES / level.name)
+    for each in {level.backbone for level in config.levels}:
+        if each not in backbones:
+            (folder / backbone_file(each)).unlink(missing_ok=True)
+        if each not in folders and (folder / BACKBONES / each).is_dir():
+            shutil.rmtree(folder / BACKBONES / each)
     for path, tensors in files.items():  # never over the old file, from which the tensors may be mapped
         write_whole(folder / path, partial(_write_tensors, tensors), durable=False)
     (folder / CARD).write_text(model_card(config, name, {*backbones, *folders}))
@@ -136,28 +135,6 @@ def read_maps(path: Path, config: RDConfig) -> dict[str, Tensors]:
     return maps
 
 
-def read_reconstruction(path: Path, config: RDConfig) -> Tensors | None:
-    """Read from what raw embeddings are reconstructed; numbers are mapped into memory until they are used.
-
-    Args:
-        path: the file `reconstruction.safetensors`.
-        config: the config of the whole checkpoint, which says what shapes the tensors have.
-
-    Returns:
-        The tensors by name; None where there is no such file, as in checkpoints of earlier versions.
-
-    Raises:
-        ValueError: for a file that is cut off, or has other tensors than the config says.
-    """
-    if not path.exists():
-        return None
-    tensors = dict(read_tensors(path))
-    expected, got = reconstruction_shapes(config), {name: tuple(part.shape) for name, part in tensors.items()}
-    if got != expected:
-        raise ValueError(f"expected tensors of shapes {expected} in {path}, got {got}")
-    return tensors
-
-
-def backbone_file(level: str) -> str:
-    """Return the path of a level's backbone, relative to the checkpoint."""
-    return f"{BACKBONES}/{level}.safetensors"
+def backbone_file(name: str) -> str:
+    """Return the path of a backbone, relative to the checkpoint."""
+    return f"{BACKBONES}/{name}.safetensors"

@@ -10,8 +10,9 @@ from typing import Final, Unpack
 
 import torch
 
+from rd_torch.choices import check_choice
 from rd_torch.config import RDConfig
-from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference
+from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference, split_level
 from rd_torch.reconstruct import Reconstructor
 from rd_torch.weights.backbone import read_backbone, read_level
 from rd_torch.weights.files import (
@@ -23,19 +24,11 @@ from rd_torch.weights.files import (
     looks_like_a_repository,
     shipped_checkpoints,
 )
-from rd_torch.weights.folder import (
-    BACKBONES,
-    CONFIG,
-    MAPS,
-    RECONSTRUCTION,
-    backbone_file,
-    read_config,
-    read_maps,
-    read_reconstruction,
-)
+from rd_torch.weights.folder import BACKBONES, CONFIG, MAPS, backbone_file, read_config, read_maps
 from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.known import PUBLISHED_MAPS, reference_to
 from rd_torch.weights.published import Choice, PublishedOptions, holds_published_maps, read_published
+from rd_torch.weights.reconstruction import reconstructor_in, reconstructor_on
 from rd_torch.weights.tensors import Tensors, read_json
 
 DEFAULT_MODEL: Final = "esm2-rd-mini"
@@ -49,7 +42,7 @@ class Checkpoint:
     Attributes:
         config: levels and choices of the chain.
         maps: by level, the tensors of the stage that leads to it.
-        included: by level, a function that finds the files of a backbone which the checkpoint itself holds.
+        included: by name, a function that finds the files of a backbone which the checkpoint itself holds.
         name: name or path by which the user asked for it.
         reconstructor: what raw embeddings are reconstructed from; None where only the maps are known.
         as_stored: whether included backbones are read in the dtype and shape that the checkpoint states; if
@@ -72,7 +65,7 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> tuple[Level, Tensors]:
-        """Read a level's backbone.
+        """Read a level's backbone, as far as the layer of the level.
 
         Args:
             level: the level.
@@ -89,7 +82,7 @@ class Checkpoint:
             FileNotFoundError: if the backbone's files are not there.
             ValueError: for a backbone that cannot be read, or that has another shape than the level.
         """
-        stored = self.as_stored and source is None and level.name in self.included
+        stored = self.as_stored and source is None and level.backbone in self.included
         files = self.find_backbone(level, source, hub)
         found = level if stored else _read_fitting(level, files)
         return found, read_backbone(
@@ -111,9 +104,9 @@ class Checkpoint:
             FileNotFoundError: if the files are not there, as in a checkpoint of maps alone.
             ValueError: for a checksum that differs, or a config of another family.
         """
-        if source is None and level.name in self.included:
+        if source is None and level.backbone in self.included:
             try:
-                return self.included[level.name]()
+                return self.included[level.backbone]()
             except MissingFileError as error:
                 raise FileNotFoundError(f"{error}; or {self._cure()}") from error
         source = source or level.reference
@@ -126,7 +119,8 @@ class Checkpoint:
 
     def _cure(self) -> str:
         """Say what to do with a checkpoint that holds maps and no backbones."""
-        needed = ", ".join(f"{each.name!r}: ..." for each in self.config.levels if each.reference is None)
+        missing = dict.fromkeys(each.backbone for each in self.config.levels if each.reference is None)
+        needed = ", ".join(f"{name!r}: ..." for name in missing)
         return (
             f"give backbones by RDModel.from_pretrained({self.name!r}, backbones={{{needed}}}), or nest "
             "embeddings that you have with rd-torch combine"
@@ -190,9 +184,7 @@ def read_checkpoint(
         )
     if path.is_dir() and not list_weights(path):
         checkpoint = _read_own(str(name_or_folder), lambda name: path / name, lambda name: path / name, level)
-        # Mapped now, so that a file that replaces this one is not taken for it later.
-        found = read_reconstruction(path / RECONSTRUCTION, read_config(path / CONFIG))
-        checkpoint = replace(checkpoint, reconstructor=Reconstructor(partial(dict, found)) if found else None)
+        checkpoint = replace(checkpoint, reconstructor=reconstructor_in(path))
         has_backbones = any(find().paths[0].exists() for find in checkpoint.included.values())
         return checkpoint if has_backbones else replace(checkpoint, included={})
     if not path.exists():
@@ -205,13 +197,55 @@ def read_checkpoint(
                 partial(hub.fetch_folder, pinned),
                 level,
             )
-            return replace(
-                checkpoint, reconstructor=Reconstructor(partial(_fetch_reconstruction, hub, pinned))
-            )
+            return replace(checkpoint, reconstructor=reconstructor_on(hub, pinned))
     files = find_backbone(path if path.exists() else reference, hub)
     config = RDConfig((read_level(files),), (), ())
-    config = config if level is None else config.until(level)
-    return Checkpoint(config, {}, {config.levels[0].name: lambda: files}, as_stored=False)
+    config = until_level(config, level)
+    return Checkpoint(config, {}, {config.levels[0].backbone: lambda: files}, as_stored=False)
+
+
+def until_level(config: RDConfig, level: str | None) -> RDConfig:
+    """Return the config of the chain that ends at a level.
+
+    Args:
+        config: the config of the whole chain.
+        level: name of the level; None for the whole chain. As no map leads to the first level, any layer of
+            its backbone may be named, as `"8M@4"`.
+
+    Raises:
+        ValueError: for another level.
+    """
+    if level is None:
+        return config
+    first, (backbone, layer) = config.levels[0], split_level(level)
+    if level not in config.widths and layer is not None and backbone == first.name:
+        return replace(config.until(first.name), levels=(replace(first, name=level),))
+    return config.until(level)
+
+
+def at_layers(config: RDConfig, layers: Mapping[str, int]) -> RDConfig:
+    """Return the config of a chain whose levels are taken at certain layers.
+
+    Args:
+        config: the config of the chain.
+        layers: by backbone, the layer of its level: any layer in a chain of one backbone, and otherwise the
+            layer to which its maps were fitted.
+
+    Raises:
+        ValueError: for a backbone that is not there, or another layer.
+    """
+    for backbone, layer in layers.items():
+        mine = [level for level in config.levels if level.backbone == backbone]
+        if not mine:
+            check_choice("backbone", backbone, tuple(level.backbone for level in config.levels))
+        if len(config.levels) == 1 and mine[0].depth != layer:
+            config = replace(config, levels=(replace(mine[0], name=f"{backbone}@{layer}"),))
+        elif all(level.depth != layer for level in mine):
+            raise ValueError(
+                f"expected a layer of {backbone} that the maps of the chain were fitted to, "
+                f"{', '.join(str(level.depth) for level in mine)}, got {layer}: fit maps by rd_torch.fit"
+            )
+    return config
 
 
 def _reference(name_or_folder: str | Path, revision: str | None) -> Reference:
@@ -234,30 +268,21 @@ def _pin_own(reference: Reference, hub: Hub) -> Reference | None:
     return replace(reference, revision=config.commit) if "format" in read_json(config.path) else None
 
 
-def _fetch_reconstruction(hub: Hub, reference: Reference) -> Tensors | None:
-    """Read from what raw embeddings are reconstructed; None where the repository has no such file."""
-    try:
-        path = hub.fetch(reference, RECONSTRUCTION).path
-    except MissingFileError:
-        return None
-    return read_reconstruction(path, read_config(hub.fetch(reference, CONFIG).path))
-
-
 def _read_own(
     name: str, fetch: Callable[[str], Path], fetch_folder: Callable[[str], Path], level: str | None
 ) -> Checkpoint:
     """Read a checkpoint of ours that the user called `name`, by functions that find its files and folders."""
     config = read_config(fetch(CONFIG))
-    config = config if level is None else config.until(level)
+    config = until_level(config, level)
 
     def find(each: Level) -> Files:
         """Find the file of a level's backbone, or the folder of one that transformers reads."""
         if each.family == TRANSFORMERS_FAMILY:
-            folder = fetch_folder(f"{BACKBONES}/{each.name}")
+            folder = fetch_folder(f"{BACKBONES}/{each.backbone}")
             return Files(str(folder), (folder,), family=each.family)
-        file = fetch(backbone_file(each.name))
+        file = fetch(backbone_file(each.backbone))
         return Files(str(file), (file,), family=each.family)
 
     own = [each for each in config.levels if each.reference is None and each.num_layers is not None]
-    included = {each.name: partial(find, each) for each in own}
+    included = {each.backbone: partial(find, each) for each in own}
     return Checkpoint(config, read_maps(fetch(MAPS), config), included, name)
