@@ -29,7 +29,8 @@ def similarity(
     nested vectors see mostly the first features, because added ones vary less. Each feature is therefore
     taken as its distance from the mean of a reference, in standard deviations of that reference. The vectors
     that are compared have no part in that, so that a similarity does not depend on what else is asked for.
-    Each feature has numbers of its own, so that vectors may be cut to any width first.
+    Each feature has numbers of its own, so that vectors may be cut to any width first. In the shipped family
+    that made neighbours of residues a little better; those of whole proteins hardly changed.
 
     Args:
         vectors: `(n, k)` vectors: the first k features of embeddings, of sequences or of residues.

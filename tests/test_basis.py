@@ -310,3 +310,23 @@ def test_configs_of_earlier_versions_are_read_and_written_as_they_were():
 def test_the_fingerprint_of_a_chain_without_a_basis_is_what_it_was():
     assert RDModel.from_pretrained("esm2-rd-mini").fingerprint() == "94d112c18db0ed4ebd4d7299f8a78de4"
     assert Nesting.from_pretrained("esm2-rd-mini").fingerprint() == "ee21074dd98465d030e90cb9be5d5c37"
+
+
+def test_layers_are_chosen_as_without_a_basis_and_levels_of_layers_have_one(tokens, tmp_path):
+    options = {"layers": "all", "choose_layers": "added", "regressor": "ols"}
+    plain = fitted(**options)
+    model = fitted(**options, scale="feature", rotate_first=True)
+    assert list(model.config.widths) == list(plain.config.widths)
+    assert any("@" in level for level in model.config.widths)
+    model.save_pretrained(tmp_path)
+    again = RDModel.from_pretrained(tmp_path)
+    assert torch.equal(again(tokens).embeddings, model(tokens).embeddings)
+    rows = np.concatenate(rd_torch.embed(model, PROTEINS, pool="none"))
+    deviations = rows.std(0, ddof=1)  # a LayerNorm leaves a direction without variance
+    assert np.sum(np.abs(deviations - 1) < 1e-3) >= 63
+    assert np.all((np.abs(deviations - 1) < 1e-3) | (deviations < 1e-3))
+    nested = torch.from_numpy(rows)
+    for level, width in model.config.widths.items():
+        shares = [again.reconstruct(nested[:, :k], level).r2 for k in (10, width, 64)]
+        assert shares == sorted(shares)
+        assert shares[-1] > 0.8
