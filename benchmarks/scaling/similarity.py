@@ -28,13 +28,13 @@ import numpy as np
 from scipy.stats import rankdata
 
 import rd_torch
-from benchmarks.demo import FASTA
 from benchmarks.options import add_data_option, add_model_option, data_folder, new_parser
 from benchmarks.result import Row, environment, write_result
 from benchmarks.scaling.cache import Cache
 from benchmarks.scaling.data import DataSet, melting_set, structure_set
 from rd_torch.reading import Fasta
 
+FASTA = Path(__file__).parents[1] / "demo.fasta"
 NEIGHBOURS = 10
 MOST_RESIDUES = 6_000
 """Number of residues that are known, and that are asked for, at the most."""
