@@ -97,6 +97,15 @@ def choose_layers(
 
     Raises:
         ValueError: for a criterion that does not exist or needs labels, and as `solve_stages`.
+
+    Examples:
+        >>> widths = {"small": 2, "large@1": 3, "large": 3}
+        >>> moments = rd_torch.RunningMoments(8)
+        >>> rows = torch.randn(1_000, 8)
+        >>> rows[:, 3:5] = 0  # layer 1 knows one direction alone
+        >>> moments.update(rows)
+        >>> rd_torch.choose_layers(moments, widths)
+        ['small', 'large']
     """
     groups: dict[str, list[str]] = {}
     for name in widths:

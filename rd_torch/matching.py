@@ -63,9 +63,9 @@ def require_level(level: Level, store: Store) -> None:
             f"expected width {level.width} at level {level.name}, got {store.width} in {store.path}: {cure}"
         )
     if level.depth is not None and store.layer not in (None, level.depth):
-        which = "the last layer" if level.layer is None else "layer"
+        which = f"the last layer, {level.depth}," if level.layer is None else f"layer {level.depth}"
         raise ValueError(
-            f"expected embeddings of {which}, {level.depth}, at level {level.name}, got those of layer "
+            f"expected embeddings of {which} at level {level.name}, got those of layer "
             f"{store.layer} in {store.path}: {cure}, and take that layer"
         )
     if level.num_layers is None:

@@ -385,9 +385,7 @@ def test_stores_of_layers_are_combined_to_what_the_chain_gives(final_norm, tmp_p
     expected = rd_torch.embed(model, [sequence for _, sequence in PROTEINS])
     got = np.stack([rd_torch.open_store(tmp_path / "nested.h5")[name] for name, _ in PROTEINS])
     np.testing.assert_allclose(got, expected, atol=1e-4)
-    with pytest.raises(
-        ValueError, match="expected embeddings of layer, 4, at level b@4, got those of layer 2"
-    ):
+    with pytest.raises(ValueError, match="expected embeddings of layer 4 at level b@4, got those of layer 2"):
         rd_torch.combine_stores(nesting, {**files, "b@4": files["b@2"]}, tmp_path / "wrong.h5")
     with pytest.raises(
         ValueError, match="expected embeddings of the last layer, 5, at level b, got those of layer 4"
@@ -458,3 +456,27 @@ def test_a_model_of_transformers_is_fitted_saved_and_loaded_at_a_layer(tmp_path)
     assert loaded.config.levels[-1].depth == 2
     alone = RDModel.from_pretrained(source, level="x@2")
     assert alone.config.levels[0].layer == 2
+
+
+def test_verify_compares_hidden_layers(tmp_path):
+    fasta, out = tmp_path / "p.fasta", tmp_path / "chain"
+    fasta.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS))
+    assert run("fit", fasta, "-o", out, "--levels", "28K,1M@2,1M@4", "--added", "16,16").exit_code == 0
+    done = run("verify", "1M@4", "--model", out)
+    assert done.exit_code == 0, done.output
+    assert "pass  1M@2 against fair-esm: largest difference embeddings" in done.output
+    assert "pass  prefix of 1M@2" in done.output
+    with torch.no_grad():
+        model = RDModel.from_pretrained(out)
+        model.backbones["1M"].layers[3].fc2.bias.add_(0.1)
+        expected = rd_torch.oracles.ORACLES["esm2"].run(model.backbones["1M"], tokens_of("MKV"))["embeddings"]
+        got = RDModel({"1M@4": model.backbones["1M"]}, [])(tokens_of("MKV")).embeddings
+    assert (got - expected).abs().max() <= TOLERANCE
+
+
+def test_verify_compares_hidden_layers_of_esmc(tmp_path):
+    esmc_oracle()
+    RDModel({"tiny": our_esmc(4, 48, 4)}, []).save_pretrained(tmp_path / "tiny")
+    done = run("verify", "tiny@2", "--model", tmp_path / "tiny")
+    assert done.exit_code == 0, done.output
+    assert "pass  tiny@2 against transformers" in done.output
