@@ -88,9 +88,10 @@ def read_parts(
     """
     if not is_foreign(name_or_folder):
         found = read_checkpoint(name_or_folder, level, hub, revision, **published)
-        found = replace(found, config=at_layers(found.config, layers or {}))
-        family = read_family(found, others or {}, hub, place)
-        return found.config, family, list(stages_of(found.config, found.maps).values()), found.reconstructor
+        config = at_layers(found.config, layers or {})
+        known = found.reconstructor if config == found.config else None  # of another layer otherwise
+        family = read_family(replace(found, config=config), others or {}, hub, place)
+        return config, family, list(stages_of(config, found.maps).values()), known
     if published or others:
         raise ValueError(f"expected {name_or_folder} alone, got it with options of chains of several levels")
     backbone = load_backbone(name_or_folder, hub, None, place, revision)

@@ -256,3 +256,23 @@ def test_the_shipped_family_reconstructs():
     embedding, r2 = model.reconstruct(nested, "1M")
     missed = (embedding - raw["1M"]).var(0).sum() / raw["1M"].var(0).sum()
     assert 1 - missed == pytest.approx(r2, abs=0.02)
+
+
+@pytest.mark.parametrize("how", [{"level": "28K@1"}, {"level": "28K", "layers": {"28K": 1}}], ids=str)
+def test_another_layer_of_the_first_backbone_is_not_taken_for_the_one_that_was_fitted(how):
+    model = RDModel.from_pretrained("esm2-rd-mini", **how)
+    rows = torch.randn(3, 32)
+    embedding, r2 = model.reconstruct(rows, "28K@1")
+    assert torch.equal(embedding, rows)
+    assert r2 is None
+    with pytest.raises(ValueError, match="got a chain of maps alone, which knows no means"):
+        rd_torch.similarity(rows, reference=model)
+
+
+@pytest.mark.parametrize("how", [{"level": "a@1"}, {"level": "a", "layers": {"a": 1}}], ids=str)
+def test_another_layer_has_no_basis(chain, tmp_path, how):
+    chain.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="expected level a, whose features the chain scales, centres or rotates"
+    ):
+        RDModel.from_pretrained(tmp_path, **how)

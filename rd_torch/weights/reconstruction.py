@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -13,27 +14,31 @@ from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.tensors import Tensors, read_tensors
 
 
-def reconstructor_in(folder: Path) -> Reconstructor | None:
-    """Map what a checkpoint's folder holds; None where it holds nothing of the kind.
+def reconstructor_in(folder: Path, levels: Collection[str]) -> Reconstructor | None:
+    """Map what a checkpoint's folder holds of some levels; None where it holds nothing of the kind.
 
     It is mapped now, so that a file that replaces this one is not taken for it later.
     """
-    found = read_reconstruction(folder / RECONSTRUCTION, read_config(folder / CONFIG))
-    return Reconstructor(partial(dict, found)) if found else None
+    config = read_config(folder / CONFIG)
+    found = read_reconstruction(folder / RECONSTRUCTION, config)
+    return Reconstructor(partial(dict, found)) if found and set(levels) <= set(config.widths) else None
 
 
-def reconstructor_on(hub: Hub, reference: Reference) -> Reconstructor:
-    """Return a reconstructor that downloads what a checkpoint holds when it is asked for."""
-    return Reconstructor(partial(_fetch, hub, reference))
+def reconstructor_on(hub: Hub, reference: Reference, levels: Collection[str]) -> Reconstructor:
+    """Return a reconstructor that downloads what a checkpoint holds of some levels when it is asked for."""
+    return Reconstructor(partial(_fetch, hub, reference, tuple(levels)))
 
 
-def _fetch(hub: Hub, reference: Reference) -> Tensors | None:
+def _fetch(hub: Hub, reference: Reference, levels: Collection[str]) -> Tensors | None:
     """Download and read what a repository holds; None where it holds nothing of the kind."""
+    config = read_config(hub.fetch(reference, CONFIG).path)
+    if not set(levels) <= set(config.widths):  # the first backbone, taken at another layer
+        return None
     try:
         path = hub.fetch(reference, RECONSTRUCTION).path
     except MissingFileError:
         return None
-    return read_reconstruction(path, read_config(hub.fetch(reference, CONFIG).path))
+    return read_reconstruction(path, config)
 
 
 def read_reconstruction(path: Path, config: RDConfig) -> Tensors | None:

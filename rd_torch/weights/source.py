@@ -184,7 +184,7 @@ def read_checkpoint(
         )
     if path.is_dir() and not list_weights(path):
         checkpoint = _read_own(str(name_or_folder), lambda name: path / name, lambda name: path / name, level)
-        checkpoint = replace(checkpoint, reconstructor=reconstructor_in(path))
+        checkpoint = replace(checkpoint, reconstructor=reconstructor_in(path, checkpoint.config.widths))
         has_backbones = any(find().paths[0].exists() for find in checkpoint.included.values())
         return checkpoint if has_backbones else replace(checkpoint, included={})
     if not path.exists():
@@ -197,7 +197,7 @@ def read_checkpoint(
                 partial(hub.fetch_folder, pinned),
                 level,
             )
-            return replace(checkpoint, reconstructor=reconstructor_on(hub, pinned))
+            return replace(checkpoint, reconstructor=reconstructor_on(hub, pinned, checkpoint.config.widths))
     files = find_backbone(path if path.exists() else reference, hub)
     config = RDConfig((read_level(files),), (), ())
     config = until_level(config, level)
@@ -219,8 +219,19 @@ def until_level(config: RDConfig, level: str | None) -> RDConfig:
         return config
     first, (backbone, layer) = config.levels[0], split_level(level)
     if level not in config.widths and layer is not None and backbone == first.name:
-        return replace(config.until(first.name), levels=(replace(first, name=level),))
+        return _at_layer(config.until(first.name), level)
     return config.until(level)
+
+
+def _at_layer(config: RDConfig, level: str) -> RDConfig:
+    """Return the config of a chain of one level that is taken at another layer of the same backbone."""
+    (only,) = config.levels
+    if config.has_basis:
+        raise ValueError(
+            f"expected level {only.name}, whose features the chain scales, centres or rotates, got {level}: "
+            "fit a chain of that layer"
+        )
+    return replace(config, levels=(replace(only, name=level),))
 
 
 def at_layers(config: RDConfig, layers: Mapping[str, int]) -> RDConfig:
@@ -239,7 +250,7 @@ def at_layers(config: RDConfig, layers: Mapping[str, int]) -> RDConfig:
         if not mine:
             check_choice("backbone", backbone, tuple(level.backbone for level in config.levels))
         if len(config.levels) == 1 and mine[0].depth != layer:
-            config = replace(config, levels=(replace(mine[0], name=f"{backbone}@{layer}"),))
+            config = _at_layer(config, f"{backbone}@{layer}")
         elif all(level.depth != layer for level in mine):
             raise ValueError(
                 f"expected a layer of {backbone} that the maps of the chain were fitted to, "
