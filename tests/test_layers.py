@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from esmc import oracle as esmc_oracle
 from esmc import our_esmc, random_esmc
 from foreign import bert, bert_tokenizer
+from helpers import layered_model as chain
 from helpers import random_esm2, random_sequence, random_stages, tokens_of
 from safetensors import safe_open
 
@@ -18,12 +19,12 @@ from rd_torch import Level, Nesting, RDModel, TransformersBackbone, Transformers
 from rd_torch.backbone import ESM2, Packing, Taken, as_family, run_backbones
 from rd_torch.backbone.engine import Engine
 from rd_torch.cli import main
-from rd_torch.levels import ALPHABET, split_level
+from rd_torch.levels import ALPHABET
 
 TOLERANCE = 2e-5
 BATCH = ("MKTAYIA<mask>QRQISFVK", "M", random_sequence(40, 2), "MXBUZOA")
 PROTEINS = [(f"p{k}", random_sequence(15 + 5 * (k % 7), seed=k)) for k in range(12)]
-WIDTHS = {"a": 32, "b@2": 48, "b@4": 48, "b": 48}
+LEVELS = ("a", "b@2", "b@4", "b")
 each_norm = pytest.mark.parametrize("final_norm", [True, False])
 
 
@@ -33,14 +34,6 @@ def run(*arguments):
 
 def packing_of(tokens):
     return Packing.of(tokens != ALPHABET.padding_idx)
-
-
-def chain(levels=tuple(WIDTHS), **options):
-    """A random chain of two backbones, one of which has three levels."""
-    modules = {"a": ESM2.sharing(random_esm2(2, 32, 4)), "b": ESM2.sharing(random_esm2(5, 48, 4, seed=1))}
-    backbones = {name: modules[split_level(name)[0]] for name in levels}
-    stages = random_stages(widths={name: WIDTHS[name] for name in levels}, added=16)
-    return RDModel(backbones, stages, **options).eval()
 
 
 @pytest.fixture
@@ -236,7 +229,7 @@ def test_a_cut_backbone_is_refused_where_the_last_layer_is_wanted():
 
 
 @each_norm
-@pytest.mark.parametrize("levels", [("a", "b@2"), ("a", "b@2", "b@4"), tuple(WIDTHS)])
+@pytest.mark.parametrize("levels", [("a", "b@2"), ("a", "b@2", "b@4"), LEVELS])
 def test_saved_and_loaded_to_the_bit(levels, final_norm, tokens, tmp_path):
     model = chain(levels, final_norm=final_norm)
     model.save_pretrained(tmp_path / "saved")
