@@ -391,7 +391,7 @@ def test_layers_are_listed_once_whatever_holds_them(kind):
     listed = model(tokens, repr_layers=kind([layer, layer]))["representations"]
     assert list(listed) == [layer]
     assert list(model(tokens, repr_layers=kind([]))["representations"]) == []
-    with pytest.raises(ValueError, match=r"expected repr_layers \[3\] or none, got \[0\]"):
+    with pytest.raises(ValueError, match=r"expected repr_layers among \[3\] or none, got \[0\]"):
         model(tokens, repr_layers=kind([0]))
 
 
