@@ -10,7 +10,7 @@ import torch
 from rd_torch.choices import Criterion, check_choice
 from rd_torch.levels import split_level
 from rd_torch.moments import RunningMoments
-from rd_torch.solve import SolveOptions, solve_stages
+from rd_torch.solve import SolveOptions, solve_stages, split_options
 from rd_torch.stage import Stage
 
 Layers: TypeAlias = Mapping[str, "int | Sequence[int] | Literal['all']"] | Sequence[int] | Literal["all"]
@@ -40,7 +40,7 @@ def candidates_of(depths: Mapping[str, int], layers: Layers | None) -> list[list
         layers: layers that levels may be taken from; None for the one that the level's name states.
 
     Returns:
-        For each level the names of its candidates, such as `["650M@24", "650M@25"]`.
+        For each level the names of its candidates, such as `["650M@32", "650M"]`, the last of 33 layers.
 
     Raises:
         ValueError: for a backbone or a layer that is not there, or a level whose name states a layer already.
@@ -60,12 +60,12 @@ def _candidates(name: str, depth: int, layers: Layers | None) -> list[str]:
         raise ValueError(f"expected layers of levels whose names state none, got them for {name}")
     if isinstance(wanted, str):
         check_choice("layers", wanted, ("all",))
-        return [f"{name}@{layer}" for layer in range(1, depth + 1)]
+        return [*(f"{name}@{layer}" for layer in range(1, depth)), name]
     numbers = [wanted] if isinstance(wanted, int) else list(wanted)
     there = [layer for layer in numbers if 1 <= layer <= depth]
     if not there or (isinstance(layers, Mapping) and len(there) < len(numbers)):
         raise ValueError(f"expected layers from 1 to {depth}, which {name} has, got {numbers}")
-    return [f"{name}@{layer}" for layer in dict.fromkeys(there)]
+    return [name if layer == depth else f"{name}@{layer}" for layer in sorted(set(there))]
 
 
 def choose_layers(
@@ -97,6 +97,15 @@ def choose_layers(
 
     Raises:
         ValueError: for a criterion that does not exist or needs labels, and as `solve_stages`.
+
+    Examples:
+        >>> widths = {"small": 2, "large@1": 3, "large": 3}
+        >>> moments = rd_torch.RunningMoments(8)
+        >>> rows = torch.randn(1_000, 8)
+        >>> rows[:, 3:5] = 0  # layer 1 knows one direction alone
+        >>> moments.update(rows)
+        >>> rd_torch.choose_layers(moments, widths)
+        ['small', 'large']
     """
     groups: dict[str, list[str]] = {}
     for name in widths:
@@ -179,4 +188,5 @@ def solve_first(
     added = options.get("added")
     if isinstance(added, Sequence) and not isinstance(added, str):
         options["added"] = added[: len(levels) - 1]
-    return solve_stages(moments, widths, levels=levels, **options)
+    solving, _ = split_options(options)  # features are compared as they are, without another basis
+    return solve_stages(moments, widths, levels=levels, **solving)  # type: ignore[misc]  # a part of the options

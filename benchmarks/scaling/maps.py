@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from rd_torch import RunningMoments, concat_pca, solve_stages
+from rd_torch.maps import Maps
 from rd_torch.modules import modules_of
 from rd_torch.solve import principal_directions
-from rd_torch.stage import Maps, nest
+from rd_torch.stage import nest
 
 PLAIN, ROTATED = "plain", "plain, rotated"
 PCR, OLS, ALL, CONCAT = "nested, PCR", "nested, OLS", "nested, OLS, all added", "concat + PCA"
