@@ -21,16 +21,18 @@ CONSTANT: Final = 1e-5
 
 
 def similarity(
-    vectors: Vectors, others: Vectors | None = None, *, reference: Reference, scale: Scale = "feature"
+    vectors: Vectors, others: Vectors | None = None, *, reference: Reference, scale: Scale = "none"
 ) -> Vectors:
     """Compute the cosine similarities of nested vectors of any width, after centring and scaling.
 
-    Raw cosines of embeddings lie close together, because all vectors share one large mean; and those of
-    nested vectors see mostly the first features, because added ones vary less. Each feature is therefore
-    taken as its distance from the mean of a reference, in standard deviations of that reference. The vectors
-    that are compared have no part in that, so that a similarity does not depend on what else is asked for.
-    Each feature has numbers of its own, so that vectors may be cut to any width first. In the shipped family
-    that made neighbours of residues a little better; those of whole proteins hardly changed.
+    Raw cosines of embeddings lie close together, because all vectors share one large mean. Each feature is
+    therefore taken as its distance from the mean of a reference. The vectors that are compared have no part
+    in that, so that a similarity does not depend on what else is asked for. Each feature has numbers of its
+    own, so that vectors may be cut to any width first.
+
+    Added features vary less than the first ones, so that cosines see mostly those. Where features are scaled
+    to equal deviations, neighbours of residues became right a little more often in the shipped family, and
+    those of a protein's variants less often; so this is left to the caller.
 
     Args:
         vectors: `(n, k)` vectors: the first k features of embeddings, of sequences or of residues.
@@ -38,7 +40,7 @@ def similarity(
         reference: where mean and deviations come from. Either `(rows, k or more)` vectors of the same kind,
             such as those of a database, at least two; or the chain that made the vectors, a model or a
             `Nesting` that rd_torch fitted, which knows those of residues.
-        scale: `"feature"` to divide by deviations, or `"none"` to centre only.
+        scale: `"none"` to centre only, or `"feature"` to divide by deviations too.
 
     Returns:
         `(n, m)` cosines, from -1 to 1, of the kind of `vectors`, in float32 or the dtype of `vectors`. A

@@ -64,21 +64,21 @@ def test_vectors_at_the_mean_and_constant_features_give_no_nan():
     reference = draw(50)
     reference[:, 3] = 5.0
     vectors = np.vstack((reference.mean(0), draw(2, seed=1)))
-    found = similarity(vectors, reference=reference)
+    found = similarity(vectors, reference=reference, scale="feature")
     assert np.isfinite(found).all()
     vectors[1:, 3] += 1e6  # what never varied says nothing
-    assert np.allclose(similarity(vectors[1:], reference=reference), found[1:, 1:])
-    still = similarity(vectors, reference=np.ones((5, 12)))
+    assert np.allclose(similarity(vectors[1:], reference=reference, scale="feature"), found[1:, 1:])
+    still = similarity(vectors, reference=np.ones((5, 12)), scale="feature")
     assert np.array_equal(still, np.zeros((3, 3)))
-    exact = similarity(reference.mean(0)[None], vectors, reference=reference)
+    exact = similarity(reference.mean(0)[None], vectors, reference=reference, scale="feature")
     assert np.abs(exact).max() <= 1
-    assert similarity(vectors[:0], vectors, reference=reference).shape == (0, 3)
+    assert similarity(vectors[:0], vectors, reference=reference, scale="feature").shape == (0, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_half_types_are_computed_in_float32(dtype):
     vectors, reference = torch.from_numpy(draw(5)).to(dtype), torch.from_numpy(draw(40, seed=1)).to(dtype)
-    found = similarity(vectors, reference=reference)
+    found = similarity(vectors, reference=reference, scale="feature")
     assert found.dtype == (dtype if dtype == torch.float64 else torch.float32)
     exact = by_formula(vectors.double().numpy(), vectors.double().numpy(), reference.double().numpy())
     assert np.abs(found.double().numpy() - exact).max() < 1e-5
@@ -92,8 +92,10 @@ def test_a_chain_knows_means_and_deviations_of_its_features(tmp_path):
     model.save_pretrained(tmp_path)
     for chain in (model, rd_torch.RDModel.from_pretrained(tmp_path), Nesting.from_pretrained(tmp_path)):
         for width in (20, 32, 48):
-            found = similarity(rows[:50, :width], reference=chain)
-            assert np.abs(found - similarity(rows[:50, :width], reference=rows)).max() < 1e-3
+            for scale in ("none", "feature"):
+                found = similarity(rows[:50, :width], reference=chain, scale=scale)
+                expected = similarity(rows[:50, :width], reference=rows, scale=scale)
+                assert np.abs(found - expected).max() < 1e-3
 
 
 @pytest.mark.parametrize(
