@@ -69,12 +69,18 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scaling_options(parser: argparse.ArgumentParser) -> None:
-    """Let a parser take how many variants a data set has, and where embeddings and moments are kept."""
+    """Let a parser take the size of the data sets, the layers to try, and where things are kept."""
     parser.add_argument(
         "--variants",
         type=int,
         default=3_000,
         help="Number of variants of a data set at the most, by default %(default)s.",
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=8,
+        help="Number of layers of a backbone to take at the most, evenly spread; by default %(default)s.",
     )
     parser.add_argument(
         "--cache", type=Path, default=Path("scaling-cache"), help="Folder for what is kept between runs."

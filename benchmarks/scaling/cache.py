@@ -1,4 +1,4 @@
-"""What is kept between runs: raw embeddings of all backbones side by side, moments, scores.
+"""What is kept between runs: raw embeddings of all layers side by side, moments, choices, scores.
 
 Everything lies in a folder named by the fingerprint of the model, so that one cache serves several models.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,24 +17,11 @@ from tqdm import tqdm
 
 import rd_torch
 from benchmarks.scaling.data import DataSet, digest
+from benchmarks.scaling.layers import costs_of
+from benchmarks.scaling.stub import side_by_side
 from rd_torch.batching import plan_batches
 from rd_torch.disk import write_whole
 from rd_torch.fitting import add_moments
-
-
-def side_by_side(model: rd_torch.RDModel) -> rd_torch.RDModel:
-    """Return the chain of the same backbones whose embedding is all raw embeddings side by side.
-
-    Its stages predict nothing and add every direction as it is: `[x, y]`.
-    """
-    family = model.family()
-    stages, width = [], 0
-    for smaller, larger in pairwise(family.values()):
-        width += smaller.embed_dim
-        q = larger.embed_dim
-        stages.append(rd_torch.Stage(torch.zeros(width, q), torch.zeros(q), torch.zeros(q), torch.eye(q)))
-    device = next(model.backbones.parameters()).device
-    return rd_torch.RDModel(family, stages).eval().to(device)
 
 
 class Cache:
@@ -44,15 +30,22 @@ class Cache:
     Args:
         folder: Folder of the caches of all models.
         model: The chain; its maps are of no account.
+        most: Number of layers of a backbone to take at the most.
+        final_norm: Whether each backbone's last LayerNorm acts on middle layers too.
+
+    Attributes:
+        widths: Widths of raw embeddings by layer, in the order in which they stand side by side.
+        costs: Number of parameters that run up to each layer, by layer.
     """
 
-    def __init__(self, folder: Path, model: rd_torch.RDModel) -> None:
-        self.model = side_by_side(model).prepare_inference()
+    def __init__(self, folder: Path, model: rd_torch.RDModel, most: int, final_norm: bool = True) -> None:
+        chain, self.widths = side_by_side(model, most, final_norm)
+        self.model = chain.prepare_inference()
+        self.costs = costs_of(model, self.widths)
         self.fingerprint = self.model.fingerprint()
-        self.folder = folder / self.fingerprint
+        self.folder = folder / f"{self.fingerprint}-{'normed' if final_norm else 'stream'}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.device = next(self.model.backbones.parameters()).device
-        self.widths = {name: backbone.embed_dim for name, backbone in self.model.family().items()}
+        self.device = model.device
 
     def rows(self, data: DataSet) -> Tensor:
         """Return `(rows, widths together)` raw embeddings of a data set, side by side, in float32.
@@ -109,8 +102,8 @@ def _bar(sequences: Sequence[str], what: str) -> tqdm[NoReturn]:
     return tqdm(total=sum(map(len, sequences)), unit="residue", unit_scale=True, desc=what, leave=False)
 
 
-class Scores:
-    """Scores by everything that they depend on, kept line by line as they come.
+class Kept:
+    """What was found, by everything that it depends on, kept line by line as it comes.
 
     Args:
         path: A file of JSON lines; one that was cut off in the middle of its last line is mended.
@@ -118,7 +111,7 @@ class Scores:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._scores: dict[str, dict[str, float]] = {}
+        self._found: dict[str, dict[str, Any]] = {}
         if not path.exists():
             return
         text = path.read_text()
@@ -127,19 +120,19 @@ class Scores:
             path.write_text(whole)
         for line in whole.splitlines():
             entry = json.loads(line)
-            self._scores[_name(entry["key"])] = entry["scores"]
+            self._found[_name(entry["key"])] = entry["found"]
 
     def __contains__(self, key: Mapping[str, Any]) -> bool:
-        return _name(key) in self._scores
+        return _name(key) in self._found
 
-    def __getitem__(self, key: Mapping[str, Any]) -> dict[str, float]:
-        return self._scores[_name(key)]
+    def __getitem__(self, key: Mapping[str, Any]) -> dict[str, Any]:
+        return self._found[_name(key)]
 
-    def add(self, key: Mapping[str, Any], scores: dict[str, float]) -> None:
-        """Keep the scores of a key."""
-        self._scores[_name(key)] = scores
+    def add(self, key: Mapping[str, Any], found: dict[str, Any]) -> None:
+        """Keep what was found for a key."""
+        self._found[_name(key)] = found
         with self.path.open("a") as handle:
-            handle.write(json.dumps({"key": dict(key), "scores": scores}) + "\n")
+            handle.write(json.dumps({"key": dict(key), "found": found}) + "\n")
 
 
 def _name(key: Mapping[str, Any]) -> str:

@@ -1,0 +1,63 @@
+"""The hidden states after the layers of all backbones side by side, and what each of them costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import rd_torch
+from rd_torch.backbone import Encoder
+
+Widths = Mapping[str, int]
+"""Widths of raw embeddings by the names of their layers, such as `28K@2`, smallest backbone first."""
+
+
+def level_of(layer: str) -> str:
+    """Return the level that a layer such as `28K@2` belongs to."""
+    return layer.rpartition("@")[0]
+
+
+def number_of(layer: str) -> int:
+    """Return the number of a layer such as `28K@2`, counted from 1."""
+    return int(layer.rpartition("@")[2])
+
+
+def layers_by_level(layers: Iterable[str]) -> dict[str, list[str]]:
+    """Return the layers of each level, in their order."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        found.setdefault(level_of(layer), []).append(layer)
+    return found
+
+
+def last_layers(layers: Iterable[str]) -> list[str]:
+    """Return the last layer of each level."""
+    return [each[-1] for each in layers_by_level(layers).values()]
+
+
+def spread(layers: int, most: int) -> list[int]:
+    """Return the numbers of some layers at equal distances, the last among them.
+
+    Args:
+        layers: Number of layers of a backbone.
+        most: Number of them to take at the most.
+    """
+    count = min(layers, most)
+    return [round(layers * (k + 1) / count) for k in range(count)]
+
+
+def costs_of(model: rd_torch.RDModel, layers: Iterable[str]) -> dict[str, int]:
+    """Return the number of parameters that run for each token up to a layer of its backbone, by layer.
+
+    Those of the layers count; tables of embeddings are looked up, and heads do not run.
+
+    Raises:
+        SystemExit: For a backbone whose layers are not known.
+    """
+    costs = {}
+    for level, names in layers_by_level(layers).items():
+        backbone = model.family()[level]
+        if not isinstance(backbone, Encoder):
+            raise SystemExit(f"expected backbones whose layers are known, got {backbone.family} at {level}")
+        sizes = [sum(part.numel() for part in layer.parameters()) for layer in backbone.layers]
+        costs |= {name: sum(sizes[: number_of(name)]) for name in names}
+    return costs
