@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from rd_torch.alphabet import Alphabet
-from rd_torch.backbone import Backbone, as_backbone, at_least_float32, one_alphabet
+from rd_torch.backbone import Backbone, as_family, at_least_float32, one_alphabet
 from rd_torch.choices import Method, PredictFrom, SpecialRows
 from rd_torch.config import RDConfig
-from rd_torch.levels import ALPHABET
+from rd_torch.levels import ALPHABET, split_level
 from rd_torch.modules import Modules, StateDict, modules_of
 from rd_torch.nesting import fingerprint
 from rd_torch.stage import Maps, map_shapes
@@ -44,7 +44,8 @@ class Chain(nn.Module):
 
     Attributes:
         config: levels and choices of the chain.
-        backbones: backbones by level, smallest first.
+        backbones: backbones by name, smallest first. That is the name of the level, without `@` and the
+            number of a layer; levels of several layers of one backbone share it.
         stages: stages by the level that each leads to.
         alphabet: the alphabet of the token ids, which all backbones have.
         alphabet_size: number of its tokens.
@@ -76,10 +77,11 @@ class Chain(nn.Module):
         *,
         predict_from: PredictFrom = "nested",
         special_rows: SpecialRows = "maps",
+        final_norm: bool = True,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        family = {name: as_backbone(module) for name, module in backbones.items()}
+        family = as_family(backbones)
         if family:
             one_alphabet(family)
         for backbone in family.values():
@@ -93,6 +95,7 @@ class Chain(nn.Module):
             explained=tuple(stage.explained for stage in stages),
             predict_from=predict_from,
             special_rows=special_rows,
+            final_norm=final_norm,
             provenance=dict(provenance or {}),
             method=_method_of(stages),
         )
@@ -103,7 +106,7 @@ class Chain(nn.Module):
                     f"expected tensors of shapes {expected} in the stage that leads to {name}, got {got}"
                 )
         dtype = at_least_float32(next(iter(family.values())).dtype)
-        self.backbones = modules_of(family)
+        self.backbones = modules_of({split_level(name)[0]: each for name, each in family.items()})
         self.stages = modules_of(
             {  # a copy where dtypes differ, because `.to` would change the caller's own stage
                 level.name: stage if stage.dtype == dtype else copy.deepcopy(stage).to(dtype)
@@ -116,8 +119,9 @@ class Chain(nn.Module):
         """Make a chain of parts, with the choices of a config.
 
         Args:
-            config: config that says what stages predict from, what stands in special rows, and where the
-                parts come from; levels and widths are those of the parts.
+            config: config that says what stages predict from, what stands in special rows, whether the final
+                norm acts on hidden layers, and where the parts come from; levels and widths are those of the
+                parts.
             backbones: backbones by level, smallest first.
             stages: stages, one fewer than backbones.
 
@@ -129,6 +133,7 @@ class Chain(nn.Module):
             stages,
             predict_from=config.predict_from,
             special_rows=config.special_rows,
+            final_norm=config.final_norm,
             provenance=config.provenance,
         )
 
@@ -149,7 +154,7 @@ class Chain(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of layers in the largest backbone."""
+        """Number of layers of the largest backbone, also where no level needs the last ones."""
         return self.config.levels[-1].shape[0]
 
     @property
@@ -172,11 +177,14 @@ class Chain(nn.Module):
         self.config.require_level(level)
         names = list(self.config.widths)
         run = names[: names.index(level) + 1]
-        backbones = {name: self.backbones[name] for name in run}
+        family = self.family()
+        backbones = {name: family[name] for name in run}
         return self.of(self.config, backbones, [self.stages[name] for name in run[1:]]).train(self.training)
 
     def family(self, width: int | None = None) -> dict[str, Backbone]:
         """Return the backbones that run for a number of features, by level, smallest first.
+
+        Levels of several layers of one backbone have the same object.
 
         Args:
             width: number of features, by default all.
@@ -184,7 +192,7 @@ class Chain(nn.Module):
         Raises:
             ValueError: for a width that does not exist.
         """
-        return {name: self.backbones[name] for name in self.config.levels_for(width)}
+        return {name: self.backbones[split_level(name)[0]] for name in self.config.levels_for(width)}
 
     def fingerprint(self) -> str:
         """Return a digest of all that embeddings depend on: shapes, choices, numbers of backbones and maps.
@@ -200,7 +208,7 @@ class Chain(nn.Module):
         Frozen layers run as in inference and keep no activations, unless something below them trains.
 
         Args:
-            *levels: names of the levels whose backbones are frozen, by default all.
+            *levels: names of backbones, or of levels whose backbones are frozen; by default all.
             except_top: number of top layers in each backbone that stay as they are, and with them the last
                 LayerNorm.
 
@@ -211,11 +219,12 @@ class Chain(nn.Module):
             ValueError: for a level that the chain does not have, or more top layers than a backbone has.
         """
         for name in levels or self.backbones:
-            self.config.require_level(name)
-            backbone = self.backbones[name]
-            if not 0 <= except_top <= backbone.num_layers:
+            if name not in self.backbones:
+                self.config.require_level(name)
+            backbone = self.backbones[split_level(name)[0]]
+            if not 0 <= except_top <= backbone.depth:
                 raise ValueError(
-                    f"expected except_top from 0 to {backbone.num_layers}, the layers of level {name}, "
+                    f"expected except_top from 0 to {backbone.depth}, the layers of level {name}, "
                     f"got {except_top}: name the levels that have more"
                 )
             kept = backbone.top_modules(except_top) if except_top else []

@@ -93,7 +93,7 @@ def _facts(nesting: Nesting, files: RawFiles, width: int | None, save_dtype: Sav
         fingerprint=nesting.fingerprint(),
         levels=tuple(prefixes),
         widths=tuple(prefixes.values()),
-        num_layers=config.levels[-1].num_layers,
+        num_layers=config.levels[-1].depth,
         pool=files.pool,
         backbone_dtype=files.dtype,
         save_dtype=save_dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, groupby, pairwise
 from numbers import Integral
 from typing import Any, Final, get_args
 
@@ -46,6 +46,8 @@ class RDConfig:
         special_rows: embeddings of `<cls>`, `<eos>` and `<mask>` at the widest level: `"maps"` for those that
             the maps give, or `"larger"` for the raw ones of the largest backbone.
         provenance: where backbones and maps come from, in words and numbers.
+        final_norm: whether the LayerNorm after a backbone's last layer acts on the hidden states of levels of
+            other layers too; those that transformers gives are taken as they are.
         method: `"rd"` for reverse distillation, or `"naive"` for the baseline, principal components of
             concatenated embeddings, whose levels are no prefixes of each other.
 
@@ -67,6 +69,7 @@ class RDConfig:
     special_rows: SpecialRows = "maps"
     provenance: Mapping[str, Any] = field(default_factory=dict)
     method: Method = "rd"
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -74,6 +77,7 @@ class RDConfig:
         names = [level.name for level in self.levels]
         if len(set(names)) < len(names):
             raise ValueError(f"expected levels of different names, got {', '.join(names)}")
+        self._check_depths()
         if not len(self.added) == len(self.explained) == len(self.levels) - 1:
             raise ValueError(
                 f"expected one stage fewer than the {len(self.levels)} levels, "
@@ -83,6 +87,18 @@ class RDConfig:
         check_choice("special_rows", self.special_rows, get_args(SpecialRows))
         check_choice("method", self.method, get_args(Method))
         self._check_special_rows()
+
+    def _check_depths(self) -> None:
+        """Raise a ValueError for levels of one backbone that do not go by depth, or not behind each other."""
+        for _, members in groupby(self.levels, lambda level: level.backbone):
+            for smaller, larger in pairwise(members):
+                if smaller.layer is None or (larger.layer is not None and larger.layer <= smaller.layer):
+                    raise ValueError(
+                        f"expected levels of one backbone by depth, got {smaller.name} before {larger.name}"
+                    )
+        order = [name for name, _ in groupby(level.backbone for level in self.levels)]
+        if len(set(order)) < len(order):
+            raise ValueError(f"expected levels of one backbone next to each other, got {', '.join(order)}")
 
     def _check_special_rows(self) -> None:
         """Raise a ValueError for raw special rows that do not have the width of the nested ones."""
@@ -104,6 +120,25 @@ class RDConfig:
         """Width of each level's nested embedding, by level, smallest first."""
         totals = accumulate(self.added, initial=self.levels[0].width)
         return {level.name: width for level, width in zip(self.levels, totals, strict=True)}
+
+    @property
+    def layers(self) -> dict[int, str]:
+        """The levels of the largest backbone, by the number of their layer where their names state it."""
+        largest = self.levels[-1].backbone
+        return {
+            level.layer: level.name
+            for level in self.levels
+            if level.backbone == largest and level.layer is not None
+        }
+
+    def level(self, name: str) -> Level:
+        """Return the level called `name`.
+
+        Raises:
+            ValueError: for any other name, with those of the levels.
+        """
+        self.require_level(name)
+        return next(level for level in self.levels if level.name == name)
 
     def require_level(self, level: str) -> None:
         """Require that there is a level called `level`.
@@ -178,7 +213,10 @@ class RDConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return this config as a dictionary of JSON values."""
         levels = [level_to_dict(level) for level in self.levels]
-        return {"format": FORMAT_VERSION, **asdict(self), "levels": levels}
+        values = {"format": FORMAT_VERSION, **asdict(self), "levels": levels}
+        if self.final_norm:  # left out, as what earlier versions knew alone
+            del values["final_norm"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RDConfig:

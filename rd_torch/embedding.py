@@ -288,7 +288,7 @@ def facts_of(
         fingerprint=model.fingerprint(),
         levels=tuple(prefixes),
         widths=tuple(prefixes.values()),
-        num_layers=model.backbones[list(prefixes)[-1]].num_layers,
+        num_layers=model.config.level(list(prefixes)[-1]).depth,
         pool=pool,
         backbone_dtype=str(model.dtype).removeprefix("torch."),
         save_dtype=save_dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
@@ -47,13 +48,36 @@ class Reference:
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
+def split_level(name: str) -> tuple[str, int | None]:
+    """Take the name of a level apart.
+
+    Args:
+        name: name of a backbone, such as `"650M"`, which stands for its last layer; or, with the number of a
+            layer behind `@`, `"650M@25"`.
+
+    Returns:
+        The name of the backbone, and the number of the layer, None for the last.
+
+    Raises:
+        ValueError: for anything but a number behind `@`, or nothing before it.
+    """
+    backbone, mark, layer = name.partition("@")
+    if not mark:
+        return name, None
+    if not backbone or not re.fullmatch("[1-9][0-9]*", layer):
+        raise ValueError(f"expected a level with the number of a layer behind @, as 650M@25, got {name!r}")
+    return backbone, int(layer)
+
+
 @dataclass(frozen=True)
 class Level:
-    """The name and the shape of one backbone of a family.
+    """The name and the shape of one backbone of a family, and the layer that its embedding is taken from.
 
     Attributes:
-        name: name of the level, such as `"650M"`. It names a module, so it has no dot.
-        num_layers: number of transformer layers; None where the level is only a name and a width.
+        name: name of the level, such as `"650M"` for the last layer of a backbone, or `"650M@25"` for layer
+            25. It names modules, so it has no dot.
+        num_layers: number of transformer layers that the backbone has in all; None where the level is only a
+            name and a width.
         width: number of features of each token's embedding.
         attention_heads: number of attention heads in a layer; each has `width / attention_heads` features.
             None where the level is only a name and a width.
@@ -63,11 +87,13 @@ class Level:
         facts: further facts of its architecture, by the names that its family gives them.
 
     Raises:
-        ValueError: for a name that no module can have, or heads that would not be of one even size.
+        ValueError: for a name that no module can have, a layer that the backbone does not have, or heads that
+            would not be of one even size.
 
     Examples:
-        >>> rd_torch.Level("tiny", num_layers=2, width=32, attention_heads=4).width
-        32
+        >>> level = rd_torch.Level("tiny@1", num_layers=2, width=32, attention_heads=4)
+        >>> level.backbone, level.layer, level.depth, level.is_last
+        ('tiny', 1, 1, False)
     """
 
     name: str
@@ -81,6 +107,11 @@ class Level:
     def __post_init__(self) -> None:
         if not self.name or "." in self.name:
             raise ValueError(f"expected a level name without a dot, got {self.name!r}")
+        layer = self.layer
+        if layer is not None and self.num_layers is not None and layer > self.num_layers:
+            raise ValueError(
+                f"expected a layer from 1 to {self.num_layers}, which {self.backbone} has, got {self.name}"
+            )
         heads = self.attention_heads
         if heads and self.family != TRANSFORMERS_FAMILY and self.width % (2 * heads):
             raise ValueError(
@@ -89,20 +120,41 @@ class Level:
             )
 
     @property
+    def backbone(self) -> str:
+        """Name of the backbone, which levels of several of its layers share."""
+        return split_level(self.name)[0]
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the layer that the name states, from 1; None for the last layer."""
+        return split_level(self.name)[1]
+
+    @property
+    def depth(self) -> int | None:
+        """Number of layers that run; None where nobody described the backbone."""
+        return self.num_layers if self.layer is None else self.layer
+
+    @property
+    def is_last(self) -> bool:
+        """Whether all layers run, so that the embedding is the backbone's final one."""
+        return self.depth == self.num_layers
+
+    @property
     def title(self) -> str:
         """What people call the family; empty where the level is only a name and a width."""
         return "" if self.num_layers is None else TITLES.get(self.family, self.family)
 
     @property
     def architecture(self) -> Any:
-        """What a digest must know besides tensors and widths: heads, and what is not as in ESM-2."""
-        if self.family == ESM2_FAMILY and not self.facts:
+        """What a digest must know besides tensors and widths: heads, layer, and what is not as in ESM-2."""
+        layers = [] if self.is_last or self.num_layers is None else [self.depth, self.num_layers]
+        if self.family == ESM2_FAMILY and not self.facts and not layers:
             return self.attention_heads
-        return [self.attention_heads, self.family, dict(self.facts)]
+        return [self.attention_heads, self.family, dict(self.facts), *layers]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Layers, width and heads of the backbone; a ValueError where the level is a name and a width."""
+        """All layers, width and heads of the backbone; a ValueError where the level is a name and a width."""
         if self.num_layers is None or self.attention_heads is None:
             raise ValueError(f"expected a level with layers and heads, got {self.name}, a name and a width")
         return self.num_layers, self.width, self.attention_heads

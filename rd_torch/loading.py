@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Unpack, get_args
@@ -16,22 +15,22 @@ from rd_torch.backbone import Backbone, TransformersBackbone, as_backbone, class
 from rd_torch.chain import Chain
 from rd_torch.choices import Storage, check_choice
 from rd_torch.config import RDConfig
-from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference
+from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference, split_level
 from rd_torch.modules import StateDict, as_module_name
 from rd_torch.stage import Maps, stages_of
 from rd_torch.weights import (
     BACKBONES,
     CONFIG,
-    CONVENTIONS,
     Checkpoint,
     Hub,
     PublishedOptions,
     Source,
+    at_layers,
     find_backbone,
+    is_native,
     read_backbone,
     read_checkpoint,
     read_level,
-    read_model_config,
     require_unchanged,
     write_folder,
 )
@@ -62,6 +61,7 @@ def read_parts(
     hub: Hub,
     place: Place,
     revision: str | None = None,
+    layers: Mapping[str, int] | None = None,
     **published: Unpack[PublishedOptions],
 ) -> tuple[RDConfig, dict[str, nn.Module], list[Maps]]:
     """Read what a chain is made of.
@@ -74,6 +74,7 @@ def read_parts(
         hub: how to reach the Hub, and whose code may run.
         place: how weights are held, and where.
         revision: commit, tag or branch of a Hub id.
+        layers: by backbone, the layer of its level, as `at_layers` takes them.
         **published: which of the authors' maps to read.
 
     Returns:
@@ -85,13 +86,15 @@ def read_parts(
     """
     if not is_foreign(name_or_folder):
         checkpoint = read_checkpoint(name_or_folder, level, hub, revision, **published)
+        checkpoint = replace(checkpoint, config=at_layers(checkpoint.config, layers or {}))
         family = read_family(checkpoint, others or {}, hub, place)
         return checkpoint.config, family, list(stages_of(checkpoint.config, checkpoint.maps).values())
     if published or others:
         raise ValueError(f"expected {name_or_folder} alone, got it with options of chains of several levels")
     backbone = load_backbone(name_or_folder, hub, None, place, revision)
     name = level or as_module_name(Path(str(name_or_folder).removeprefix(FOREIGN)).resolve().name)
-    return RDConfig((backbone.level(name),), (), ()), {name: backbone}, []
+    config = at_layers(RDConfig((backbone.level(name),), (), ()), layers or {})
+    return config, {config.levels[0].name: backbone}, []
 
 
 def read_family(
@@ -101,30 +104,41 @@ def read_family(
 
     Args:
         checkpoint: the checkpoint.
-        others: backbones to take from elsewhere, by level: modules, or where their files are.
+        others: backbones to take from elsewhere, by their names or by level: modules, or where their files
+            are.
         hub: how to reach the Hub.
         place: how weights are held, and where.
 
     Returns:
-        The backbones by level, smallest first.
+        The backbones by level, smallest first; levels of one backbone have the same module.
 
     Raises:
         FileNotFoundError: for a file that is not there.
         ValueError: for a file that cannot be read or does not fit, or an unknown level.
     """
-    for name in others:
-        checkpoint.config.require_level(name)
-    family: dict[str, nn.Module] = {}
-    for level in checkpoint.config.levels:
-        other = others.get(level.name)
-        if isinstance(other, nn.Module):
-            family[level.name] = _convert_module(other, place)
-        elif is_foreign(other) or (other is None and level.family == TRANSFORMERS_FAMILY):
-            family[level.name] = _read_foreign_level(checkpoint, level, other, hub, place)
-        else:
-            found, tensors = checkpoint.read_backbone(level, other, hub, **place._asdict())
-            family[level.name] = class_of(found).from_tensors(found, tensors)
-    return family
+    levels = checkpoint.config.levels
+    deepest = {level.backbone: level for level in levels}  # levels of one backbone go by depth
+    sources = {}
+    for name, other in others.items():
+        sources[split_level(name)[0]] = other
+        if name not in deepest:
+            checkpoint.config.require_level(name)
+    family = {
+        name: _read_one(checkpoint, level, sources.get(name), hub, place) for name, level in deepest.items()
+    }
+    return {level.name: family[level.backbone] for level in levels}
+
+
+def _read_one(
+    checkpoint: Checkpoint, level: Level, other: Source | nn.Module | None, hub: Hub, place: Place
+) -> nn.Module:
+    """Read the backbone of a level, as far as its layer."""
+    if isinstance(other, nn.Module):
+        return _convert_module(other, place)
+    if is_foreign(other) or (other is None and level.family == TRANSFORMERS_FAMILY):
+        return _read_foreign_level(checkpoint, level, other, hub, place)
+    found, tensors = checkpoint.read_backbone(level, other, hub, **place._asdict())
+    return class_of(found).from_tensors(found, tensors)
 
 
 def load_backbone(
@@ -141,6 +155,7 @@ def load_backbone(
             that transformers loads; or a module, which is shared unless it needs another dtype or device.
         hub: how to reach the Hub, and whose code may run.
         name: name of the level that the backbone is to be; sizes of ESM-2 and ESM-C must have their shapes.
+            For `"650M@25"` no layer above 25 is read.
         place: how weights are held, and where.
         revision: commit, tag or branch of a Hub id.
 
@@ -157,7 +172,7 @@ def load_backbone(
     exact = place._replace(dtype=place.dtype or torch.float32)
     if is_foreign(source):
         source = str(source).removeprefix(FOREIGN)
-        if not _is_native(source, hub, revision):
+        if not is_native(source, hub, revision):
             return _read_foreign(source, hub, exact, revision=revision)
     if isinstance(source, str) and revision is not None and not Path(source).exists():
         source = Reference(source, revision)
@@ -170,19 +185,6 @@ def load_backbone(
 def is_foreign(source: object) -> bool:
     """Return whether a source names any model of transformers', which `hf:` before its name says."""
     return isinstance(source, str) and source.startswith(FOREIGN)
-
-
-def _is_native(name: str, hub: Hub, revision: str | None) -> bool:
-    """Return whether a model's config says that it is computed as a family that is here natively."""
-    config = read_model_config(name, hub, revision)
-    if "auto_map" in config:  # its own code may compute something else
-        return False
-    for convention in CONVENTIONS:
-        if config.get("model_type") == convention.model_type:
-            with suppress(ValueError):
-                convention.check(config, name)
-                return True
-    return False
 
 
 def _read_foreign(
@@ -205,18 +207,14 @@ def _read_foreign_level(
 ) -> Backbone:
     """Load the backbone of a level by transformers; raise a ValueError for another than the checkpoint's."""
     exact = place._replace(dtype=place.dtype or torch.float32)
-    layer = level.facts.get("layer")
     backbone: Backbone
-    if other is not None and (layer is None or not is_foreign(other)):
+    if other is not None:
         backbone = load_backbone(other, hub, level.name, place)
-    elif other is not None:
-        backbone = _read_foreign(str(other).removeprefix(FOREIGN), hub, exact, layer=layer)
     elif level.reference is not None:
-        there = level.reference
-        backbone = _read_foreign(there.repo, hub, exact, revision=there.revision, layer=layer)
+        backbone = _read_foreign(level.reference.repo, hub, exact, revision=level.reference.revision)
     else:
         folder = checkpoint.find_backbone(level, None, hub).place
-        backbone = _read_foreign(folder, hub, place, trusted=hub.trusts(checkpoint.name), layer=layer)
+        backbone = _read_foreign(folder, hub, place, trusted=hub.trusts(checkpoint.name))
     _require_same(level, backbone.level(level.name))
     return backbone
 
@@ -251,22 +249,21 @@ def write_chain(chain: Chain, folder: Path, backbones: Storage, hub: Hub, name: 
     """
     check_choice("backbones", backbones, get_args(Storage))
     foreign = {name: each for name, each in chain.backbones.items() if isinstance(each, TransformersBackbone)}
-    tensors = {level: backbone.tensors() for level, backbone in chain.backbones.items()}
+    tensors = {each: backbone.tensors() for each, backbone in chain.backbones.items()}
     levels = chain.config.levels
-    for level_name, state in tensors.items():
-        state.require_plain(f"level {level_name}")
+    for each, state in tensors.items():
+        state.require_plain(f"level {each}")
     for backbone in foreign.values():
         backbone.require_whole()
     if backbones == "referenced":
-        for level in levels:
-            stored = _stored_tensors(level, chain.backbones[level.name], hub)
-            require_unchanged(level, tensors[level.name], stored)
+        for each, level in {level.backbone: level for level in levels}.items():  # the deepest of each
+            require_unchanged(level, tensors[each], _stored_tensors(level, chain.backbones[each], hub))
         tensors = {}
     else:
         levels = tuple(replace(level, reference=None) for level in levels)
         (folder / CONFIG).unlink(missing_ok=True)  # so that a write that is cut off does not look whole
-        for level_name, backbone in foreign.items():
-            backbone.save(folder / BACKBONES / level_name)
+        for each, backbone in foreign.items():
+            backbone.save(folder / BACKBONES / each)
     own = {name: state for name, state in tensors.items() if name not in foreign}
     maps = {level: StateDict(stage) for level, stage in chain.stages.items()}
     write_folder(
@@ -282,11 +279,8 @@ def _stored_tensors(level: Level, backbone: Backbone, hub: Hub) -> Mapping[str, 
             'save with backbones="included"'
         )
     if isinstance(backbone, TransformersBackbone):
-        there, layer = level.reference, level.facts.get("layer")
-        runs_here = backbone.runs_code_of_files
-        return _read_foreign(
-            there.repo, hub, AS_IT_IS, trusted=runs_here, revision=there.revision, layer=layer
-        ).tensors()
+        there, runs_here = level.reference, backbone.runs_code_of_files
+        return _read_foreign(there.repo, hub, AS_IT_IS, trusted=runs_here, revision=there.revision).tensors()
     return read_backbone(find_backbone(level.reference, hub), level)
 
 

@@ -62,19 +62,20 @@ def require_level(level: Level, store: Store) -> None:
         raise ValueError(
             f"expected width {level.width} at level {level.name}, got {store.width} in {store.path}: {cure}"
         )
+    if level.depth is not None and store.layer not in (None, level.depth):
+        which = "the last layer" if level.layer is None else "layer"
+        raise ValueError(
+            f"expected embeddings of {which}, {level.depth}, at level {level.name}, got those of layer "
+            f"{store.layer} in {store.path}: {cure}, and take that layer"
+        )
     if level.num_layers is None:
         _require_origin(level, store)
         return
-    if store.layer not in (None, level.num_layers):
-        raise ValueError(
-            f"expected embeddings of the last layer, {level.num_layers}, at level {level.name}, got those "
-            f"of layer {store.layer} in {store.path}: {cure}, and take its last layer"
-        )
-    if store.facts is not None or level.name not in _SIZES.get(level.family, {}):
+    if store.facts is not None or level.backbone not in _SIZES.get(level.family, {}):
         return
     model = store.model_name or ""
     size = _SIZE.search(model)
-    if (size and size[1].upper() != level.name) or _OTHER_FAMILIES[level.family].search(model):
+    if (size and size[1].upper() != level.backbone) or _OTHER_FAMILIES[level.family].search(model):
         raise ValueError(
             f"expected embeddings of {level.title} {level.name}, got those of {model} in {store.path}, as "
             f"the file says: {cure}"

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from rd_torch import hardware
-from rd_torch.backbone import AttentionSink, Packing, Prepared, check_tokens, is_real, is_residue, token_ids
-from rd_torch.chain import Chain
+from rd_torch.backbone import Packing, is_residue, token_ids
 from rd_torch.choices import Storage
 from rd_torch.loading import Place, read_parts, write_chain
 from rd_torch.nesting import Nesting
 from rd_torch.output import RDOutput, check_layers
+from rd_torch.running import Running
 from rd_torch.stage import nest
 from rd_torch.weights import Hub, PublishedOptions, Source, Upload, upload
 
 
-class RDModel(Chain):
+class RDModel(Running):
     """A family of backbones, and the stages that nest their embeddings, as one module.
 
     Every prefix of the embedding that ends at a level's width is, to the bit, the embedding of the
@@ -31,11 +30,16 @@ class RDModel(Chain):
         backbones: backbones by level name, smallest first, of one alphabet: modules of `rd_torch.ESM2`,
             `rd_torch.ESMC` or another `rd_torch.Backbone`, or `esm.ESM2` objects, whose tensors are shared,
             not copied. Their heads are frozen; everything else stays as trainable as it is.
-        stages: stages, one fewer than backbones, from `solve_stages`, or from `concat_pca` for the baseline;
+            A name with `@` and a number, such as `"650M@25"`, takes the hidden states of that layer, and
+            layers above it are left out. Several layers of one backbone, `"650M@16"` and `"650M@25"`, are
+            given as the same module, which runs once.
+        stages: stages, one fewer than levels, from `solve_stages`, or from `concat_pca` for the baseline;
             the model keeps them in float32 (in float64 where the backbones are).
         predict_from: whether the stages' W acts on the nested embedding or on the previous raw one.
         special_rows: what stands at `<cls>`, `<eos>` and `<mask>` in the widest returned level: `"maps"` for
             what the maps give, `"larger"` for the backbone's raw rows, as in the published implementation.
+        final_norm: whether the LayerNorm after a backbone's last layer acts on hidden states of other layers
+            too, as it did when the stages were fitted.
         provenance: where backbones and maps come from; saved with the model.
 
     Raises:
@@ -49,8 +53,6 @@ class RDModel(Chain):
         (torch.Size([1, 5, 128]), torch.Size([1, 5, 48]))
     """
 
-    _prepared: Prepared | None = None
-
     @classmethod
     def from_pretrained(  # noqa: PLR0913, PLR0917  # mirrors transformers' own
         cls,
@@ -63,6 +65,7 @@ class RDModel(Chain):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         trust_remote_code: Collection[str] = (),
+        layers: Mapping[str, int] | None = None,
         **published: Unpack[PublishedOptions],
     ) -> Self:
         """Load a model in `eval` mode, with nothing but what `level` needs.
@@ -73,6 +76,7 @@ class RDModel(Chain):
                 holds their `weights/`; or one ESM-2 or ESM-C: file, folder or Hub id; or, after `hf:`, the
                 folder or Hub id of any encoder that transformers loads.
             level: name of the level that the chain ends at, by default the last; the authors' maps need one.
+                Of a single backbone, any layer can be named: `"650M@25"`.
             dtype: dtype of the backbones, by default float32, or as our checkpoint stores them; the maps
                 stay in float32 (float64 if that is asked for).
             device: device that the model is put on.
@@ -83,6 +87,8 @@ class RDModel(Chain):
             local_files_only: whether to read from the cache alone and never ask the network.
             trust_remote_code: names of models, as given after `hf:`, whose files may bring Python code that
                 is then run; by default none.
+            layers: by backbone, the layer that its level is taken at, `{"650M": 25}`: any layer of a single
+                backbone, and otherwise the layer that the maps were fitted to.
             **published: which of the authors' maps to load, see `PublishedOptions`.
 
         Returns:
@@ -96,7 +102,7 @@ class RDModel(Chain):
         hub = Hub(cache_dir, local_files_only, trust_remote_code)
         place = Place(dtype, device)
         config, family, stages = read_parts(
-            name_or_folder, level, backbones, hub, place, revision, **published
+            name_or_folder, level, backbones, hub, place, revision, layers, **published
         )
         return cls.of(config, family, stages).to(device=device, dtype=dtype).eval()
 
@@ -162,8 +168,9 @@ class RDModel(Chain):
             tokens: `(batch, time)` integer ids of `alphabet`, which is fair-esm's for ESM-2; or soft
                 sequences: `(batch, time, 33)` distributions over it, with 1 at `<pad>` for padding, through
                 which gradients reach the sequence. Masks are then made from each position's likeliest id.
-            repr_layers: `[num_layers]` or None, as code written for fair-esm passes it; hidden layers
-                have no reverse-distilled form.
+            repr_layers: `[num_layers]` or None, as code written for fair-esm passes it; numbers of layers of
+                the largest backbone that are levels of this chain are taken too. Other hidden layers have no
+                reverse-distilled form.
             need_head_weights: whether to return attention maps of the largest backbone that runs.
             return_contacts: whether to return its contact probabilities, and its attention maps.
             width: number of features to return, by default all; backbones above the level that holds them
@@ -175,9 +182,17 @@ class RDModel(Chain):
         Raises:
             TypeError: for tokens that are neither integer nor floating.
             ValueError: for tokens of another rank or device, unknown ids, distributions that do not sum to
-                one (within 0.005), a layer without a reverse-distilled form, or a width that does not exist.
+                one (within 0.005), a layer without a reverse-distilled form, contacts of a backbone of which
+                some layers do not run, or a width that does not exist.
         """
-        layers = check_layers(repr_layers, self.num_layers)
+        needed = self.config.levels_for(width)
+        hidden = {layer: level for layer, level in self.config.layers.items() if level in needed}
+        layers = check_layers(repr_layers, self.num_layers, hidden)
+        if return_contacts and not self.config.level(needed[-1]).is_last:
+            raise ValueError(
+                "expected a chain that ends with the last layer of a backbone, whose contact head needs all "
+                f"layers, got one that ends with {needed[-1]}"
+            )
         maps: list[Tensor] = []
         sink = maps.append if need_head_weights or return_contacts else None
         packing, raw = self._run_backbones(tokens, width, sink)
@@ -185,8 +200,9 @@ class RDModel(Chain):
         *_, name = raw
         nested = packing.unpack(levels[name][:, :width])
         separate = {} if self.config.is_nested else levels
-        largest = self.backbones[name]
-        logits = largest.logits(raw[name])
+        largest = self.family()[name]
+        # Heads take what comes out of the last layer, and nothing else.
+        logits = largest.logits(raw[name]) if self.config.level(name).is_last else None
         attentions = torch.stack(maps, 1) if maps else None
         ids = token_ids(tokens, self.alphabet)
         return RDOutput(
@@ -196,6 +212,7 @@ class RDModel(Chain):
             nested=nested,
             widths=tuple((name, self.config.widths[name]) for name in raw),
             num_layers=self.num_layers,
+            layers=tuple(hidden.items()),
             separate={level: packing.unpack(part) for level, part in separate.items()},
             repr_layers=layers,
             attentions=attentions,
@@ -227,60 +244,6 @@ class RDModel(Chain):
     def predict_contacts(self, tokens: Tensor) -> Tensor:
         """Return `(batch, residues, residues)` contact probabilities from the largest backbone."""
         return self(tokens, return_contacts=True).contacts
-
-    def prepare_inference(self) -> RDModel:
-        """Return this same model, made fast for inference on a CUDA device, for batches of any lengths.
-
-        From then on, in `eval` mode and without gradients, parts of layers run fused, small batches are
-        replayed as CUDA graphs of a few packed sizes, and smaller backbones run beside the largest. The
-        first batch of a size takes longer; nothing is compiled for it. Parameters stay shared and
-        trainable; when they move or are replaced, what was derived from them is made again. On other
-        devices nothing would be faster, and the model is only put in `eval` mode.
-
-        The fast path is compared with the modules themselves on two batches of unequal lengths. Where the
-        two differ by more than half precision differs from float32, a compiler is missing or fails, memory
-        runs out, or the backbones hold hooks or modules of another kind (as PEFT's), the model goes on
-        without it, and one warning says why. `embed`, `embed_to_store` and `rd-torch embed` call this
-        themselves.
-        """
-        self.eval()
-        if self._prepared is None or not self._prepared.is_current:
-            self._prepared = None  # first, so that two engines are never in memory at once
-            if hardware.has_engine(self.device):
-                self._prepared = Prepared(self.family())
-        return self
-
-    def _run_prepared(self, tokens: Tensor, packing: Packing, count: int) -> dict[str, Tensor] | None:
-        """Return raw embeddings of the first `count` backbones by the engine; None where it may not run.
-
-        The engine is made anew if parameters have been moved or replaced.
-        """
-        if self._prepared is None or self.training or torch.is_grad_enabled():
-            return None
-        if not self._prepared.is_current:
-            self.prepare_inference()
-        return self._prepared(tokens, packing, count) if self._prepared else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the engine, which reads these very tensors and no copies of them."""
-        return {**super().__getstate__(), "_prepared": None}
-
-    def _run_backbones(
-        self, tokens: Tensor, width: int | None, sink: AttentionSink | None = None
-    ) -> tuple[Packing, dict[str, Tensor]]:
-        """Return the batch's packing, and packed raw embeddings of the levels that `width` features need."""
-        family = self.family(width)
-        check_tokens(tokens, self.alphabet)
-        for backbone in family.values():
-            backbone.require_device_of(tokens)
-        packing = Packing.of(is_real(tokens, self.alphabet))
-        # The engine takes ids and no distributions, builds no attention maps, and needs a token.
-        plain = packing.longest and sink is None and not tokens.is_floating_point()
-        raw = self._run_prepared(tokens, packing, len(family)) if plain else None
-        if raw is not None:
-            return packing, raw
-        sinks = dict.fromkeys(family) | {list(family)[-1]: sink}
-        return packing, {name: each(tokens, packing, sinks[name]) for name, each in family.items()}
 
     def _set_special_rows(self, nested: Tensor, ids: Tensor, packing: Packing, larger: Tensor) -> Tensor:
         """Return padded nested embeddings, with special rows replaced where the checkpoint asks for that."""

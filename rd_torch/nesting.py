@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -124,6 +124,7 @@ def fingerprint(config: RDConfig, tensors: Mapping[str, Mapping[str, Tensor]]) -
         tensors: state dicts, by the prefix of the names in them.
     """
     shapes = [level.architecture for level in config.levels]
-    return digest_of(
-        (config.method, config.predict_from, config.special_rows, config.widths, shapes), tensors
-    )
+    facts: list[Any] = [config.method, config.predict_from, config.special_rows, config.widths, shapes]
+    if not config.final_norm and not all(level.is_last for level in config.levels):
+        facts.append("without final norm")
+    return digest_of(facts, tensors)

@@ -24,6 +24,8 @@ class RDOutput:
             the checkpoint takes special rows from the larger backbone.
         widths: name and nested width of each level that ran, smallest first.
         num_layers: key under which `representations` holds the whole `embeddings`.
+        layers: numbers of further layers of the largest backbone that are keys of `representations`, each
+            with the level that its embeddings are of.
         separate: `(batch, time, width)` embeddings of the levels, by name, where they are no prefixes of
             each other (`method="naive"`); otherwise empty.
         repr_layers: integers that `representations` iterates over; None for all its keys.
@@ -48,6 +50,7 @@ class RDOutput:
     nested: Tensor
     widths: tuple[tuple[str, int], ...]
     num_layers: int
+    layers: tuple[tuple[int, str], ...] = ()
     separate: dict[str, Tensor] = field(default_factory=dict)
     repr_layers: tuple[int, ...] | None = None
     attentions: Tensor | None = None
@@ -55,7 +58,7 @@ class RDOutput:
 
     @property
     def representations(self) -> Representations:
-        """Views of the embeddings by level name, and the whole embeddings under `num_layers`."""
+        """Views of the embeddings by level name and layer, and the whole embeddings under `num_layers`."""
         width = self.embeddings.shape[-1]
         views: dict[str | int, Tensor] = {
             name: self.separate.get(name, self.nested)[..., :size]
@@ -65,6 +68,7 @@ class RDOutput:
         widest, size = self.widths[-1]
         if size == width:
             views[widest] = self.embeddings
+        views |= {layer: views[level] for layer, level in self.layers if level in views}
         views[self.num_layers] = self.embeddings
         return Representations(views, self.repr_layers)
 
@@ -116,15 +120,27 @@ class Representations(Mapping[str | int, Tensor]):
         return len(self._shown)
 
 
-def check_layers(repr_layers: Iterable[int] | None, num_layers: int) -> tuple[int, ...] | None:
-    """Return the layers asked for, each once; raise a ValueError for layers other than the last."""
+def check_layers(
+    repr_layers: Iterable[int] | None, num_layers: int, others: Iterable[int] = ()
+) -> tuple[int, ...] | None:
+    """Return the layers asked for, each once.
+
+    Args:
+        repr_layers: numbers of layers; None where none is asked for.
+        num_layers: number of the last layer.
+        others: numbers of hidden layers that are levels of the chain.
+
+    Raises:
+        ValueError: for layers that are neither.
+    """
     if repr_layers is None:
         return None
     layers = tuple(dict.fromkeys(map(int, repr_layers)))
-    if set(layers) - {num_layers}:
+    known = sorted({num_layers, *others})
+    if set(layers) - set(known):
         raise ValueError(
-            f"expected repr_layers [{num_layers}] or none, got {list(layers)}: only the last layer "
-            "has a reverse-distilled form; ask model.backbones for hidden layers"
+            f"expected repr_layers among {known} or none, got {list(layers)}: other layers are no levels of "
+            "this chain, and have no reverse-distilled form; rd_torch.fit(layers=...) makes levels of them"
         )
     return layers
 
@@ -137,22 +153,23 @@ def _flatten(out: RDOutput) -> tuple[list[Any], list[Any]]:
     tensors = {name: tensor for name in _TENSORS if (tensor := getattr(out, name)) is not None}
     if out.nested is out.embeddings:
         del tensors["nested"]
-    return [tensors, out.separate], [out.widths, out.num_layers, out.repr_layers]
+    return [tensors, out.separate], [out.widths, out.num_layers, out.layers, out.repr_layers]
 
 
 def _unflatten(parts: Iterable[Any], facts: list[Any]) -> RDOutput:
     """Return the output that `_flatten` took apart."""
     tensors, separate = parts
-    widths, num_layers, repr_layers = facts
+    widths, num_layers, hidden, repr_layers = facts
     held = {"logits": None, "nested": tensors["embeddings"], **tensors}
-    return RDOutput(**held, widths=widths, num_layers=num_layers, separate=separate, repr_layers=repr_layers)
+    held |= {"widths": widths, "num_layers": num_layers, "layers": hidden, "repr_layers": repr_layers}
+    return RDOutput(**held, separate=separate)
 
 
 def _parse_facts(text: str) -> list[Any]:
     """Return the facts that `json.dumps` wrote, as tuples again, which JSON turns into lists."""
-    widths, num_layers, repr_layers = json.loads(text)
-    layers = None if repr_layers is None else tuple(repr_layers)
-    return [tuple((name, size) for name, size in widths), num_layers, layers]
+    widths, num_layers, hidden, repr_layers = json.loads(text)
+    pairs = [tuple((one, other) for one, other in each) for each in (widths, hidden)]
+    return [pairs[0], num_layers, pairs[1], None if repr_layers is None else tuple(repr_layers)]
 
 
 # `torch.export.register_dataclass` would make outputs of a graph of the facts too, and two of a tensor that

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from rd_torch import hardware
+from rd_torch.disk import move, part_folder
 from rd_torch.levels import Reference
 
 INSTALL: Final = "pip install transformers"
@@ -171,3 +173,22 @@ def _explained(name: str, error: Exception) -> Exception:
         text = "its tokenizer, as ProtT5's, needs a package: pip install sentencepiece protobuf"
     kind = FileNotFoundError if isinstance(error, OSError) else ValueError
     return kind(f"expected a model and a tokenizer that transformers loads, got {name}: {text}")
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model and its tokenizer to a folder, in place of an older one.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        folder: the folder.
+    """
+    part = part_folder(folder)  # not over the old files, from which the tensors may be mapped
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    for path in part.rglob("*.safetensors"):  # safetensors lets the owner alone read its files
+        path.chmod(part.stat().st_mode & 0o666)
+    shutil.rmtree(folder, ignore_errors=True)
+    move(part, folder, durable=False)

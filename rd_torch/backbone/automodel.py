@@ -5,23 +5,20 @@ This is the door for models that are not here natively. transformers is imported
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from rd_torch.backbone.autoload import is_loaded_again, load
-from rd_torch.backbone.backbone import Backbone, TooManyTokensError
+from rd_torch.backbone.autoload import is_loaded_again, load, save
+from rd_torch.backbone.backbone import Backbone, Taken, TooManyTokensError
 from rd_torch.backbone.layer import AttentionSink
 from rd_torch.backbone.packing import Packing
-from rd_torch.backbone.precision import apply_outside_half, at_least_float32
+from rd_torch.backbone.precision import at_least_float32, sparing
 from rd_torch.backbone.tokenizers import TokenizerAlphabet
 from rd_torch.backbone.trying import count_positions, find_idle, giving_maps, pass_on
-from rd_torch.disk import move, part_folder
-from rd_torch.hardware import FULL
 from rd_torch.levels import TRANSFORMERS_FAMILY
 from rd_torch.modules import StateDict
 
@@ -42,12 +39,10 @@ class TransformersBackbone(Backbone):
     Args:
         model: a model of transformers' that answers with `last_hidden_state`.
         tokenizer: its tokenizer.
-        layer: number of the hidden layer to take, 0 for the embeddings of tokens; by default the last hidden
-            state, after whatever the model does to it. Layers above it run all the same.
 
     Raises:
-        ValueError: for a layer that the model does not have, a tokenizer that cannot be used or does not
-            belong to the model, and a model that does not give one hidden state for each token, numbers that
+        ValueError: for a tokenizer that cannot be used or does not belong to the model, and a model that does
+            not give one hidden state for each token, numbers that
             are not finite, or other numbers where a sequence is padded.
 
     Examples:
@@ -65,7 +60,7 @@ class TransformersBackbone(Backbone):
     family = TRANSFORMERS_FAMILY
     alphabet: TokenizerAlphabet
 
-    def __init__(self, model: nn.Module, tokenizer: Any, layer: int | None = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         super().__init__()
         self.model: Any = model
         self.alphabet = TokenizerAlphabet(tokenizer)
@@ -73,22 +68,17 @@ class TransformersBackbone(Backbone):
         self.num_layers = self._read_number(*LAYERS)
         # Models that mix tokens in another way, such as Mamba, have no attention heads.
         self.attention_heads = self._read_number("num_attention_heads", otherwise=0)
-        if layer is not None and not 0 <= layer <= self.num_layers:
-            raise ValueError(f"expected a layer from 0 to {self.num_layers}, got {layer}")
-        self.layer = layer
-        if layer is not None:
-            self.num_layers = layer  # by which files of embeddings are told from those of other layers
-        self.facts = {"tokenizer": self.alphabet.digest} | ({} if layer is None else {"layer": layer})
+        self._depth = self.num_layers
+        self.facts = {"tokenizer": self.alphabet.digest}
         self._checkpointing = False
         self._most_tokens = count_positions(model)
         self._idle = find_idle(self.model, self.alphabet, self.embed_dim, self._run)
 
     @classmethod
-    def from_pretrained(  # noqa: PLR0913  # mirrors transformers' own
+    def from_pretrained(
         cls,
         name_or_folder: str | Path,
         *,
-        layer: int | None = None,
         trust_remote_code: bool = False,
         dtype: torch.dtype | Literal["auto"] = torch.float32,
         device: torch.device | str | None = None,
@@ -100,7 +90,6 @@ class TransformersBackbone(Backbone):
 
         Args:
             name_or_folder: the folder, or the Hub id.
-            layer: number of the hidden layer to take; by default the last hidden state.
             trust_remote_code: whether Python code that lies beside the weights may run. Some models cannot be
                 loaded without; read the code first.
             dtype: dtype of the weights, or `"auto"` for the stored one; by default float32.
@@ -128,7 +117,7 @@ class TransformersBackbone(Backbone):
             local_files_only=local_files_only,
         )
         try:
-            backbone = cls(loaded.model.to(device), loaded.tokenizer, layer)
+            backbone = cls(loaded.model.to(device), loaded.tokenizer)
         except ValueError as error:
             raise ValueError(f"{error}, in {name}") from error
         missing = sorted(key for key in loaded.missing if key not in backbone._idle)
@@ -169,18 +158,42 @@ class TransformersBackbone(Backbone):
         Args:
             folder: the folder.
         """
-        part = part_folder(folder)  # not over the old files, from which the tensors may be mapped
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        self.model.save_pretrained(part)
-        self.alphabet.tokenizer.save_pretrained(part)
-        for path in part.rglob("*.safetensors"):  # safetensors lets the owner alone read its files
-            path.chmod(part.stat().st_mode & 0o666)
-        shutil.rmtree(folder, ignore_errors=True)
-        move(part, folder, durable=False)
+        save(self.model, self.alphabet.tokenizer, folder)
 
-    def forward(self, tokens: Tensor, packing: Packing, sink: AttentionSink | None = None) -> Tensor:
-        """Compute the hidden states of the real tokens; see `Backbone.forward`.
+    @property
+    def depth(self) -> int:
+        """Number of the last layer that is taken. The model runs as a whole, whichever that is."""
+        return self._depth
+
+    def until(self, layer: int) -> Self:
+        """Return a backbone of the same model whose last hidden state is that of a layer.
+
+        Args:
+            layer: number of the layer, from 1 to `num_layers`.
+
+        Raises:
+            ValueError: for a layer that is not there.
+        """
+        if not 1 <= layer <= self.depth:
+            raise ValueError(f"expected a layer from 1 to {self.depth}, got {layer}")
+        if layer == self.depth:
+            return self
+        cut = type(self)(self.model, self.alphabet.tokenizer)
+        cut._depth, cut.reference, cut.training = layer, self.reference, self.training
+        cut._idle = find_idle(cut.model, cut.alphabet, cut.embed_dim, cut._run)
+        return cut
+
+    def forward(
+        self,
+        tokens: Tensor,
+        packing: Packing,
+        sink: AttentionSink | None = None,
+        *,
+        taken: Taken | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Compute the hidden states of the real tokens; see `Backbone.forward` and `Encoder.forward`.
+
+        Those of other layers than the last are as transformers gives them, with whatever norms it applies.
 
         Raises:
             TooManyTokensError: for a sequence with more tokens than the model has positions for.
@@ -189,20 +202,31 @@ class TransformersBackbone(Backbone):
         """
         if tokens.is_floating_point():
             raise ValueError(f"expected token ids, got distributions, which {self._name} does not take")
+        layers = (self.depth,) if taken is None else taken.layers
         if packing.index is not None and not packing.longest:
-            return torch.zeros(0, self.embed_dim, dtype=at_least_float32(self.dtype), device=tokens.device)
+            nothing = torch.zeros(0, self.embed_dim, dtype=at_least_float32(self.dtype), device=tokens.device)
+            return nothing if taken is None else (nothing,) * len(layers)
         if self._most_tokens is not None and tokens.shape[1] > self._most_tokens:
             raise TooManyTokensError(
                 f"expected at most {self._most_tokens:,} tokens, for which {self._name} has positions, got "
                 f"{tokens.shape[1]:,}: take shorter sequences; rd-torch embed cuts them by --max-length, and "
                 "embeds them in pieces by --windows"
             )
-        hidden = self._run(tokens, packing.real, sink)
-        return packing.pack(hidden).to(at_least_float32(hidden.dtype))
+        states = tuple(
+            packing.pack(hidden).to(at_least_float32(hidden.dtype))
+            for hidden in self._run_layers(tokens, packing.real, sink, layers)
+        )
+        return states[0] if taken is None else states
 
     def _run(self, tokens: Tensor, real: Tensor, sink: AttentionSink | None = None) -> Tensor:
+        """Return `(batch, time, width)` hidden states of the last layer that is taken."""
+        return self._run_layers(tokens, real, sink, (self.depth,))[0]
+
+    def _run_layers(
+        self, tokens: Tensor, real: Tensor, sink: AttentionSink | None, layers: Sequence[int]
+    ) -> list[Tensor]:
         """Return `(batch, time, width)` hidden states, with anything at padding; pass attention maps on."""
-        options = {} if self.layer is None else {"output_hidden_states": True}
+        options = {} if list(layers) == [self.num_layers] else {"output_hidden_states": True}
         if sink is None:
             out = self.model(input_ids=tokens.long(), attention_mask=real.long(), return_dict=True, **options)
         else:
@@ -212,7 +236,8 @@ class TransformersBackbone(Backbone):
                     input_ids=tokens.long(), attention_mask=real.long(), return_dict=True, **options
                 )
             pass_on(out.attentions, real, sink)
-        return out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
+        last = self.num_layers
+        return [out.last_hidden_state if layer == last else out.hidden_states[layer] for layer in layers]
 
     def _read_number(self, *names: str, otherwise: int | None = None) -> int:
         """Return the number that the model's config has by one of the names."""
@@ -230,28 +255,9 @@ class TransformersBackbone(Backbone):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert the model; angles, and what transformers keeps in float32, never become half."""
-        buffers = [
-            (part._buffers, name, tensor)
-            for part in self.modules()
-            for name, tensor in part._buffers.items()
-            if tensor is not None and (tensor.dtype in FULL or tensor.is_complex())
-        ]
-        kept = [(part, part.data) for name, part in self.model.named_parameters() if self._is_kept(name)]
-        super()._apply(fn, recurse)
-        for holder, name, tensor in buffers:
-            if tensor.is_complex():
-                holder[name] = tensor.to(fn(tensor.real).device)
-            else:
-                holder[name] = apply_outside_half(fn, tensor)
-        for parameter, data in kept:
-            if parameter.dtype == torch.float16:
-                parameter.data = apply_outside_half(fn, data)
+        with sparing(self.model, fn):
+            super()._apply(fn, recurse)
         return self
-
-    def _is_kept(self, name: str) -> bool:
-        """Return whether transformers keeps a parameter in float32 in models that are in float16."""
-        kept = getattr(self.model, "_keep_in_fp32_modules", None) or ()
-        return not set(kept).isdisjoint(name.split("."))
 
     def bytes_beyond(self, time: int) -> int:
         """Count four attention maps in float32, a wide feed-forward block, and all layers' hidden states.
@@ -262,9 +268,9 @@ class TransformersBackbone(Backbone):
         Returns:
             The number of bytes for each token.
         """
-        config, element, layers = self.model.config, self.dtype.itemsize, self._read_number(*LAYERS)
+        config, element, layers = self.model.config, self.dtype.itemsize, self.num_layers
         inner = max(int(getattr(config, name, None) or 0) for name in ("intermediate_size", "d_ff"))
-        kept = 0 if self.layer is None else (layers + 1) * self.embed_dim
+        kept = 0 if self.depth == layers else (layers + 1) * self.embed_dim
         return 16 * self.attention_heads * time + element * (4 * inner + kept)
 
     def freeze_heads(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,18 @@ from rd_torch.backbone.layer import AttentionSink
 from rd_torch.backbone.packing import Packing
 from rd_torch.levels import Level, Reference
 from rd_torch.modules import StateDict, device_of, is_fetched
+
+
+class Taken(NamedTuple):
+    """Which hidden states are taken from a backbone as it runs.
+
+    Attributes:
+        layers: numbers of layers, rising, from 1.
+        final_norm: whether the LayerNorm after the last layer acts on those of other layers too.
+    """
+
+    layers: tuple[int, ...]
+    final_norm: bool = True
 
 
 class TooManyTokensError(ValueError):
@@ -44,7 +56,7 @@ class Backbone(nn.Module):
         own_modules: classes of the modules in a backbone; a module of another class, such as an adapter of
             PEFT, keeps a chain from being prepared or exported, which could skip what it does.
         embed_dim: number of features of a token's vector.
-        num_layers: number of layers.
+        num_layers: number of layers of the whole model.
         attention_heads: number of attention heads in each layer; 0 in a model without attention.
         facts: further facts of the architecture that a checkpoint has to state, as JSON takes them.
         reference: where the weights lie on the Hub; None where they did not come from there.
@@ -86,6 +98,8 @@ class Backbone(nn.Module):
         """
         with torch.device("meta"):  # without memory, which the tensors bring
             module = cls.of_level(level)
+        if level.depth is not None:
+            module = module.until(level.depth)
         module.reference = level.reference
         for head in cls.heads:
             if not any(name.startswith(f"{head}.") for name in tensors):
@@ -117,8 +131,13 @@ class Backbone(nn.Module):
             dict(self.facts),
         )
 
-    def forward(self, tokens: Tensor, packing: Packing, sink: AttentionSink | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, packing: Packing, sink: AttentionSink | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         """Compute the final hidden states of the real tokens.
+
+        A family that also gives hidden states of other layers has one more argument, `taken`, with which it
+        returns a tuple of what `Taken` asks for; see `Encoder.forward`.
 
         Args:
             tokens: `(batch, time)` integer ids of the alphabet, or `(batch, time, len(alphabet))`
@@ -131,6 +150,27 @@ class Backbone(nn.Module):
             type; `packing.unpack` pads them.
         """
         raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """Number of layers that are there, fewer than `num_layers` in a backbone that was cut."""
+        return self.num_layers
+
+    def until(self, layer: int) -> Self:
+        """Return a backbone that ends with a layer, and shares everything up to it.
+
+        Args:
+            layer: number of the layer, from 1 to `num_layers`.
+
+        Raises:
+            ValueError: for a layer that is not there, or a family that gives its last layer alone.
+        """
+        if layer == self.num_layers:
+            return self
+        raise ValueError(
+            f"expected a backbone that gives hidden layers, got one of {self.family}, which gives its last, "
+            f"{self.num_layers}, alone: it was asked for layer {layer}"
+        )
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """Return logits of `(..., width)` final hidden states; None where there is no language-model head."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rd_torch.backbone.attention import Rotation
-from rd_torch.backbone.backbone import Backbone, MissingHead
+from rd_torch.backbone.backbone import Backbone, MissingHead, Taken
 from rd_torch.backbone.layer import AttentionSink, Layer
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import ResidualNorm, at_least_float32
-from rd_torch.modules import ModuleRow
+from rd_torch.modules import ModuleRow, row_of
 
 EMBEDDING = "embed_tokens.weight"
 
@@ -51,18 +52,83 @@ class Encoder(Backbone):
         """Dtype of the weights, read from a norm, because norms keep it where other layers are quantised."""
         return self.final_norm.weight.dtype
 
-    def forward(self, tokens: Tensor, packing: Packing, sink: AttentionSink | None = None) -> Tensor:
-        """Run all layers and the last LayerNorm; arguments and result are those of `Backbone.forward`."""
+    @property
+    def depth(self) -> int:
+        """Number of layers that are there, fewer than `num_layers` in a backbone that was cut."""
+        return len(self.layers)
+
+    def until(self, layer: int) -> Self:
+        """Return a backbone of the same modules that ends with a layer; only a whole one has heads.
+
+        Args:
+            layer: number of the layer, from 1 to `num_layers`.
+
+        Raises:
+            ValueError: for a layer that is not there.
+        """
+        if not 1 <= layer <= self.depth:
+            raise ValueError(f"expected a layer from 1 to {self.depth}, got {layer}")
+        if layer == self.depth:
+            return self
+        with torch.device("meta"):
+            cut = self.of_level(self.level("cut"))
+        for name, part in self.named_children():
+            setattr(cut, name, MissingHead() if name in self.heads else part)
+        cut.layers = row_of(list(self.layers)[:layer])
+        cut.reference, cut.checkpointing = self.reference, self.checkpointing
+        cut.training = self.training
+        return cut
+
+    def forward(
+        self,
+        tokens: Tensor,
+        packing: Packing,
+        sink: AttentionSink | None = None,
+        *,
+        taken: Taken | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Run the layers, as far as the last one that is taken; see `Backbone.forward`.
+
+        Args:
+            tokens: `(batch, time)` ids, or `(batch, time, len(alphabet))` distributions.
+            packing: packing of the tokens that are no padding.
+            sink: function that is called with the attention maps of each layer that runs.
+            taken: the layers whose hidden states are returned; by default the last one alone.
+
+        Returns:
+            `(tokens, width)` final hidden states; or, with `taken`, a tuple of those of each layer.
+        """
         rotation = self.rotation(packing.positions)
         exact = rotation[0].dtype  # that of the angles: it is no half type, and no weight is read for it
         x = self.embedded(*self.weigh(tokens, packing, exact))
         checkpointed = self.checkpointing and torch.is_grad_enabled() and sink is None
-        for layer in self.layers:
+
+        def run(layer: Layer, x: Tensor) -> Tensor:
+            """Return the residual stream after a layer."""
             if checkpointed:
-                x = checkpoint(layer, x, packing, rotation, use_reentrant=False)
-            else:
-                x = layer(x, packing, rotation, sink)
-        return self.final_norm(x)
+                return checkpoint(layer, x, packing, rotation, use_reentrant=False)
+            return layer(x, packing, rotation, sink)
+
+        states = self.hidden_states(x, run, taken or Taken((self.depth,)))
+        return states if taken else states[0]
+
+    def hidden_states(
+        self, x: Tensor, run: Callable[[Layer, Tensor], Tensor], taken: Taken
+    ) -> tuple[Tensor, ...]:
+        """Run the layers, as far as the last one that is taken, and return its hidden states and the others'.
+
+        Args:
+            x: `(tokens, width)` residual stream before the first layer.
+            run: function of a layer and the residual stream before it that returns the one after it.
+            taken: the layers whose hidden states are returned.
+        """
+        states = {}
+        for number, layer in enumerate(list(self.layers)[: max(taken.layers)], start=1):
+            x = run(layer, x)
+            if number in taken.layers:
+                is_final = taken.final_norm or number == self.num_layers
+                states[number] = self.final_norm(x) if is_final else x
+        return tuple(states[number] for number in taken.layers)
 
     def weigh(self, tokens: Tensor, packing: Packing, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Pack tokens, and say by what their embeddings are multiplied, which is 1 in most families.
@@ -101,4 +167,4 @@ class Encoder(Backbone):
 
     def top_modules(self, count: int) -> list[nn.Module]:
         """Return the top `count` layers, and the last LayerNorm."""
-        return [*list(self.layers)[self.num_layers - count :], self.final_norm]
+        return [*list(self.layers)[self.depth - count :], self.final_norm]

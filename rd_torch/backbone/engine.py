@@ -9,7 +9,7 @@ their own beside the largest. The modules stay as they are; whatever is derived 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Final, NamedTuple
@@ -19,10 +19,12 @@ from torch import Tensor
 
 from rd_torch import hardware
 from rd_torch.backbone.attention import attend, attend_varlen
+from rd_torch.backbone.backbone import Taken
 from rd_torch.backbone.encoder import Encoder
 from rd_torch.backbone.layer import Heads, Layer
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import at_least_float32
+from rd_torch.backbone.running import runs_of
 
 # The numbers below are choices, which no benchmark has tried yet. Others would change speed and memory alone.
 
@@ -161,10 +163,11 @@ class Engine:
 
     Args:
         family: backbones by level, smallest first, on one device and of one family of models.
+        final_norm: whether a backbone's last LayerNorm acts on layers before the last.
     """
 
-    def __init__(self, family: Mapping[str, Encoder]) -> None:
-        self._family = dict(family)
+    def __init__(self, family: Mapping[str, Encoder], *, final_norm: bool = True) -> None:
+        self._family, self._final_norm = dict(family), final_norm
         self._first = next(iter(family.values()))
         self._begin, self._finish = _compile_parts(type(self._first.layers[0]))  # type: ignore[arg-type]  # classes are hashable
         weight = self._first.embed_tokens.weight
@@ -183,12 +186,12 @@ class Engine:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, packing: Packing, count: int) -> dict[str, Tensor]:
-        """Run the first backbones of the family.
+        """Run the backbones of the first levels of the family.
 
         Args:
             tokens: `(batch, time)` ids.
             packing: packing of the tokens that are no padding.
-            count: number of backbones to run.
+            count: number of levels.
 
         Returns:
             `(tokens, width)` packed raw embeddings by level, which the next call overwrites.
@@ -219,7 +222,7 @@ class Engine:
         return all(hardware.has_varlen(self._device, self._dtype, size) for size in sizes)
 
     def _record(self, shape: Shape, inputs: Inputs, packing: Packing, count: int) -> Recording:
-        """Return a new recording of the first backbones for a shape.
+        """Return a new recording of the first levels for a shape.
 
         They run once before, to compile what is not compiled yet: a compiler must not run while a graph is
         recorded. PyTorch asks for a stream of its own for that run. It waits for the copies into the slot,
@@ -239,28 +242,37 @@ class Engine:
         return Recording(slot, graph)
 
     def _run(self, inputs: Inputs, count: int) -> dict[str, Tensor]:
-        """Return raw embeddings of the first backbones; on a GPU the smaller ones run beside the largest.
+        """Return raw embeddings of the first levels; on a GPU smaller backbones run beside the largest.
 
         The side stream waits for the main stream before it starts. Without that, PyTorch's allocator could
         give the side stream the memory of its last results again while the main stream still reads them.
         """
-        *smaller, largest = list(self._family)[:count]
+        needed = dict(list(self._family.items())[:count])
+        *smaller, largest = runs_of(needed, final_norm=self._final_norm)
+        raw: dict[str, Tensor] = {}
         if not smaller or self._device.type != "cuda":
-            return {level: self._run_one(level, inputs) for level in (*smaller, largest)}
-        main = torch.cuda.current_stream(self._device)
-        self._side.wait_stream(main)
-        with torch.cuda.stream(self._side):
-            raw = {level: self._run_one(level, inputs) for level in smaller}
-        raw[largest] = self._run_one(largest, inputs)
-        main.wait_stream(self._side)
-        return raw
+            for run in (*smaller, largest):
+                raw |= self._run_one(*run, inputs)
+        else:
+            main = torch.cuda.current_stream(self._device)
+            self._side.wait_stream(main)
+            with torch.cuda.stream(self._side):
+                for run in smaller:
+                    raw |= self._run_one(*run, inputs)
+            raw |= self._run_one(*largest, inputs)
+            main.wait_stream(self._side)
+        return {level: raw[level] for level in needed}
 
-    def _run_one(self, level: str, inputs: Inputs) -> Tensor:
-        """Return one backbone's final hidden states."""
-        backbone = self._family[level]
-        x = backbone.embedded(inputs.ids, inputs.scale)
+    def _run_one(
+        self, backbone: Encoder, taken: Taken, levels: Sequence[str], inputs: Inputs
+    ) -> dict[str, Tensor]:
+        """Return the hidden states that levels take from a backbone, by level."""
         rotation = backbone.rotation(inputs.positions)
-        for layer in backbone.layers:
+
+        def run(layer: Layer, x: Tensor) -> Tensor:
+            """Return the residual stream after a layer."""
             q, k, v = self._begin(layer, x, *rotation)
-            (x,) = self._finish(layer, x, inputs.mix(q, k, v))
-        return backbone.final_norm(x)
+            return self._finish(layer, x, inputs.mix(q, k, v))[0]
+
+        x = backbone.embedded(inputs.ids, inputs.scale)
+        return dict(zip(levels, backbone.hidden_states(x, run, taken), strict=True))

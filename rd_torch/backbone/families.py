@@ -13,7 +13,7 @@ from rd_torch.backbone.backbone import Backbone
 from rd_torch.backbone.esm2 import ESM2
 from rd_torch.backbone.esmc import ESMC
 from rd_torch.backbone.tokens import find_difference
-from rd_torch.levels import Level
+from rd_torch.levels import Level, split_level
 
 FAMILIES: Final[dict[str, type[Backbone]]] = {
     kind.family: kind for kind in (ESM2, ESMC, TransformersBackbone)
@@ -50,6 +50,46 @@ def as_backbone(module: nn.Module) -> Backbone:
         return ESM2.sharing(module)
     except TypeError as error:
         raise TypeError(f"{error}: rd_torch.TransformersBackbone takes a model of transformers'") from error
+
+
+def as_family(backbones: Mapping[str, nn.Module]) -> dict[str, Backbone]:
+    """Return the backbone of each level, cut behind the last layer that a level takes from it.
+
+    Args:
+        backbones: modules by level, smallest first, as `as_backbone` takes them. Levels of several layers of
+            one backbone have the same module.
+
+    Raises:
+        TypeError: for a module that is no backbone.
+        ValueError: for a layer that a backbone does not have or is named twice, or two modules for one name.
+    """
+    modules: dict[str, nn.Module] = {}
+    layers: dict[str, dict[str, int | None]] = {}
+    for name, module in backbones.items():
+        backbone, layer = split_level(name)
+        if modules.setdefault(backbone, module) is not module:
+            raise ValueError(f"expected one module for all levels of {backbone}, got another for {name}")
+        layers.setdefault(backbone, {})[name] = layer
+    cut = {name: _cut(as_backbone(module), layers[name]) for name, module in modules.items()}
+    return {name: cut[split_level(name)[0]] for name in backbones}
+
+
+def _cut(backbone: Backbone, levels: Mapping[str, int | None]) -> Backbone:
+    """Return a backbone cut behind the last layer that levels take, given by their names."""
+    last = backbone.num_layers
+    taken: dict[int, str] = {}
+    for name, stated in levels.items():
+        layer = last if stated is None else stated
+        if layer > backbone.depth:
+            cut = "" if backbone.depth == last else f", the first of {last}"
+            raise ValueError(
+                f"expected a backbone that reaches layer {layer}, which level {name} takes, got one of "
+                f"{backbone.depth} layers{cut}"
+            )
+        if layer in taken:
+            raise ValueError(f"expected each layer once, got layer {layer} as {taken[layer]} and {name}")
+        taken[layer] = name
+    return backbone.until(max(taken))
 
 
 def one_alphabet(family: Mapping[str, Backbone]) -> Alphabet:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,3 +57,32 @@ class BranchNorm(ResidualNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Return `(tokens, width)` normalised, in the dtype of the weights."""
         return super().forward(x).to(self.weight.dtype)
+
+
+@contextmanager
+def sparing(model: Any, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Spare a model of transformers' angles, and what transformers keeps in float32, from a conversion.
+
+    Args:
+        model: the model.
+        fn: the conversion, as `nn.Module._apply` passes it.
+    """
+    buffers = [
+        (part._buffers, name, tensor)
+        for part in model.modules()
+        for name, tensor in part._buffers.items()
+        if tensor is not None and (tensor.dtype in FULL or tensor.is_complex())
+    ]
+    names = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = [
+        (part, part.data) for name, part in model.named_parameters() if not names.isdisjoint(name.split("."))
+    ]
+    yield
+    for holder, name, tensor in buffers:
+        if tensor.is_complex():
+            holder[name] = tensor.to(fn(tensor.real).device)
+        else:
+            holder[name] = apply_outside_half(fn, tensor)
+    for parameter, data in kept:
+        if parameter.dtype == torch.float16:
+            parameter.data = apply_outside_half(fn, data)

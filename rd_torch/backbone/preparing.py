@@ -21,6 +21,7 @@ from rd_torch.backbone.encoder import Encoder
 from rd_torch.backbone.engine import Engine
 from rd_torch.backbone.packing import Packing
 from rd_torch.backbone.precision import BranchNorm, ResidualNorm
+from rd_torch.backbone.running import run_backbones
 from rd_torch.backbone.tokens import UBIQUITIN, is_real, tokenize
 from rd_torch.levels import TRANSFORMERS_FAMILY
 
@@ -106,9 +107,10 @@ class Prepared:
 
     Args:
         family: backbones by level, smallest first, on one device.
+        final_norm: whether a backbone's last LayerNorm acts on layers before the last.
     """
 
-    def __init__(self, family: Mapping[str, Backbone]) -> None:
+    def __init__(self, family: Mapping[str, Backbone], *, final_norm: bool = True) -> None:
         # Modules and tensors, and the dictionaries that hold them, where `is_current` looks for others.
         self._parts = [
             (container, name, part)
@@ -128,8 +130,8 @@ class Prepared:
         if reason is None:
             encoders = cast("Mapping[str, Encoder]", family)  # others have obstacles
             try:
-                engine = Engine(encoders)
-                reason = difference_from_reference(engine, encoders)
+                engine = Engine(encoders, final_norm=final_norm)
+                reason = difference_from_reference(engine, encoders, final_norm=final_norm)
             except Exception as error:  # compilers, drivers and allocators fail in ways of their own
                 reason = _in_one_line(error)
         if reason is None:
@@ -151,12 +153,12 @@ class Prepared:
         )
 
     def __call__(self, tokens: Tensor, packing: Packing, count: int) -> dict[str, Tensor] | None:
-        """Run the first backbones of the family, if there is an engine.
+        """Run the backbones of the first levels of the family, if there is an engine.
 
         Args:
             tokens: `(batch, time)` ids.
             packing: packing of the tokens that are no padding.
-            count: number of backbones to run.
+            count: number of levels.
 
         Returns:
             `(tokens, width)` packed raw embeddings by level; None where the modules have to run.
@@ -177,12 +179,15 @@ class Prepared:
 
 
 @torch.inference_mode()
-def difference_from_reference(engine: Engine, family: Mapping[str, Encoder]) -> str | None:
+def difference_from_reference(
+    engine: Engine, family: Mapping[str, Encoder], *, final_norm: bool = True
+) -> str | None:
     """Run the probes on both paths, and compare the embeddings.
 
     Args:
         engine: engine to try.
         family: backbones by level, which are the reference.
+        final_norm: whether a backbone's last LayerNorm acts on layers before the last.
 
     Returns:
         A sentence that says where the two differ too much; None where they do not.
@@ -196,8 +201,8 @@ def difference_from_reference(engine: Engine, family: Mapping[str, Encoder]) -> 
         tokens = tokenize(probe, first.alphabet).to(weight.device)
         packing = Packing.of(is_real(tokens, first.alphabet))
         got = engine(tokens, packing, len(family))
-        for level, backbone in family.items():
-            error, cosine = _compare(got[level], backbone(tokens, packing))
+        for level, expected in run_backbones(family, tokens, packing, final_norm=final_norm).items():
+            error, cosine = _compare(got[level], expected)
             if not (error <= limit.error and cosine >= limit.cosine):  # so put that NaN fails too
                 return (
                     f"at level {level} it is {error:.2g} standard deviations from the reference on average, "

@@ -46,7 +46,8 @@ def info(model: str | None, level: str | None, trusted: tuple[str, ...], **optio
     MODEL is a folder, a file or an id on the Hugging Face Hub, or, after hf:, the folder or id of any encoder
     that transformers loads. Without it, the command shows the small family that ships with rd-torch.
 
-    The table has a row for each level. R^2 is the share of its backbone's variance that the smaller levels
+    The table has a row for each level. Where a level is taken from a hidden layer, as 650M@25 is, layers are
+    those that run, of how many. R^2 is the share of its backbone's variance that the smaller levels
     predict, and kept is the share of the rest that the added features hold.
     """
     from rd_torch.model import RDModel
@@ -61,11 +62,11 @@ def info(model: str | None, level: str | None, trusted: tuple[str, ...], **optio
     print_levels(config)
     click.echo(f"\nmethod        {config.method}")
     click.echo(f"predict_from  {config.predict_from}\nspecial_rows  {config.special_rows}")
-    for each in config.levels:
+    if not all(level.is_last for level in config.levels):
+        click.echo(f"final_norm    {'on hidden layers too' if config.final_norm else 'on last layers alone'}")
+    for name, each in {level.backbone: level for level in config.levels}.items():
         if each.reference:
-            click.echo(
-                f"backbone      {each.name}: {each.reference.repo} at {each.reference.revision or 'main'}"
-            )
+            click.echo(f"backbone      {name}: {each.reference.repo} at {each.reference.revision or 'main'}")
     click.echo(f"provenance    {json.dumps(config.provenance, indent=2)}")
 
 

@@ -181,7 +181,7 @@ def embed(
         require_parts(output, options["form"], options["pool"])
     workers = join_cluster(options, device)
     chain = load_model(name, level, dtype, "cpu" if workers else device, **trusting)
-    width, level = width or chain.embed_dim, list(chain.backbones)[-1]
+    width, level = width or chain.embed_dim, chain.config.levels[-1].name
     click.echo(f"Model {model_title(model)}, level {level}, width {width}", err=True)
     with ResidueBar(proteins) as bar:
         options |= {"name": name, "width": width, "progress": bar}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from rd_torch.config import RDConfig
+    from rd_torch.levels import Level
     from rd_torch.model import RDModel
 
 output_option = option(
@@ -242,16 +243,23 @@ def load_model(name: str, level: str | None, dtype: str, device: str | None, **p
     return RDModel.from_pretrained(name, level, getattr(torch, dtype), find_device(device), **published)
 
 
+def _layers(level: Level) -> str:
+    """Return how many layers of a backbone run, and of how many where some do not."""
+    if level.is_last or level.num_layers is None:
+        return str(level.depth or "")
+    return f"{level.depth} of {level.num_layers}"
+
+
 def print_levels(config: RDConfig) -> None:
     """Print a table of a model's levels, with what each stage explains."""
     click.echo(
-        f"{'level':>8} {'family':>12} {'layers':>6} {'heads':>5} {'backbone':>8} {'nested':>6} {'R^2':>6} "
+        f"{'level':>8} {'family':>12} {'layers':>8} {'heads':>5} {'backbone':>8} {'nested':>6} {'R^2':>6} "
         f"{'kept':>6}"
     )
     for level, explained in zip(config.levels, (None, *config.explained), strict=True):
         r2 = f"{explained.r2:6.3f}" if explained and explained.r2 is not None else " " * 6
         kept = f"{explained.kept:6.3f}" if explained else ""
         shape = (
-            f"{level.title:>12} {level.num_layers or '':>6} {level.attention_heads or '':>5} {level.width:>8}"
+            f"{level.title:>12} {_layers(level):>8} {level.attention_heads or '':>5} {level.width:>8}"
         )
         click.echo(f"{level.name:>8} {shape} {config.widths[level.name]:>6} {r2} {kept}".rstrip())

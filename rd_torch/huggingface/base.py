@@ -80,7 +80,7 @@ class ChainModel(NamedTwice, PreTrainedModel):  # type: ignore[misc]  # transfor
 
     @property
     def _largest(self) -> Encoder:
-        return cast(Encoder, self.chain.backbones[self.chain.config.levels[-1].name])
+        return cast(Encoder, self.chain.family()[self.chain.config.levels[-1].name])
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the largest backbone's table of token embeddings."""

@@ -62,8 +62,8 @@ class RDTransformersConfig(PretrainedConfig):  # type: ignore[misc]  # transform
     def of(cls, model: RDModel, **options: Any) -> Self:
         """Make the config of a chain; `options` are those of the class."""
         missing = [
-            f"{level}.{head}"
-            for level, backbone in model.backbones.items()
+            f"{name}.{head}"
+            for name, backbone in model.backbones.items()
             for head in backbone.heads
             if isinstance(getattr(backbone, head), MissingHead)
         ]
@@ -80,16 +80,16 @@ class RDTransformersConfig(PretrainedConfig):  # type: ignore[misc]  # transform
         """Make the chain that this config describes, with weights and maps that are still to be loaded."""
         config = RDConfig.from_dict(self.chain or {})
         backbones = {}
-        for level in config.levels:
-            backbone = class_of(level).of_level(level)
+        for name, level in {level.backbone: level for level in config.levels}.items():  # the deepest of each
+            backbones[name] = backbone = class_of(level).of_level(level)
             backbone.reference = level.reference
             for head in backbone.heads:
-                if f"{level.name}.{head}" in self.missing_heads:
+                if f"{name}.{head}" in self.missing_heads:
                     setattr(backbone, head, MissingHead())
-            backbones[level.name] = backbone
         exact = torch.float32  # transformers may have made another dtype the default
         maps = {
             level: {part: torch.zeros(shape, dtype=exact) for part, shape in shapes.items()}
             for level, shapes in map_shapes(config).items()
         }
-        return RDModel.of(config, backbones, list(stages_of(config, maps).values()))
+        family = {level.name: backbones[level.backbone] for level in config.levels}
+        return RDModel.of(config, family, list(stages_of(config, maps).values()))

@@ -239,8 +239,8 @@ class TransformersForMaskedLM(TaskModel):
 
 def _largest(model: RDModel) -> RDModel:
     """Return the largest backbone as a chain of one level."""
-    *_, level = model.backbones
-    return RDModel({level: model.backbones[level]}, []).train(model.training)
+    level, backbone = list(model.family().items())[-1]
+    return RDModel({level: backbone}, []).train(model.training)
 
 
 AutoModelForSequenceClassification.register(RDTransformersConfig, TransformersForSequenceClassification)

@@ -27,7 +27,7 @@ class Facts:
         fingerprint: fingerprint of the model's config and tensors; where no backbone ran, of its maps alone.
         levels: names of the levels that the store's width reaches, smallest first.
         widths: number of features up to the end of each level; the last one is the store's width.
-        num_layers: number of layers of the largest backbone; None where nobody described it.
+        num_layers: number of layers of the largest backbone that ran; None where nobody described it.
         pool: how the residues of a protein became one vector, as `"mean"` or `"mean+max"`; or `"none"` for a
             vector for each residue.
         backbone_dtype: type of number in which the backbones ran; where another program made the raw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from rd_torch.levels import Level
+from rd_torch.backbone import class_of
+from rd_torch.levels import Level, split_level
 from rd_torch.modules import as_module_name
 from rd_torch.weights.convention import published_size
 from rd_torch.weights.files import Files
 from rd_torch.weights.tensors import Tensors, require_finite
+
+_LAYER: Final = re.compile(r"layers\.(\d+)\.")
+"""The beginning of the name of a layer's tensor, with the number of the layer, from 0."""
 
 _STATED: Final = {
     "num_layers": ("num_hidden_layers", "n_layers"),
@@ -33,11 +38,11 @@ def read_level(files: Files, name: str | None = None) -> Level:
             has its shape, or, if none has, by the name of its file.
 
     Returns:
-        The level, with the reference of files that came from the Hub.
+        The level, at the layer that its name states, with the reference of files that came from the Hub.
 
     Raises:
-        ValueError: for files that cannot be read or hold no backbone, or another shape than their config
-            states or their family has at `name`.
+        ValueError: for files that cannot be read or hold no backbone, fewer layers than the level takes, or
+            another shape than their config states or their family has at `name`.
     """
     convention = files.convention
     convention.check(files.config, files.place)
@@ -49,14 +54,21 @@ def read_level(files: Files, name: str | None = None) -> Level:
     _require_stated(found, files)
     size = published_size(convention.sizes, num_layers, width)
     called = size.name if size and size.attention_heads == heads else None
-    expected = convention.sizes.get(name or "")
-    if expected and name != called:
+    backbone = split_level(name or "")[0]
+    expected = convention.sizes.get(backbone)
+    if expected and backbone != called:
         raise ValueError(
-            f"expected the {name} of {convention.title}, {expected.num_layers} layers of width "
+            f"expected the {backbone} of {convention.title}, {expected.num_layers} layers of width "
             f"{expected.width}, got {found.num_layers} layers of width {found.width} in {files.place}"
         )
     name = name or called or as_module_name(Path(files.place).stem)
-    return replace(found, name=name, reference=files.reference)
+    there, found = found.depth, replace(found, name=name, reference=files.reference)
+    if there is not None and found.depth is not None and found.depth > there:
+        raise ValueError(
+            f"expected a file that reaches layer {found.depth}, which level {name} takes, got one of the "
+            f"first {there} layers of {num_layers} in {files.place}"
+        )
+    return found
 
 
 def _require_stated(level: Level, files: Files) -> None:
@@ -85,7 +97,7 @@ def read_backbone(
 
     Args:
         files: the backbone's files.
-        level: the backbone's shape.
+        level: the backbone's shape, and the last layer that is read.
         dtype: dtype of the weights, by default the stored one; `inv_freq` is kept in float32 at least.
         device: device to put the tensors on; by default the CPU.
 
@@ -95,12 +107,24 @@ def read_backbone(
     Raises:
         ValueError: for files that cannot be read or hold NaN.
     """
-    tensors = {name: _convert(name, tensor, dtype, device) for name, tensor in files.tensors()}
+    tensors = {
+        name: _convert(name, tensor, dtype, device)
+        for name, tensor in files.tensors()
+        if _is_needed(name, level)
+    }
     require_finite(tensors, files.place)
     try:
         return files.convention.completed(tensors, level)
     except ValueError as error:
         raise ValueError(f"{error} in {files.place}") from error
+
+
+def _is_needed(name: str, level: Level) -> bool:
+    """Return whether a level needs a tensor; one of a hidden layer needs none above it, and no head."""
+    layer = _LAYER.match(name)
+    if layer:
+        return int(layer[1]) < (level.depth or 0)
+    return level.is_last or name.partition(".")[0] not in class_of(level).heads
 
 
 def require_unchanged(level: Level, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:

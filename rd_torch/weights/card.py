@@ -63,6 +63,8 @@ _METHODS = {"rd": "reverse distillation", "naive": "concatenation and principal 
 
 _INPUTS = {"nested": "the nested embedding", "previous": "the raw embedding of the previous backbone"}
 
+_NORMS = {True: "the backbone's final LayerNorm", False: "no LayerNorm"}
+
 _SPECIAL_ROWS = {
     "maps": "computed by the maps, as those of residues are",
     "larger": "the largest backbone's own, without the maps",
@@ -75,13 +77,13 @@ def model_card(config: RDConfig, name: str, included: Collection[str]) -> str:
     Args:
         config: the checkpoint's config.
         name: name of the checkpoint.
-        included: levels whose backbones the checkpoint holds.
+        included: names of the backbones that the checkpoint holds.
 
     Returns:
         The text.
     """
     described = all(level.num_layers for level in config.levels)
-    loads = all(level.reference or level.name in included for level in config.levels)
+    loads = all(level.reference or level.backbone in included for level in config.levels)
     titles = list(dict.fromkeys(level.title for level in config.levels))
     families = ["protein language model", *titles] if described else []
     metadata = ModelCardData(
@@ -112,10 +114,13 @@ def _rows(config: RDConfig, included: Collection[str]) -> list[str]:
     for level, explained in zip(config.levels, (None, *config.explained), strict=True):
         r2 = f"{explained.r2:.3f}" if explained and explained.r2 is not None else ""
         kept = f"{explained.kept:.3f}" if explained else ""
-        place = "included" if level.name in included else "not included"
+        place = "included" if level.backbone in included else "not included"
         if level.reference:
             place = f"{level.reference.repo} at {level.reference.revision}"
-        cells = (level.name, level.num_layers or "", level.width, config.widths[level.name], r2, kept, place)
+        layers = level.num_layers or ""
+        if level.layer is not None and level.num_layers:
+            layers = f"{level.layer} of {level.num_layers}"
+        cells = (level.name, layers, level.width, config.widths[level.name], r2, kept, place)
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows
 
@@ -124,11 +129,14 @@ def _facts(config: RDConfig) -> list[tuple[str, object]]:
     """Return how the checkpoint was made: the choices that its config holds, and its provenance."""
     provenance = dict(config.provenance)
     fit = provenance.pop("fit", {})
+    hidden = not all(level.is_last for level in config.levels)
+    norms = [("hidden layers end with", _NORMS[config.final_norm])] if hidden else []
     inputs = [("the prediction is made from", _INPUTS[config.predict_from])] if config.is_nested else []
     return [
         ("method", _METHODS[config.method]),
         *inputs,
         ("embeddings of `<cls>`, `<eos>` and `<mask>`", _SPECIAL_ROWS[config.special_rows]),
+        *norms,
         ("fitted on", ", ".join(f"{key} {value}" for key, value in fit.items()) or "not recorded"),
         *provenance.items(),
     ]

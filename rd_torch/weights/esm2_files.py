@@ -119,7 +119,7 @@ def _complete(tensors: Mapping[str, Tensor], level: Level) -> dict[str, Tensor]:
             so; in ESM-2 they are tied.
     """
     result = dict(tensors)
-    num_layers, width, heads = level.shape
+    _, width, heads = level.shape
     if level.facts.get("tied", True):
         head = result.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, result[EMBEDDING]):
@@ -135,7 +135,7 @@ def _complete(tensors: Mapping[str, Tensor], level: Level) -> dict[str, Tensor]:
         )
         shared = inverse_frequencies(width // heads)
     if shared is not None:
-        result.update({ANGLES.format(layer): shared for layer in range(num_layers)})
+        result.update({ANGLES.format(layer): shared for layer in range(level.depth or 0)})
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias
 
 from torch import Tensor
 
-from rd_torch.levels import Level, Reference
+from rd_torch.levels import Level, Reference, split_level
 from rd_torch.weights.convention import Convention, own_convention
 from rd_torch.weights.esm2_files import ESM2_FILES
 from rd_torch.weights.esmc_files import ESMC_FILES
@@ -170,6 +170,25 @@ def read_model_config(name: str, hub: Hub, revision: str | None = None) -> dict[
     return {}
 
 
+def is_native(name: str, hub: Hub, revision: str | None = None) -> bool:
+    """Return whether a model's config says that it is computed as a family that is here natively.
+
+    Args:
+        name: a folder or a Hub id.
+        hub: how to reach the Hub.
+        revision: commit, tag or branch of a Hub id.
+    """
+    config = read_model_config(name, hub, revision)
+    if "auto_map" in config:  # its own code may compute something else
+        return False
+    for convention in CONVENTIONS:
+        if config.get("model_type") == convention.model_type:
+            with suppress(ValueError):
+                convention.check(config, name)
+                return True
+    return False
+
+
 def _is_own(folder: Path) -> bool:
     """Return whether a folder is a checkpoint of ours."""
     return (folder / CONFIG).is_file() and "format" in read_json(folder / CONFIG)
@@ -177,8 +196,10 @@ def _is_own(folder: Path) -> bool:
 
 def _own_file(folder: Path, level: str | None) -> Path:
     """Return the file of a level's backbone in a checkpoint of ours; raise a ValueError if it has none."""
-    files = {each.name: folder / backbone_file(each.name) for each in read_config(folder / CONFIG).levels}
+    names = [each.backbone for each in read_config(folder / CONFIG).levels]
+    files = {name: folder / backbone_file(name) for name in names}
     held = [name for name, file in files.items() if file.is_file()]
+    level = None if level is None else split_level(level)[0]
     if level not in held:
         among = ", ".join(held) or "none"
         raise ValueError(f"expected a level whose backbone is in {folder} ({among}), got {level!r}")
@@ -186,11 +207,12 @@ def _own_file(folder: Path, level: str | None) -> Path:
 
 
 def _stated_level(path: Path) -> Level | None:
-    """Return the level that a checkpoint of ours states for the file of a backbone in it."""
+    """Return the deepest level that a checkpoint of ours states for the file of a backbone in it."""
     folder = path.parent.parent
     if path.parent.name != BACKBONES or not (path.is_file() and _is_own(folder)):
         return None
-    return next((each for each in read_config(folder / CONFIG).levels if each.name == path.stem), None)
+    levels = [each for each in read_config(folder / CONFIG).levels if each.backbone == path.stem]
+    return levels[-1] if levels else None
 
 
 def _config_beside(path: Path) -> dict[str, Any]:

@@ -38,20 +38,20 @@ def write_folder(
         folder: the folder to write. It is made if it does not exist; files of the same names are replaced.
         config: the config, with a reference for each level whose backbone is not written.
         maps: by level, the tensors of the stage that leads to it.
-        backbones: by level, the tensors of the backbones to write, by the names of their own modules.
+        backbones: by name, the tensors of the backbones to write, by the names of their own modules.
         name: name of the checkpoint in the model card.
-        folders: levels whose backbones are in the checkpoint already, as folders of their own.
+        folders: names of backbones that are in the checkpoint already, as folders of their own.
     """
     (folder / BACKBONES if backbones else folder).mkdir(parents=True, exist_ok=True)
     # The config is removed first and written last, so that a write that is cut off does not look whole.
     (folder / CONFIG).unlink(missing_ok=True)
     flat = {f"{level}.{name}": part for level, parts in maps.items() for name, part in parts.items()}
-    files = {MAPS: flat, **{backbone_file(level): tensors for level, tensors in backbones.items()}}
-    for level in config.levels:
-        if level.name not in backbones:
-            (folder / backbone_file(level.name)).unlink(missing_ok=True)
-        if level.name not in folders and (folder / BACKBONES / level.name).is_dir():
-            shutil.rmtree(folder / BACKBONES / level.name)
+    files = {MAPS: flat, **{backbone_file(each): tensors for each, tensors in backbones.items()}}
+    for each in {level.backbone for level in config.levels}:
+        if each not in backbones:
+            (folder / backbone_file(each)).unlink(missing_ok=True)
+        if each not in folders and (folder / BACKBONES / each).is_dir():
+            shutil.rmtree(folder / BACKBONES / each)
     for path, tensors in files.items():  # never over the old file, from which the tensors may be mapped
         write_whole(folder / path, partial(_write_tensors, tensors), durable=False)
     (folder / CARD).write_text(model_card(config, name, {*backbones, *folders}))
@@ -128,6 +128,6 @@ def read_maps(path: Path, config: RDConfig) -> dict[str, Tensors]:
     return maps
 
 
-def backbone_file(level: str) -> str:
-    """Return the path of a level's backbone, relative to the checkpoint."""
-    return f"{BACKBONES}/{level}.safetensors"
+def backbone_file(name: str) -> str:
+    """Return the path of a backbone, relative to the checkpoint."""
+    return f"{BACKBONES}/{name}.safetensors"

@@ -10,8 +10,9 @@ from typing import Final, Unpack
 
 import torch
 
+from rd_torch.choices import check_choice
 from rd_torch.config import RDConfig
-from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference
+from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference, split_level
 from rd_torch.weights.backbone import read_backbone, read_level
 from rd_torch.weights.files import (
     Files,
@@ -39,7 +40,7 @@ class Checkpoint:
     Attributes:
         config: levels and choices of the chain.
         maps: by level, the tensors of the stage that leads to it.
-        included: by level, a function that finds the files of a backbone which the checkpoint itself holds.
+        included: by name, a function that finds the files of a backbone which the checkpoint itself holds.
         name: name or path by which the user asked for it.
         as_stored: whether included backbones are read in the dtype and shape that the checkpoint states; if
             false, their shape is told from their tensors, and they are read in float32.
@@ -60,7 +61,7 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> tuple[Level, Tensors]:
-        """Read a level's backbone.
+        """Read a level's backbone, as far as the layer of the level.
 
         Args:
             level: the level.
@@ -77,7 +78,7 @@ class Checkpoint:
             FileNotFoundError: if the backbone's files are not there.
             ValueError: for a backbone that cannot be read, or that has another shape than the level.
         """
-        stored = self.as_stored and source is None and level.name in self.included
+        stored = self.as_stored and source is None and level.backbone in self.included
         files = self.find_backbone(level, source, hub)
         found = level if stored else _read_fitting(level, files)
         return found, read_backbone(
@@ -99,9 +100,9 @@ class Checkpoint:
             FileNotFoundError: if the files are not there, as in a checkpoint of maps alone.
             ValueError: for a checksum that differs, or a config of another family.
         """
-        if source is None and level.name in self.included:
+        if source is None and level.backbone in self.included:
             try:
-                return self.included[level.name]()
+                return self.included[level.backbone]()
             except MissingFileError as error:
                 raise FileNotFoundError(f"{error}; or {self._cure()}") from error
         source = source or level.reference
@@ -114,7 +115,8 @@ class Checkpoint:
 
     def _cure(self) -> str:
         """Say what to do with a checkpoint that holds maps and no backbones."""
-        needed = ", ".join(f"{each.name!r}: ..." for each in self.config.levels if each.reference is None)
+        missing = dict.fromkeys(each.backbone for each in self.config.levels if each.reference is None)
+        needed = ", ".join(f"{name!r}: ..." for name in missing)
         return (
             f"give backbones by RDModel.from_pretrained({self.name!r}, backbones={{{needed}}}), or nest "
             "embeddings that you have with rd-torch combine"
@@ -192,8 +194,52 @@ def read_checkpoint(
             )
     files = find_backbone(path if path.exists() else reference, hub)
     config = RDConfig((read_level(files),), (), ())
-    config = config if level is None else config.until(level)
-    return Checkpoint(config, {}, {config.levels[0].name: lambda: files}, as_stored=False)
+    config = until_level(config, level)
+    return Checkpoint(config, {}, {config.levels[0].backbone: lambda: files}, as_stored=False)
+
+
+def until_level(config: RDConfig, level: str | None) -> RDConfig:
+    """Return the config of the chain that ends at a level.
+
+    Args:
+        config: the config of the whole chain.
+        level: name of the level; None for the whole chain. As no map leads to the first level, any layer of
+            its backbone may be named, as `"8M@4"`.
+
+    Raises:
+        ValueError: for another level.
+    """
+    if level is None:
+        return config
+    first, (backbone, layer) = config.levels[0], split_level(level)
+    if level not in config.widths and layer is not None and backbone == first.name:
+        return replace(config.until(first.name), levels=(replace(first, name=level),))
+    return config.until(level)
+
+
+def at_layers(config: RDConfig, layers: Mapping[str, int]) -> RDConfig:
+    """Return the config of a chain whose levels are taken at certain layers.
+
+    Args:
+        config: the config of the chain.
+        layers: by backbone, the layer of its level: any layer in a chain of one backbone, and otherwise the
+            layer to which its maps were fitted.
+
+    Raises:
+        ValueError: for a backbone that is not there, or another layer.
+    """
+    for backbone, layer in layers.items():
+        mine = [level for level in config.levels if level.backbone == backbone]
+        if not mine:
+            check_choice("backbone", backbone, tuple(level.backbone for level in config.levels))
+        if len(config.levels) == 1 and mine[0].depth != layer:
+            config = replace(config, levels=(replace(mine[0], name=f"{backbone}@{layer}"),))
+        elif all(level.depth != layer for level in mine):
+            raise ValueError(
+                f"expected a layer of {backbone} that the maps of the chain were fitted to, "
+                f"{', '.join(str(level.depth) for level in mine)}, got {layer}: fit maps by rd_torch.fit"
+            )
+    return config
 
 
 def _reference(name_or_folder: str | Path, revision: str | None) -> Reference:
@@ -221,16 +267,16 @@ def _read_own(
 ) -> Checkpoint:
     """Read a checkpoint of ours that the user called `name`, by functions that find its files and folders."""
     config = read_config(fetch(CONFIG))
-    config = config if level is None else config.until(level)
+    config = until_level(config, level)
 
     def find(each: Level) -> Files:
         """Find the file of a level's backbone, or the folder of one that transformers reads."""
         if each.family == TRANSFORMERS_FAMILY:
-            folder = fetch_folder(f"{BACKBONES}/{each.name}")
+            folder = fetch_folder(f"{BACKBONES}/{each.backbone}")
             return Files(str(folder), (folder,), family=each.family)
-        file = fetch(backbone_file(each.name))
+        file = fetch(backbone_file(each.backbone))
         return Files(str(file), (file,), family=each.family)
 
     own = [each for each in config.levels if each.reference is None and each.num_layers is not None]
-    included = {each.name: partial(find, each) for each in own}
+    included = {each.backbone: partial(find, each) for each in own}
     return Checkpoint(config, read_maps(fetch(MAPS), config), included, name)
