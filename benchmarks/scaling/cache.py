@@ -6,7 +6,7 @@ Everything lies in a folder named by the fingerprint of the model, so that one c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,11 +17,10 @@ from tqdm import tqdm
 
 import rd_torch
 from benchmarks.scaling.data import DataSet, digest
-from benchmarks.scaling.layers import costs_of
-from benchmarks.scaling.stub import side_by_side
-from rd_torch.batching import plan_batches
+from benchmarks.scaling.layers import costs_of, side_by_side
+from rd_torch.backbone import Packing, is_real, is_residue, run_backbones
+from rd_torch.batching import plan_batches, run_batches
 from rd_torch.disk import write_whole
-from rd_torch.fitting import add_moments
 
 
 class Cache:
@@ -39,11 +38,10 @@ class Cache:
     """
 
     def __init__(self, folder: Path, model: rd_torch.RDModel, most: int, final_norm: bool = True) -> None:
-        chain, self.widths = side_by_side(model, most, final_norm)
-        self.model = chain.prepare_inference()
-        self.costs = costs_of(model, self.widths)
-        self.fingerprint = self.model.fingerprint()
-        self.folder = folder / f"{self.fingerprint}-{'normed' if final_norm else 'stream'}"
+        self.model = side_by_side(model, most, final_norm).prepare_inference()
+        self.widths = {name: backbone.embed_dim for name, backbone in self.model.family().items()}
+        self.costs = costs_of(self.model)
+        self.folder = folder / self.model.fingerprint()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = model.device
 
@@ -83,18 +81,29 @@ class Cache:
         """Return joint moments of the residues of sequences, on the CPU."""
         path = self.folder / f"moments-{digest(sequences)}.pt"
         if not path.exists():
-            budget, device = plan_batches(self.model.family().values(), None)
-            moments = rd_torch.RunningMoments(sum(self.widths.values()), device)
+            moments = rd_torch.RunningMoments(sum(self.widths.values()), self.device)
             with _bar(sequences, f"moments of {name}") as bar:
-                add_moments(
-                    self.model.family(),
-                    moments,
-                    sequences,
-                    budget,
-                    lambda residues, before: bar.update(residues),
-                )
+                for rows in self._residues(sequences):
+                    moments.update(rows)
+                    bar.update(len(rows))
             write_whole(path, partial(torch.save, moments.parts))
         return rd_torch.RunningMoments.of(*torch.load(path, map_location="cpu"))
+
+    @torch.inference_mode()
+    def _residues(self, sequences: Sequence[str]) -> Iterator[Tensor]:
+        """Yield `(residues, widths together)` raw embeddings of batches."""
+        family = self.model.family()
+        budget, device = plan_batches(family.values(), None)
+        alphabet, final_norm = self.model.alphabet, self.model.config.final_norm
+
+        def compute(tokens: Tensor) -> Tensor:
+            """Return raw embeddings of a batch's residues."""
+            packing = Packing.of(is_real(tokens, alphabet))
+            raw = run_backbones(family, tokens, packing, final_norm=final_norm)
+            return torch.cat(list(raw.values()), dim=1)[packing.pack(is_residue(tokens, alphabet))]
+
+        for batch in run_batches(compute, sequences, alphabet, budget, device):
+            yield batch.result
 
 
 def _bar(sequences: Sequence[str], what: str) -> tqdm[NoReturn]:

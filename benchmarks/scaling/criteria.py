@@ -92,13 +92,10 @@ def residual_of(solver: Solver, chosen: Chosen) -> Tensor:
 
 
 def explained_of(solver: Solver, chosen: Chosen) -> tuple[float, float]:
-    """Return the shares of the last layer's variance that the step predicts, and that its directions add.
-
-    Of the first layer these are zeros, so that its backbone's deepest layer is taken.
-    """
-    if len(chosen) == 1:
-        return 0.0, 0.0
+    """Return the shares of the last layer's variance that the step predicts, and that its directions add."""
     found = solver.stages(solver.recipe(NESTED, chosen))[-1].explained
+    if found is None or found.r2 is None:
+        raise ValueError("expected stages that know what they explain, got others")
     return found.r2, (1 - found.r2) * found.kept
 
 
@@ -115,6 +112,16 @@ def share_of_everything(solver: Solver, chosen: Chosen) -> float:
     return float(torch.stack(shares).mean())
 
 
+def rank_of(solver: Solver, chosen: Chosen) -> float:
+    """Return the effective rank of the last layer."""
+    return entropy_rank(block_of(solver, chosen[-1]))
+
+
+def behind_rank(worth: Worth) -> Worth:
+    """Return a worth of steps; the first layer, to which no step leads, goes by its effective rank."""
+    return lambda solver, chosen: (worth if len(chosen) > 1 else rank_of)(solver, chosen)
+
+
 def _greedy(worth: Worth) -> Criterion:
     """Return the criterion that goes by a worth."""
 
@@ -129,13 +136,15 @@ def _greedy(worth: Worth) -> Criterion:
 CRITERIA: Final[Mapping[str, Criterion]] = {
     "two thirds of the depth": at_depth(2 / 3),
     "half of the depth": at_depth(1 / 2),
-    "most predicted": _greedy(lambda solver, chosen: explained_of(solver, chosen)[0]),
-    "least predicted": _greedy(lambda solver, chosen: -explained_of(solver, chosen)[0]),
-    "most added": _greedy(lambda solver, chosen: explained_of(solver, chosen)[1]),
-    "most predicted and added": _greedy(lambda solver, chosen: sum(explained_of(solver, chosen))),
+    "most predicted": _greedy(behind_rank(lambda solver, chosen: explained_of(solver, chosen)[0])),
+    "least predicted": _greedy(behind_rank(lambda solver, chosen: -explained_of(solver, chosen)[0])),
+    "most added": _greedy(behind_rank(lambda solver, chosen: explained_of(solver, chosen)[1])),
+    "most predicted and added": _greedy(
+        behind_rank(lambda solver, chosen: sum(explained_of(solver, chosen)))
+    ),
     "most of all layers": _greedy(share_of_everything),
-    "entropy rank, layer": _greedy(lambda solver, chosen: entropy_rank(block_of(solver, chosen[-1]))),
-    "entropy rank, residual": _greedy(lambda solver, chosen: entropy_rank(residual_of(solver, chosen))),
+    "effective rank, layer": _greedy(rank_of),
+    "effective rank, residual": _greedy(lambda solver, chosen: entropy_rank(residual_of(solver, chosen))),
     "participation ratio, layer": _greedy(lambda solver, chosen: participation(block_of(solver, chosen[-1]))),
     "participation ratio, residual": _greedy(
         lambda solver, chosen: participation(residual_of(solver, chosen))

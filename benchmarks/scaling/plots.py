@@ -145,7 +145,7 @@ def draw_all(records: Sequence[Record], solver: Solver, largest: int, folder: Pa
         "compute": draw_scores(
             records,
             "Scores against compute",
-            "parameters that run, over the largest backbone's",
+            "parameters that run (largest = 1)",
             costs,
         ),
         "variance": draw_variance(solver),

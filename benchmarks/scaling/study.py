@@ -24,7 +24,7 @@ from benchmarks.scaling.criteria import Chosen, choose_apart, choose_greedily
 from benchmarks.scaling.data import DataSet, digest
 from benchmarks.scaling.maps import PLAIN, Recipe, Solver
 from benchmarks.scaling.probes import NEAREST, Rows, expected_error, judge
-from benchmarks.scaling.tables import Record
+from benchmarks.scaling.records import Record
 from rd_torch import RunningMoments
 from rd_torch.reading import Fasta
 from rd_torch.sequences import normalize_proteins

@@ -120,22 +120,22 @@ def layer_rows(
                 "over the last layer": with_interval(scores - last),
                 "without the norm": f"{column(other, Place(name, layer)).mean():.4f}",
                 "with over without the norm": with_interval(scores - column(other, Place(name, layer))),
-                **{f"share of {approach}": f"{shares[layer]:.2f}" for approach, shares in taken.items()},
+                **{
+                    f"share of {approach}": f"{shares.get(layer, 0):.2f}"
+                    for approach, shares in taken.items()
+                },
             }
         )
     return rows
 
 
-def _shares_taken(records: Sequence[Record], approach: str) -> Counter[str]:
+def _shares_taken(records: Sequence[Record], approach: str) -> dict[str, float]:
     """Return on what share of data sets and splits an approach takes a layer of its backbone."""
-    found: Counter[str] = Counter()
     chosen = {
         (each.data, each.split, each.level): each.layers[-1] for each in records if each.approach == approach
     }
     questions = len({key[:2] for key in chosen})
-    for layer in chosen.values():
-        found[layer] += 1 / questions
-    return found
+    return {layer: count / questions for layer, count in Counter(chosen.values()).items()}
 
 
 def criterion_rows(records: Sequence[Record], names: Sequence[str], largest: int, norm: str) -> list[Row]:
