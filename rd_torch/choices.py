@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 Regressor: TypeAlias = Literal["pcr", "ols", "ridge"]
 PredictFrom: TypeAlias = Literal["nested", "previous"]
 SpecialRows: TypeAlias = Literal["maps", "larger"]
+Criterion: TypeAlias = Literal["rank", "added", "predicted", "labels"]
 Method: TypeAlias = Literal["rd", "naive"]
 Storage: TypeAlias = Literal["included", "referenced"]
 

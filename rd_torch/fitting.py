@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rd_torch.alphabet import Alphabet
-from rd_torch.backbone import Backbone, Packing, as_backbone, is_real, is_residue, one_alphabet
-from rd_torch.batching import plan_batches, run_batches
-from rd_torch.letters import Kind
+from rd_torch.candidates import CRITERION, Candidates, FitOptions, solve_options
+from rd_torch.levels import split_level
 from rd_torch.loading import Place, load_backbone
 from rd_torch.model import RDModel
-from rd_torch.modules import device_of, digest_of, evaluating
-from rd_torch.moments import RunningMoments
+from rd_torch.modules import device_of, evaluating
 from rd_torch.reading import sequences_of
 from rd_torch.sequences import Entry, normalize_sequences
-from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions, check_options
+from rd_torch.solve import SOLVE_DEFAULTS
 from rd_torch.store import ProgressCallback, cut_windows
-from rd_torch.sums import Summands, Sums, record_fit
+from rd_torch.sums import Sums, record_fit
 from rd_torch.weights import Hub, Source
 
 
@@ -35,14 +32,15 @@ def fit(
     progress: ProgressCallback = lambda residues, before: None,
     provenance: Mapping[str, Any] | None = None,
     work_folder: str | Path | None = None,
-    **options: Unpack[SolveOptions],
+    **options: Unpack[FitOptions],
 ) -> RDModel:
     """Fit a reverse-distilled chain in one pass over the sequences.
 
     Args:
         backbones: the family by level, smallest first, each as `RDModel.from_pretrained(backbones=...)` takes
             it: a file, a folder, a Hub id, `hf:` and a folder or Hub id, or a module. Modules are on one
-            device, and the model that is returned shares their tensors.
+            device, and the model that is returned shares their tensors. A level whose name states a layer,
+            `"650M@25"`, is taken there; levels of several layers of one backbone are given the same.
         sequences: amino-acid letters, in any container that `embed` takes. It may be a generator: memory does
             not grow with the number of sequences.
         device: device to load backbones onto that are no modules; by default that of a module among them,
@@ -56,8 +54,21 @@ def fit(
             which are about 16 batches, is done. The same call after a kill goes on from there, and gives the
             same bits. The folder is left when the fit is finished, so that nothing is lost before the model
             is saved; then it can be removed.
-        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`. A fit that goes on
-            may have other ones than when it was begun.
+        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`; and
+
+            - `layers`: layers that levels may be taken from: a number or a list of numbers by backbone,
+              `{"650M": [24, 25, 26]}`, one list for all backbones, or `"all"`. All candidates are summed in
+              the one pass, which takes `8 * (sum of their widths)**2` bytes at the most.
+            - `choose_layers`: how one of several candidates is chosen for each level: a criterion of
+              `rd_torch.choose_layers`, by default `"rank"`; or `"labels"`, for the layer whose nested
+              embedding predicts labels best by cross-validation. What is chosen, by what, and what each
+              candidate was worth is saved with the model.
+            - `labelled`: an `rd_torch.Labelled`, sequences with labels, for `"labels"`.
+            - `final_norm`: whether a backbone's last LayerNorm acts on layers before the last; by default it
+              does.
+
+            A fit that goes on may have other options than when it was begun, apart from `layers` and
+            `final_norm`.
 
     Returns:
         The fitted model, with the numbers of sequences and residues in its provenance. It is in `eval` mode,
@@ -79,10 +90,10 @@ def fit(
         >>> chain.config.provenance["fit"]["residues"]
         68
     """
-    family = shared_family(load_backbones(backbones, device), **options)
-    residues = normalize_sequences(sequences_of(sequences), kind_of(family))
+    candidates = Candidates.of(load_backbones(backbones, device), **options)
+    residues = normalize_sequences(sequences_of(sequences), candidates.kind)
     return fit_entries(
-        family,
+        candidates,
         (Entry("", sequence) for sequence in residues),
         tokens_per_batch=tokens_per_batch,
         progress=progress,
@@ -93,48 +104,70 @@ def fit(
 
 
 def load_backbones(
-    backbones: Mapping[str, Source | nn.Module], device: torch.device | str | None = None
+    backbones: Mapping[str, Source | nn.Module],
+    device: torch.device | str | None = None,
+    hub: Hub | None = None,
 ) -> dict[str, nn.Module]:
-    """Load the backbones that are no modules yet, in float32.
+    """Load the backbones that are no modules yet, in float32, each once.
 
     Args:
         backbones: the family by level, as in `fit`.
         device: device to load them onto; by default that of a module among them, else the CPU.
+        hub: how to reach the Hub, and whose code may run.
 
     Returns:
-        The backbones by level.
+        The backbones by level, as far as the last layer that a level takes. Levels of one backbone have the
+        same module.
+
+    Raises:
+        ValueError: for levels of one backbone that come from different places.
     """
     modules = [each for each in backbones.values() if isinstance(each, nn.Module)]
     place = Place(torch.float32, device or (device_of(modules[0]) if modules else None))
-    return {
-        name: each if isinstance(each, nn.Module) else load_backbone(each, Hub(), name, place)
-        for name, each in backbones.items()
+    deepest: dict[str, tuple[str, Source | nn.Module]] = {}
+    for name, each in backbones.items():
+        known, other = deepest.get(split_level(name)[0], (name, each))
+        if other is not each and other != each:
+            raise ValueError(
+                f"expected one source of the backbone of {known} and {name}, got {other} and {each}"
+            )
+        deepest[split_level(name)[0]] = max((known, each), (name, each), key=lambda pair: _layer(pair[0]))
+    loaded = {
+        backbone: each if isinstance(each, nn.Module) else load_backbone(each, hub or Hub(), name, place)
+        for backbone, (name, each) in deepest.items()
     }
+    return {name: loaded[split_level(name)[0]] for name in backbones}
+
+
+def _layer(name: str) -> float:
+    """Return the layer that a level's name states, infinity for the last."""
+    layer = split_level(name)[1]
+    return inf if layer is None else layer
 
 
 def fit_entries(
-    backbones: Mapping[str, nn.Module],
+    candidates: Candidates,
     entries: Iterable[Entry],
     *,
     tokens_per_batch: int | None,
     progress: ProgressCallback,
     provenance: Mapping[str, Any] | None,
     work_folder: str | Path | None,
-    **options: Unpack[SolveOptions],
+    **options: Unpack[FitOptions],
 ) -> RDModel:
     """Fit a chain to records that are normalised and have no fault; their identifiers are not used.
 
-    The other arguments, and the errors, are those of `fit`.
+    `candidates` are the levels that the chain may be made of, by the same options. The other arguments, and
+    the errors, are those of `fit`.
 
     Returns:
         The fitted model, as from `fit`.
     """
-    family = shared_family(backbones, **options)
-    budget, device = plan_batches(family.values(), tokens_per_batch)
+    budget, device = candidates.plan(tokens_per_batch)
     with (
-        evaluating(*family.values()),
+        evaluating(*candidates.family.values()),
         Sums(
-            summands_of(family), budget, device, work_folder, fixed_budget=tokens_per_batch is not None
+            candidates.summands(), budget, device, work_folder, fixed_budget=tokens_per_batch is not None
         ) as sums,
     ):
         windows = 0
@@ -143,116 +176,42 @@ def fit_entries(
             if window in sums.done:
                 progress(window.residues, True)
                 continue
-            count = add_moments(family, sums.moments, window.contents, sums.tokens_per_batch, progress)
+            count = candidates.add_moments(sums.moments, window.contents, sums.tokens_per_batch, progress)
             sums.sequences += count
             sums.mark_done(window.number, window.checksum)
         sums.finish(windows)
-        return make_chain(family, sums, provenance, **options)
-
-
-def kind_of(family: Mapping[str, Backbone]) -> Kind:
-    """Return what the sequences of a family are of, as the alphabet of its backbones says.
-
-    Args:
-        family: the backbones by level.
-    """
-    return next(iter(family.values())).alphabet.kind
-
-
-def summands_of(family: Mapping[str, Backbone]) -> Summands:
-    """Return what the moments of a family's raw embeddings are of.
-
-    Args:
-        family: the backbones by level, smallest first.
-    """
-    shapes = [backbone.level(name).architecture for name, backbone in family.items()]
-    return Summands(
-        {name: backbone.embed_dim for name, backbone in family.items()},
-        lambda: digest_of(shapes, {f"{name}.": each.embedding_tensors() for name, each in family.items()}),
-    )
+        return make_chain(candidates, sums, provenance, **options)
 
 
 def make_chain(
-    family: Mapping[str, Backbone],
+    candidates: Candidates,
     sums: Sums,
     provenance: Mapping[str, Any] | None,
-    **options: Unpack[SolveOptions],
+    **options: Unpack[FitOptions],
 ) -> RDModel:
     """Make the chain of a family whose residues are summed.
 
     Args:
-        family: the backbones by level, smallest first.
+        candidates: the levels that the chain may be made of.
         sums: the moments of all residues.
-        provenance: where backbones and sequences come from; the numbers of sequences and residues and the
-            options are added to it.
-        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`.
+        provenance: where backbones and sequences come from; the numbers of sequences and residues, the
+            options and what was chosen are added to it.
+        **options: options of `fit`.
 
     Returns:
         The model, in `eval` mode.
     """
-    counts = {"sequences": sums.sequences, "residues": sums.moments.count}
+    solving, chosen = solve_options(options), candidates.choose(sums, **options)
+    counts: dict[str, Any] = {"sequences": sums.sequences, "residues": sums.moments.count}
+    if chosen.scores:
+        counts["layers"] = {"chosen by": options.get("choose_layers", CRITERION), "scores": chosen.scores}
+        labelled = options.get("labelled")
+        if labelled and options.get("choose_layers") == "labels":
+            counts["layers"] |= {"labels": labelled.name, "labelled sequences": len(labelled.sequences)}
     return RDModel(
-        family,
-        sums.solve(**options),
+        {name: candidates.family[name] for name in chosen.levels},
+        sums.solve(chosen.levels, **solving),
         predict_from=options.get("predict_from", SOLVE_DEFAULTS["predict_from"]),
-        provenance=record_fit(provenance, counts, options),
+        final_norm=candidates.final_norm,
+        provenance=record_fit(provenance, counts, solving),
     ).eval()
-
-
-def shared_family(backbones: Mapping[str, nn.Module], **options: Unpack[SolveOptions]) -> dict[str, Backbone]:
-    """Make backbones of our own that share the tensors of the given ones, and check the options of a fit.
-
-    Args:
-        backbones: the family by level, smallest first, as in `fit`.
-        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`.
-
-    Returns:
-        The family by level.
-
-    Raises:
-        ValueError: for an option that does not exist or does not fit the backbones' widths.
-        TypeError: for a backbone of another kind.
-    """
-    family = {name: as_backbone(module) for name, module in backbones.items()}
-    if family:
-        one_alphabet(family)
-    check_options([backbone.embed_dim for backbone in family.values()], **options)
-    return family
-
-
-def add_moments(
-    family: Mapping[str, Backbone],
-    moments: RunningMoments,
-    sequences: Iterable[str],
-    tokens_per_batch: int,
-    progress: ProgressCallback = lambda residues, before: None,
-) -> int:
-    """Add the residues of sequences to the joint moments of a family.
-
-    Args:
-        family: the backbones by level, smallest first.
-        moments: the moments to add to.
-        sequences: residues alone, one letter each; they are read as they are needed.
-        tokens_per_batch: number of tokens, padding included, that a batch holds at most.
-        progress: function that is called with a number of residues that are done, and False.
-
-    Returns:
-        The number of sequences that were added.
-    """
-    first = next(iter(family.values()))
-    compute = partial(_embed_residues, family, first.alphabet)
-    count = 0
-    with evaluating(*family.values()):
-        for batch in run_batches(compute, sequences, first.alphabet, tokens_per_batch, first.device):
-            moments.update(batch.result)
-            progress(len(batch.result), False)
-            count += len(batch.indices)
-    return count
-
-
-@torch.no_grad()
-def _embed_residues(family: Mapping[str, Backbone], alphabet: Alphabet, tokens: Tensor) -> Tensor:
-    """Return `(residues, sum of widths)` raw embeddings of a batch's residues, by all backbones."""
-    packing = Packing.of(is_real(tokens, alphabet))
-    residues = packing.pack(is_residue(tokens, alphabet))
-    return torch.cat([backbone(tokens, packing)[residues] for backbone in family.values()], dim=1)

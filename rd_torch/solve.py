@@ -181,7 +181,7 @@ def _split_joint(
     moments: RunningMoments, columns: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """Return the chain's covariance, and for each level the map from all raw embeddings, and the mean."""
-    covariance = moments.covariance()[columns[:, None], columns]
+    covariance = moments.covariance(columns)
     identity = torch.eye(len(columns), dtype=torch.float64, device=columns.device)
     return covariance, identity.split(list(sizes), dim=1), moments.mean[columns].split(list(sizes))
 

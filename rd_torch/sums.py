@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from rd_torch.disk import LOCK, Lock, require_folder, take_lock, write_whole
 from rd_torch.modules import require_module_names
-from rd_torch.moments import RunningMoments
+from rd_torch.moments import Alternatives, RunningMoments
 from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions, solve_stages
 from rd_torch.stage import Stage
 from rd_torch.store import Window
@@ -38,11 +38,13 @@ class Summands:
         fingerprint: function that returns a digest of all that the rows depend on besides the records; it is
             called only where moments are saved.
         kind: what the records hold, as errors call it.
+        alternatives: widths of the levels in groups of which one each will be chosen, if that is so.
     """
 
     widths: Mapping[str, int]
     fingerprint: Callable[[], str]
     kind: str = "sequences"
+    alternatives: Alternatives | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class Sums:
     ) -> None:
         require_module_names(summands.widths)  # in time: the names are of modules when all is summed
         self.widths, self.tokens_per_batch = dict(summands.widths), tokens_per_batch
-        self.moments = RunningMoments(sum(self.widths.values()), device)
+        width = sum(self.widths.values())
+        self.moments = RunningMoments(width, device, alternatives=summands.alternatives)
         self.sequences = 0
         self.done = SummedWindows({}, kind=summands.kind)
         self._saved = time.monotonic()
@@ -153,10 +156,10 @@ class Sums:
                 f"expected moments in {file}, got a file that cannot be read: remove it"
             ) from error
         current = self._facts()
-        for name in ("levels", "fingerprint"):
-            if facts[name] != current[name]:
+        for name in ("levels", "alternatives", "fingerprint"):
+            if facts.get(name) != current[name]:
                 raise ValueError(
-                    f"expected the {name} {facts[name]}, with which {file.parent} was begun, got "
+                    f"expected the {name} {facts.get(name)}, with which {file.parent} was begun, got "
                     f"{current[name]}: take what it was begun with, or remove the folder"
                 )
         if fixed_budget and facts["tokens_per_batch"] != self.tokens_per_batch:
@@ -165,7 +168,12 @@ class Sums:
                 f"got {self.tokens_per_batch}: leave it out, or remove the folder"
             )
         device = self.moments.mean.device
-        self.moments = RunningMoments.of(facts["residues"], mean.to(device), scatter.to(device))
+        self.moments = RunningMoments.of(
+            facts["residues"],
+            mean.to(device),
+            scatter.to(device),
+            alternatives=self.moments.alternatives,
+        )
         self.sequences, self.tokens_per_batch = facts["sequences"], facts["tokens_per_batch"]
         checksums = {int(number): checksum for number, checksum in facts["done"].items()}
         self.done = replace(self.done, checksums=checksums, folder=file.parent)
@@ -197,6 +205,7 @@ class Sums:
         """Return what is saved beside the moments: what they are of, and which windows they count."""
         return {
             "levels": self.widths,
+            "alternatives": self.moments.alternatives,
             "fingerprint": self._fingerprint,
             "tokens_per_batch": self.tokens_per_batch,
             "sequences": self.sequences,
@@ -214,16 +223,17 @@ class Sums:
             write_whole(self._file, lambda part: save_file(tensors, part, metadata))
         self._saved = time.monotonic()
 
-    def solve(self, **options: Unpack[SolveOptions]) -> list[Stage]:
+    def solve(self, levels: Sequence[str] | None = None, **options: Unpack[SolveOptions]) -> list[Stage]:
         """Solve the stages from the moments.
 
         Args:
+            levels: names of the levels of the chain, by default all.
             **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`.
 
         Returns:
             Float64 stages in order, one fewer than levels.
         """
-        return solve_stages(self.moments, self.widths, **options)
+        return solve_stages(self.moments, self.widths, levels=levels, **options)
 
     def __enter__(self) -> Self:
         """Return the sums themselves."""

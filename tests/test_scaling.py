@@ -426,8 +426,7 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
 
     monkeypatch.setattr("benchmarks.scaling.study.judge", never)
     monkeypatch.setattr("benchmarks.scaling.study.expected_error", never)
-    monkeypatch.setattr(Cache, "_residues", never)
-    monkeypatch.setattr(rd_torch, "embed_to_store", never)
+    monkeypatch.setattr("rd_torch.candidates.Candidates.embed", never)
     assert run("cut")[:2] == (whole, every)
 
 

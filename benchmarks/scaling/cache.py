@@ -1,12 +1,12 @@
 """What is kept between runs: raw embeddings of all layers side by side, moments, choices, scores.
 
-Everything lies in a folder named by the fingerprint of the model, so that one cache serves several models.
+Everything lies in a folder named by the fingerprint of the layers, so that one cache serves several models.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,18 +17,20 @@ from tqdm import tqdm
 
 import rd_torch
 from benchmarks.scaling.data import DataSet, digest
-from benchmarks.scaling.layers import costs_of, side_by_side
-from rd_torch.backbone import Packing, is_real, is_residue, run_backbones
-from rd_torch.batching import plan_batches, run_batches
+from benchmarks.scaling.layers import costs_of, spread
+from rd_torch.candidates import Candidates
 from rd_torch.disk import write_whole
+
+CHUNK = 250
+"""Number of sequences whose raw embeddings are one file. What a kill leaves is taken up behind the last."""
 
 
 class Cache:
-    """Embeddings and moments of one model, computed where they are not kept yet.
+    """Embeddings and moments of the layers of one family, computed where they are not kept yet.
 
     Args:
         folder: Folder of the caches of all models.
-        model: The chain; its maps are of no account.
+        model: A chain of last layers; its maps are of no account.
         most: Number of layers of a backbone to take at the most.
         final_norm: Whether each backbone's last LayerNorm acts on middle layers too.
 
@@ -38,72 +40,57 @@ class Cache:
     """
 
     def __init__(self, folder: Path, model: rd_torch.RDModel, most: int, final_norm: bool = True) -> None:
-        self.model = side_by_side(model, most, final_norm).prepare_inference()
-        self.widths = {name: backbone.embed_dim for name, backbone in self.model.family().items()}
-        self.costs = costs_of(self.model)
-        self.folder = folder / self.model.fingerprint()
+        family = model.family()
+        layers = {name: spread(backbone.num_layers, most) for name, backbone in family.items()}
+        self._candidates = Candidates.of(family, layers=layers, final_norm=final_norm)
+        self.widths = self._candidates.widths
+        self.costs = costs_of(self._candidates.family)
+        self.folder = folder / self._candidates.summands().fingerprint()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = model.device
 
     def rows(self, data: DataSet) -> Tensor:
-        """Return `(rows, widths together)` raw embeddings of a data set, side by side, in float32.
+        """Return `(rows, widths together)` raw embeddings of a data set, side by side, in float32."""
+        parts = [data.sequences[start : start + CHUNK] for start in range(0, len(data.sequences), CHUNK)]
+        with _bar(data.sequences, f"embedding {data.name}") as bar:
+            return torch.cat([self._rows(part, data.pool, bar) for part in parts])
 
-        The store is written in windows: what a kill leaves is taken up again.
-
-        Raises:
-            SystemExit: If a sequence takes more memory than there is.
-        """
-        path = self.folder / f"{data.pool}-{digest(data.sequences)}.h5"
-        if not path.exists():
-            proteins = ((str(number), sequence) for number, sequence in enumerate(data.sequences))
-            with _bar(data.sequences, f"embedding {data.name}") as bar:
-                failed = rd_torch.embed_to_store(
-                    self.model,
-                    proteins,
-                    path,
-                    pool=data.pool,
-                    progress=lambda residues, before: bar.update(residues),
-                )
-            if failed:
-                path.unlink()
-                raise SystemExit(
-                    f"expected memory for every sequence of {data.name}, got none for {len(failed):,}"
-                )
-        with rd_torch.open_store(path) as store:
-            rows = store.read(slice(None), as_torch=True)
-        return (
-            torch.cat([torch.as_tensor(each) for each in rows])
-            if isinstance(rows, list)
-            else torch.as_tensor(rows)
-        )
+    def _rows(self, sequences: Sequence[str], pool: str, bar: tqdm[NoReturn]) -> Tensor:
+        """Return raw embeddings of some sequences: their means, or all residues."""
+        path = self.folder / f"{pool}-{digest(sequences)}.pt"
+        if path.exists():
+            return torch.load(path)
+        found: dict[int, Tensor] = {}
+        budget, _ = self._candidates.plan(None)
+        for indices, rows, owners in self._candidates.embed(sequences, budget):
+            own = rows.cpu().split(owners.bincount(minlength=len(indices)).tolist())
+            found |= (
+                zip(indices, own, strict=True)
+                if pool == "none"
+                else zip(indices, map(_mean, own), strict=True)
+            )
+            bar.update(len(rows))
+        kept = torch.cat([found[number].float() for number in range(len(sequences))])
+        write_whole(path, partial(torch.save, kept))
+        return kept
 
     def moments(self, sequences: Sequence[str], name: str) -> rd_torch.RunningMoments:
         """Return joint moments of the residues of sequences, on the CPU."""
         path = self.folder / f"moments-{digest(sequences)}.pt"
         if not path.exists():
-            moments = rd_torch.RunningMoments(sum(self.widths.values()), self.device)
+            budget, device = self._candidates.plan(None)
+            moments = rd_torch.RunningMoments(sum(self.widths.values()), device)
             with _bar(sequences, f"moments of {name}") as bar:
-                for rows in self._residues(sequences):
-                    moments.update(rows)
-                    bar.update(len(rows))
+                self._candidates.add_moments(
+                    moments, sequences, budget, lambda residues, before: bar.update(residues)
+                )
             write_whole(path, partial(torch.save, moments.parts))
         return rd_torch.RunningMoments.of(*torch.load(path, map_location="cpu"))
 
-    @torch.inference_mode()
-    def _residues(self, sequences: Sequence[str]) -> Iterator[Tensor]:
-        """Yield `(residues, widths together)` raw embeddings of batches."""
-        family = self.model.family()
-        budget, device = plan_batches(family.values(), None)
-        alphabet, final_norm = self.model.alphabet, self.model.config.final_norm
 
-        def compute(tokens: Tensor) -> Tensor:
-            """Return raw embeddings of a batch's residues."""
-            packing = Packing.of(is_real(tokens, alphabet))
-            raw = run_backbones(family, tokens, packing, final_norm=final_norm)
-            return torch.cat(list(raw.values()), dim=1)[packing.pack(is_residue(tokens, alphabet))]
-
-        for batch in run_batches(compute, sequences, alphabet, budget, device):
-            yield batch.result
+def _mean(rows: Tensor) -> Tensor:
+    """Return the `(1, width)` mean of rows, summed in float64."""
+    return rows.double().mean(0, keepdim=True)
 
 
 def _bar(sequences: Sequence[str], what: str) -> tqdm[NoReturn]:

@@ -1,14 +1,10 @@
-"""The hidden states after the layers of all backbones side by side, and what each of them costs."""
+"""Names of layers, and what each of them costs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 
-import torch
-
-import rd_torch
-from rd_torch.backbone import Encoder
+from rd_torch.backbone import Backbone, Encoder
 
 Widths = Mapping[str, int]
 """Widths of raw embeddings by the names of their layers, such as `28K@2`, smallest backbone first."""
@@ -48,42 +44,19 @@ def spread(layers: int, most: int) -> list[int]:
     return [round(layers * (k + 1) / count) for k in range(count)]
 
 
-def side_by_side(model: rd_torch.RDModel, most: int, final_norm: bool) -> rd_torch.RDModel:
-    """Return the chain of layers of the same backbones whose embedding is all raw embeddings side by side.
-
-    Its stages predict nothing and add every direction as it is: `[x, y]`.
-
-    Args:
-        model: A chain of the last layers of several backbones.
-        most: Number of layers of a backbone to take at the most.
-        final_norm: Whether each backbone's last LayerNorm acts on middle layers too.
-    """
-    layers = {
-        f"{level}@{number}": backbone
-        for level, backbone in model.family().items()
-        for number in spread(backbone.num_layers, most)
-    }
-    stages, width = [], 0
-    for smaller, larger in pairwise(layers.values()):
-        width += smaller.embed_dim
-        q = larger.embed_dim
-        stages.append(rd_torch.Stage(torch.zeros(width, q), torch.zeros(q), torch.zeros(q), torch.eye(q)))
-    return rd_torch.RDModel(layers, stages, final_norm=final_norm).eval().to(model.device)
-
-
-def costs_of(model: rd_torch.RDModel) -> dict[str, int]:
+def costs_of(family: Mapping[str, Backbone]) -> dict[str, int]:
     """Return the number of parameters that run for each token up to a layer of its backbone, by layer.
 
     Those of the layers count; tables of embeddings are looked up, and heads do not run.
 
     Args:
-        model: A chain of layers.
+        family: The backbone of each layer, by the layer's name.
 
     Raises:
         SystemExit: For a backbone whose layers are not known.
     """
     costs: dict[str, int] = {}
-    for name, backbone in model.family().items():
+    for name, backbone in family.items():
         if not isinstance(backbone, Encoder):
             raise SystemExit(f"expected backbones whose layers are known, got {backbone.family} at {name}")
         layers = list(backbone.layers)[: number_of(name)]

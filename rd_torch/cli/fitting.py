@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from rd_torch.choices import PredictFrom, Regressor
-from rd_torch.cli.backbones import choose_backbones
+from rd_torch.choices import Criterion, PredictFrom, Regressor
+from rd_torch.cli.backbones import choose_backbones, parse_layers
 from rd_torch.cli.command import Command, option
 from rd_torch.cli.fitting_stores import fit_from_stores, require_options_for_stores
 from rd_torch.cli.reading import (
@@ -94,6 +94,41 @@ if TYPE_CHECKING:
     "half of the backbone's width is a better number, 576 for 600M.",
 )
 @option(
+    "--choose-layers",
+    group="Layers",
+    type=click.Choice(get_args(Criterion)),
+    show_default="each level is the backbone's last layer, or the one that it names",
+    help="Choose the layer of each level. rank takes the one with the highest effective rank, added the one of "
+    "which the added features hold most, predicted the one that smaller levels predict best, and labels the "
+    "one that predicts the labels of --table best.",
+)
+@option(
+    "--layers",
+    group="Layers",
+    metavar="LIST|all",
+    show_default="all, with --choose-layers",
+    help="Choose among these layers: 20,25,30 for every backbone, or 150M@20,650M@25,650M@30.",
+)
+@option(
+    "--table",
+    group="Layers",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Table of sequences with labels, for --choose-layers labels.",
+)
+@option(
+    "--target",
+    group="Layers",
+    metavar="COLUMN",
+    help="Column of --table with the labels, which are numbers or names of classes.",
+)
+@option(
+    "--final-norm/--no-final-norm",
+    group="Layers",
+    default=True,
+    help="Apply the LayerNorm after a backbone's last layer to hidden layers too.",
+)
+@option(
     "--predict-from",
     group="Maps",
     type=click.Choice(get_args(PredictFrom)),
@@ -127,6 +162,8 @@ def fit(
       rd-torch fit proteins.fasta -o cambrian --backbones esmc --levels 300M,600M
       rd-torch fit proteins.fasta -o others --backbone 150M=hf:airkingbd/dplm_150m \\
           --backbone 650M=hf:airkingbd/dplm_650m
+      rd-torch fit proteins.fasta -o middle --backbones esm2 --levels 8M,35M@10,150M@24
+      rd-torch fit proteins.fasta -o chosen --choose-layers rank
       rd-torch fit --from-stores 8M=8M.h5 35M=35M.h5 -o my-maps
 
     PROTEINS are given as for rd-torch embed, and are read once. About 1,000 natural proteins are a good
@@ -134,6 +171,10 @@ def fit(
 
     A record that cannot be read without doubt is left out. OUTPUT.failed.tsv then lists such records, with
     lines and reasons, and the exit status is 3.
+
+    A level is taken from the last layer of its backbone, unless it names another: 150M@24. Layers above are
+    not run. One backbone may have several levels, 150M@16,150M@24. With --choose-layers the one pass over
+    PROTEINS sums all candidates; what was chosen, and why, is written into the chain.
 
     With --from-stores no backbone runs. The files are as for rd-torch combine, but may hold the embeddings of
     any models, by any names of levels. What is written are maps alone, which rd-torch combine takes as
@@ -157,6 +198,7 @@ def fit(
     work_folder.parent.mkdir(parents=True, exist_ok=True)
     workers = join_cluster(options, device)
     choice = choose_backbones(backbones, sources, levels, options.pop("trusted"))
+    options |= _layer_options(options)
     with ResidueBar(proteins) as bar:
         options |= {
             "progress": bar,
@@ -176,8 +218,26 @@ def fit(
     chain.save_pretrained(output)
     clear_folder(work_folder)
     print_levels(chain.config)
+    if layers := chain.config.provenance["fit"].get("layers"):
+        click.echo(f"Layers were chosen by {layers['chosen by']}.", err=True)
     click.echo(f"Wrote the chain to {output}.", err=True)
     _list_failures(left_out, output)
+
+
+def _layer_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of layers out of a command's options; return those of `rd_torch.fit`."""
+    from rd_torch.labelled import read_labelled
+
+    criterion, listed = options.pop("choose_layers"), parse_layers(options.pop("layers"))
+    table, target = options.pop("table"), options.pop("target")
+    if (table is None, target is None) != ((criterion != "labels"),) * 2:
+        raise ValueError("expected --table and --target with --choose-layers labels, and not without")
+    taken: dict[str, Any] = {"layers": listed or ("all" if criterion else None)}
+    if criterion:
+        taken["choose_layers"] = criterion
+    if table is not None:
+        taken["labelled"] = read_labelled(table, target)
+    return taken
 
 
 def _list_failures(left_out: list[Entry], output: Path) -> None:
@@ -193,14 +253,21 @@ def _fit_here(
     family: dict[str, Any], proteins: Proteins, strict: bool, left_out: list[Entry], **options: Any
 ) -> RDModel:
     """Fit in this process; add the records that could not be read to `left_out`."""
-    from rd_torch.fitting import fit_entries, kind_of
+    from rd_torch.candidates import Candidates, FitOptions
+    from rd_torch.fitting import fit_entries
     from rd_torch.letters import Corrections
     from rd_torch.sequences import keep_sound, normalize_entries
 
     corrections = Corrections()
-    read = normalize_entries(proteins.entries(), corrections, strict=strict, kind=kind_of(family))
+    candidates = Candidates.of(
+        family, **{key: options[key] for key in FitOptions.__annotations__ if key in options}
+    )
+    if len(candidates.family) > len(candidates.groups):
+        size = candidates.moments_bytes / 2**30
+        click.echo(f"Moments of {len(candidates.family)} candidate layers take {size:.2f} GiB.", err=True)
+    read = normalize_entries(proteins.entries(), corrections, strict=strict, kind=candidates.kind)
     entries = keep_sound(read, left_out)
-    chain = fit_entries(family, options["progress"].count_read(entries), **options)
+    chain = fit_entries(candidates, options["progress"].count_read(entries), **options)
     corrections.warn()
     return chain
 

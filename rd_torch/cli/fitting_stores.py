@@ -24,6 +24,7 @@ def fit_from_stores(pairs: tuple[str, ...], output: Path, levels: str | None, **
         levels: names of the levels to use, with commas between them; by default all.
         **options: options of `solve_stages`.
     """
+    from rd_torch.choices import check_choice
     from rd_torch.cli.progress import Bar
     from rd_torch.disk import part_folder
     from rd_torch.fitting_stores import fit_stores
@@ -32,7 +33,10 @@ def fit_from_stores(pairs: tuple[str, ...], output: Path, levels: str | None, **
     from rd_torch.weights import require_no_backbones
 
     inputs = split_by_level(pairs, "files as LEVEL=FILE")
-    inputs = {level: inputs[level] for level in choose_levels(levels, inputs)}
+    chosen = choose_levels(levels, inputs)
+    for level in chosen:
+        check_choice("level", level, tuple(inputs))
+    inputs = {level: inputs[level] for level in chosen}
     require_no_backbones(output)
     with open_store(next(iter(inputs.values()))) as first:
         records = len(first)
@@ -70,14 +74,18 @@ def require_options_for_stores() -> None:
 def choose_levels(levels: str | None, known: Collection[str]) -> list[str]:
     """Return the names of the levels that `--levels` gives; by default all that are known.
 
+    Of a backbone that is known, any layer may be named, as in `650M@25`.
+
     Raises:
         ValueError: for a level that is not known, or is named twice.
     """
     from rd_torch.choices import check_choice
+    from rd_torch.levels import split_level
 
     wanted = list(known) if levels is None else levels.split(",")
     for level in wanted:
-        check_choice("level", level, tuple(known))
+        if level not in known:
+            check_choice("level", split_level(level)[0], tuple(known))
     if len(set(wanted)) < len(wanted):
         raise ValueError(f"expected each level once, got --levels {levels}")
     return wanted

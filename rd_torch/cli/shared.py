@@ -259,7 +259,5 @@ def print_levels(config: RDConfig) -> None:
     for level, explained in zip(config.levels, (None, *config.explained), strict=True):
         r2 = f"{explained.r2:6.3f}" if explained and explained.r2 is not None else " " * 6
         kept = f"{explained.kept:6.3f}" if explained else ""
-        shape = (
-            f"{level.title:>12} {_layers(level):>8} {level.attention_heads or '':>5} {level.width:>8}"
-        )
+        shape = f"{level.title:>12} {_layers(level):>8} {level.attention_heads or '':>5} {level.width:>8}"
         click.echo(f"{level.name:>8} {shape} {config.widths[level.name]:>6} {r2} {kept}".rstrip())

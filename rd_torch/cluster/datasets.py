@@ -9,6 +9,7 @@ from typing import Any, Final, Unpack
 from torch import nn
 
 from rd_torch.batching import MOST_TOKENS
+from rd_torch.candidates import Candidates, FitOptions
 from rd_torch.cluster.steps import (
     ModelOrName,
     begin_adding_columns,
@@ -19,9 +20,8 @@ from rd_torch.cluster.steps import (
 )
 from rd_torch.cluster.workers import AS_MANY_AS_FIT, Worker, Workers, run
 from rd_torch.embedding import EmbedOptions
-from rd_torch.fitting import make_chain, shared_family, summands_of
+from rd_torch.fitting import make_chain
 from rd_torch.model import RDModel
-from rd_torch.solve import SolveOptions
 from rd_torch.sums import Sums
 from rd_torch.weights import Source
 
@@ -81,7 +81,7 @@ def fit_dataset(
     workers: Workers = AS_MANY_AS_FIT,
     tokens_per_batch: int | None = None,
     provenance: Mapping[str, Any] | None = None,
-    **options: Unpack[SolveOptions],
+    **options: Unpack[FitOptions],
 ) -> RDModel:
     """Fit a chain to the sequences of a Ray dataset, in one pass.
 
@@ -94,7 +94,7 @@ def fit_dataset(
         tokens_per_batch: number of tokens, padding included, that a batch holds at most; by default what half
             of a worker's free memory takes.
         provenance: where backbones and sequences come from; it is saved with the model.
-        **options: options of `rd_torch.solve_stages`, as for `rd_torch.fit`.
+        **options: further options of `rd_torch.fit`.
 
     Returns:
         The fitted model in `eval` mode, on the CPU.
@@ -105,12 +105,12 @@ def fit_dataset(
         TypeError: as `rd_torch.fit`.
         ChildProcessError: where a worker cannot be started.
     """
-    family = shared_family(load_backbones(backbones, None), **options)
-    sums = Sums(summands_of(family), MOST_TOKENS["cpu"])
+    candidates = Candidates.of(load_backbones(backbones, None), **options)
+    sums = Sums(candidates.summands(), MOST_TOKENS["cpu"])
     workers = workers.placed()
     begin = partial(
-        begin_summing, partial(load_backbones, backbones), workers.device, column, tokens_per_batch
+        begin_summing, partial(load_backbones, backbones), workers.device, column, tokens_per_batch, options
     )
     for row in run(dataset, begin, workers, ROWS_PER_BATCH):
         merge_moments(sums, row)
-    return make_chain(family, sums, provenance, **options)
+    return make_chain(candidates, sums, provenance, **options)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, Unpack
 
 from rd_torch.batching import MOST_TOKENS
+from rd_torch.candidates import Candidates, FitOptions
 from rd_torch.choices import check_names
 from rd_torch.cluster.records import Records, read_for_fit, read_for_store
 from rd_torch.cluster.steps import (
@@ -23,12 +24,11 @@ from rd_torch.cluster.steps import (
 )
 from rd_torch.cluster.workers import AS_MANY_AS_FIT, Workers, run, stream
 from rd_torch.embedding import EmbedOptions, facts_of, select_embed_options, warn_of_renamed
-from rd_torch.fitting import kind_of, make_chain, shared_family, summands_of
+from rd_torch.fitting import make_chain
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.pooling import pool_name
 from rd_torch.sequences import Entry
-from rd_torch.solve import SolveOptions
 from rd_torch.store import (
     FORMATS,
     Failure,
@@ -166,7 +166,7 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
     provenance: Mapping[str, Any] | None = None,
     work_folder: str | Path | None = None,
     left_out: list[Entry] | None = None,
-    **options: Unpack[SolveOptions],
+    **options: Unpack[FitOptions],
 ) -> RDModel:
     """Fit a chain to files of proteins as `rd_torch.fit` does, on the cluster that this process has joined.
 
@@ -181,7 +181,7 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
         work_folder: as for `rd_torch.fit`, on the driver's machine; either of the two can finish what the
             other has begun.
         left_out: if given, records that could not be read are appended to it.
-        **options: options of `rd_torch.solve_stages`, as for `rd_torch.fit`.
+        **options: further options of `rd_torch.fit`.
 
     Returns:
         The fitted model in `eval` mode, on the CPU.
@@ -192,18 +192,18 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
         OSError: as `rd_torch.fit`.
         ChildProcessError: where a worker cannot be started.
     """
-    family, workers = shared_family(load("cpu"), **options), workers.placed()
-    records = replace(records, kind=kind_of(family))
+    candidates, workers = Candidates.of(load("cpu"), **options), workers.placed()
+    records = replace(records, kind=candidates.kind)
     budget, is_given = tokens_per_batch or MOST_TOKENS[workers.device], tokens_per_batch is not None
-    with Sums(summands_of(family), budget, folder=work_folder, fixed_budget=is_given) as sums:
+    with Sums(candidates.summands(), budget, folder=work_folder, fixed_budget=is_given) as sums:
         read = partial(read_for_fit, records, sums.tokens_per_batch, sums.done)
-        begin = partial(begin_summing, load, workers.device, "contents", tokens_per_batch)
+        begin = partial(begin_summing, load, workers.device, "contents", tokens_per_batch, options)
         lost: list[Entry] = []
         last = _follow(run(stream(read), begin, workers), progress, partial(_add_window, sums, lost))
         if left_out is not None:
             left_out += sorted(lost, key=lambda entry: (entry.source, entry.line))
         sums.finish(last["number"] + 1)
-        return make_chain(family, sums, provenance, **options)
+        return make_chain(candidates, sums, provenance, **options)
 
 
 def _add_window(sums: Sums, lost: list[Entry], row: Mapping[str, Any]) -> None:

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from rd_torch import fitting
-from rd_torch.batching import find_budget, plan_batches
+from rd_torch.batching import find_budget
+from rd_torch.candidates import Candidates, FitOptions
 from rd_torch.cluster.records import BULK
 from rd_torch.cluster.workers import Step
 from rd_torch.embedding import EmbedOptions, embed, window_embedder
-from rd_torch.fitting import add_moments, kind_of, shared_family
 from rd_torch.model import RDModel
 from rd_torch.moments import RunningMoments
 from rd_torch.sequences import normalize_sequences
@@ -145,7 +145,9 @@ def begin_adding_columns(load: Load, device: str, column: str, options: EmbedOpt
     return step
 
 
-def begin_summing(load: LoadFamily, device: str, column: str, tokens_per_batch: int | None) -> Step:
+def begin_summing(
+    load: LoadFamily, device: str, column: str, tokens_per_batch: int | None, options: FitOptions
+) -> Step:
     """Load the family in a worker that sums the joint moments of a table's sequences.
 
     Args:
@@ -154,22 +156,25 @@ def begin_summing(load: LoadFamily, device: str, column: str, tokens_per_batch: 
         column: name of the column that holds the letters.
         tokens_per_batch: number of tokens, padding included, that a batch holds at most; by default what half
             of the worker's free memory takes.
+        options: options of `rd_torch.fit`.
 
     Returns:
         The step: it makes one row of moments of a table.
     """
-    family = shared_family(load(device))
-    budget, place = plan_batches(family.values(), tokens_per_batch)
-    width = sum(backbone.embed_dim for backbone in family.values())
+    candidates = Candidates.of(load(device), **options)
+    budget, place = candidates.plan(tokens_per_batch)
+    width, alternatives = sum(candidates.widths.values()), candidates.summands().alternatives
 
     def step(table: pa.Table) -> dict[str, Any]:
         """Sum the moments of a table; return them with the window's columns, without its records."""
         sequences = _sequences(table, column)
         # A table without sequences sends moments of width 1, not a large matrix of zeros.
-        moments = RunningMoments(width if sequences else 1, place)
+        moments = (
+            RunningMoments(width, place, alternatives=alternatives) if sequences else RunningMoments(1, place)
+        )
         is_window = "number" in table.column_names  # its records were normalised before it was cut
-        residues = sequences if is_window else normalize_sequences(sequences, kind_of(family))
-        row: dict[str, Any] = {"sequences": add_moments(family, moments, residues, budget)}
+        residues = sequences if is_window else normalize_sequences(sequences, candidates.kind)
+        row: dict[str, Any] = {"sequences": candidates.add_moments(moments, residues, budget)}
         count, mean, scatter = moments.parts
         if is_window:
             row |= table.drop_columns(BULK).to_pylist()[0]
@@ -184,7 +189,8 @@ def merge_moments(sums: Sums, row: Mapping[str, Any]) -> None:
     if not row["sequences"]:  # its moments have width 1
         return
     mean, scatter = (torch.tensor(row[name]) for name in ("mean", "scatter"))
-    sums.moments.merge(RunningMoments.of(int(row["count"]), mean, scatter))
+    alternatives = sums.moments.alternatives
+    sums.moments.merge(RunningMoments.of(int(row["count"]), mean, scatter, alternatives=alternatives))
     sums.sequences += int(row["sequences"])
 
 
@@ -226,6 +232,6 @@ def load_backbones(
         The backbones by level.
     """
     if not isinstance(backbones, Mapping):
-        return dict(load_model(backbones, device).backbones.items())
+        return dict(load_model(backbones, device).family())
     loaded = fitting.load_backbones(backbones, device)
     return {level: module if device is None else module.to(device) for level, module in loaded.items()}
