@@ -405,7 +405,7 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
     def cut_off(self, *arguments):
         add(self, *arguments)
         calls.append(arguments)
-        if len(calls) % 500 == 0:
+        if len(calls) % 150 == 0:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Kept, "add", cut_off)
@@ -416,7 +416,7 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
             break
         except KeyboardInterrupt:
             cuts += 1
-    assert cuts == len(calls) // 500 >= 2
+    assert cuts == len(calls) // 150 >= 2
     assert (
         len({json.dumps(key, sort_keys=True) for key, _ in calls}) < len(calls) <= len(every)
     )  # of two norms
