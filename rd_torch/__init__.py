@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rd_torch import cluster, pretrained
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
+    from rd_torch.choosing import choose_layers
     from rd_torch.combining import combine_stores
     from rd_torch.config import Explained, RDConfig
     from rd_torch.embedding import embed, embed_to_store
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         TransformersForSequenceClassification,
         TransformersForTokenClassification,
     )
+    from rd_torch.labelled import Labelled
     from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level, Reference
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
@@ -50,6 +52,7 @@ _HOMES = {
     "ESMC_LEVELS": "levels",
     "Explained": "config",
     "Fasta": "reading",
+    "Labelled": "labelled",
     "Level": "levels",
     "MatryoshkaHead": "heads",
     "Nesting": "nesting",
@@ -69,6 +72,7 @@ _HOMES = {
     "TransformersForSequenceClassification": "huggingface",
     "TransformersForTokenClassification": "huggingface",
     "align_labels": "heads",
+    "choose_layers": "choosing",
     "cluster": "cluster",
     "combine_stores": "combining",
     "concat_pca": "solve",
@@ -92,6 +96,7 @@ __all__ = [
     "ConcatPCA",
     "Explained",
     "Fasta",
+    "Labelled",
     "Level",
     "MatryoshkaHead",
     "Nesting",
@@ -111,6 +116,7 @@ __all__ = [
     "TransformersForSequenceClassification",
     "TransformersForTokenClassification",
     "align_labels",
+    "choose_layers",
     "cluster",
     "combine_stores",
     "concat_pca",

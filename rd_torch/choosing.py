@@ -40,7 +40,7 @@ def candidates_of(depths: Mapping[str, int], layers: Layers | None) -> list[list
         layers: layers that levels may be taken from; None for the one that the level's name states.
 
     Returns:
-        For each level the names of its candidates, such as `["650M@24", "650M@25"]`.
+        For each level the names of its candidates, such as `["650M@32", "650M"]`, the last of 33 layers.
 
     Raises:
         ValueError: for a backbone or a layer that is not there, or a level whose name states a layer already.
@@ -60,12 +60,12 @@ def _candidates(name: str, depth: int, layers: Layers | None) -> list[str]:
         raise ValueError(f"expected layers of levels whose names state none, got them for {name}")
     if isinstance(wanted, str):
         check_choice("layers", wanted, ("all",))
-        return [f"{name}@{layer}" for layer in range(1, depth + 1)]
+        return [*(f"{name}@{layer}" for layer in range(1, depth)), name]
     numbers = [wanted] if isinstance(wanted, int) else list(wanted)
     there = [layer for layer in numbers if 1 <= layer <= depth]
     if not there or (isinstance(layers, Mapping) and len(there) < len(numbers)):
         raise ValueError(f"expected layers from 1 to {depth}, which {name} has, got {numbers}")
-    return [f"{name}@{layer}" for layer in dict.fromkeys(there)]
+    return [name if layer == depth else f"{name}@{layer}" for layer in sorted(set(there))]
 
 
 def choose_layers(

@@ -128,9 +128,7 @@ def load_backbones(
     for name, each in backbones.items():
         known, other = deepest.get(split_level(name)[0], (name, each))
         if other is not each and other != each:
-            raise ValueError(
-                f"expected one source of the backbone of {known} and {name}, got {other} and {each}"
-            )
+            raise ValueError(f"expected one source of the backbone of {known} and {name}, got two")
         deepest[split_level(name)[0]] = max((known, each), (name, each), key=lambda pair: _layer(pair[0]))
     loaded = {
         backbone: each if isinstance(each, nn.Module) else load_backbone(each, hub or Hub(), name, place)
