@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import rd_torch
 from benchmarks.scaling.data import DataSet, digest
-from benchmarks.scaling.layers import costs_of, spread
+from benchmarks.scaling.layers import costs_of, spread, stated
 from rd_torch.candidates import Candidates
 from rd_torch.disk import write_whole
 
@@ -43,8 +43,9 @@ class Cache:
         family = model.family()
         layers = {name: spread(backbone.num_layers, most) for name, backbone in family.items()}
         self._candidates = Candidates.of(family, layers=layers, final_norm=final_norm)
-        self.widths = self._candidates.widths
-        self.costs = costs_of(self._candidates.family)
+        named = {stated(name, backbone): backbone for name, backbone in self._candidates.family.items()}
+        self.widths = {name: backbone.embed_dim for name, backbone in named.items()}
+        self.costs = costs_of(named)
         self.folder = folder / self._candidates.summands().fingerprint()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = model.device

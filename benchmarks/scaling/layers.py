@@ -5,19 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from rd_torch.backbone import Backbone, Encoder
+from rd_torch.levels import split_level
 
 Widths = Mapping[str, int]
 """Widths of raw embeddings by the names of their layers, such as `28K@2`, smallest backbone first."""
 
 
+def stated(name: str, backbone: Backbone) -> str:
+    """Return the name of a layer with its number, which names of last layers leave out."""
+    level, number = split_level(name)
+    return f"{level}@{number or backbone.num_layers}"
+
+
 def level_of(layer: str) -> str:
     """Return the level that a layer such as `28K@2` belongs to."""
-    return layer.rpartition("@")[0]
+    return split_level(layer)[0]
 
 
 def number_of(layer: str) -> int:
     """Return the number of a layer such as `28K@2`, counted from 1."""
-    return int(layer.rpartition("@")[2])
+    _, number = split_level(layer)
+    if number is None:
+        raise ValueError(f"expected a layer with its number, as 28K@2, got {layer}")
+    return number
 
 
 def layers_by_level(layers: Iterable[str]) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.result import Row
 from benchmarks.scaling.angles import angles_at_random, angles_between
 from benchmarks.scaling.approaches import NESTED_CHOSEN, NESTED_LAST, PLAIN_BEST, SWEEP
-from benchmarks.scaling.layers import last_layers, layers_by_level, level_of
+from benchmarks.scaling.layers import last_layers, layers_by_level, level_of, number_of
 from benchmarks.scaling.records import Place, Record, column, costs_of_places, means_of, with_interval
 
 METRICS = ("Spearman", "accuracy", "macro AUPR")
@@ -163,8 +163,7 @@ def criterion_rows(records: Sequence[Record], names: Sequence[str], largest: int
             {
                 "choice": name,
                 "norm on middle layers": norm,
-                "layers": " ".join(each.rpartition("@")[2] for each in layers)
-                or "of each data set and split",
+                "layers": " ".join(str(number_of(each)) for each in layers) or "of each data set and split",
                 "compute": f"{costs[Place(name, levels[-1])] / largest:.3f}",
                 f"score at {levels[-1]}": f"{column(means, Place(name, levels[-1])).mean():.4f}",
                 f"over last layers at {levels[-1]}": with_interval(gains[:, -1:]),
