@@ -313,9 +313,10 @@ def check_tables(tables, every):
         asked = {name: row[name] for name in ("head", "level")}
         own = mean_of(normed, approach=row["approach"], **asked)
         assert row["score, mean"] == f"{own:.4f}"
-        for rival in (name.removeprefix("over ") for name in row if name.startswith("over ")):
-            gain = float(row[f"over {rival}"].split(" ")[0])
-            assert gain == pytest.approx(own - mean_of(normed, approach=rival, **asked), abs=6e-5)
+        for name in (name for name in row if name.startswith("over ")):
+            rival, _, end = name.removeprefix("over ").partition(", at ")
+            other = mean_of(normed, approach=rival, **(asked | ({"level": end} if end else {})))
+            assert float(row[name].split(" ")[0]) == pytest.approx(own - other, abs=6e-5)
     for row in tables["norms"]:
         asked = {name: row[name] for name in ("head", "level", "approach")}
         assert row["with the norm"] == f"{mean_of(normed, **asked):.4f}"

@@ -47,15 +47,19 @@ def rival_rows(records: Sequence[Record], largest: int, rivals: Sequence[str]) -
     Args:
         records: The scores.
         largest: Number of parameters that run in the largest backbone.
-        rivals: Names of the approaches that each is held against at the same level.
+        rivals: Names of the approaches that each is held against at the same level, and the first of them
+            at the last level too, where it is dearest.
     """
     rows = []
     for head in dict.fromkeys(record.head for record in records):
         chosen = [record for record in records if record.head == head]
         means, costs = means_of(chosen), costs_of_places(chosen)
+        *_, end = dict.fromkeys(record.level for record in chosen)
         for place, width in {record.place: record.width for record in chosen}.items():
             scores = column(means, place)
-            gains = {rival: scores - column(means, Place(rival, place.level)) for rival in rivals}
+            others = {f"over {rival}": Place(rival, place.level) for rival in rivals}
+            others[f"over {rivals[0]}, at {end}"] = Place(rivals[0], end)
+            gains = {name: scores - column(means, other) for name, other in others.items()}
             rows.append(
                 {
                     "head": head,
@@ -64,7 +68,7 @@ def rival_rows(records: Sequence[Record], largest: int, rivals: Sequence[str]) -
                     "features": width,
                     "compute": f"{costs[place] / largest:.3f}",
                     "score, mean": f"{scores.mean():.4f}",
-                    **{f"over {rival}": with_interval(gain) for rival, gain in gains.items()},
+                    **{name: with_interval(gain) for name, gain in gains.items()},
                 }
             )
     return rows
