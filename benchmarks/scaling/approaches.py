@@ -23,6 +23,9 @@ from benchmarks.scaling.probes import LINEAR, MLP, NEAREST
 LAST, LABELS = "last", "labels"
 """Choices of layers: the last of each backbone, and the best by labels of training rows."""
 
+ROTATED = "rotated"
+"""The kind of a backbone's embedding in the coordinates of all its principal components: nothing is lost."""
+
 EACH = "each"
 """The choice of every layer alone."""
 
@@ -33,7 +36,7 @@ class Approach:
 
     Attributes:
         name: Name in tables.
-        kind: Kind of its recipes.
+        kind: Kind of its recipes, or `ROTATED`.
         choice: `LAST`, `LABELS`, `EACH`, or the name of a criterion.
         heads: Heads that judge it.
         scale: Scale of its recipes.
@@ -48,7 +51,7 @@ class Approach:
     @property
     def greedy(self) -> bool:
         """Whether a layer is chosen beside those of smaller backbones, and not alone."""
-        return self.kind not in (PLAIN, PCA)
+        return self.kind not in (PLAIN, ROTATED, PCA)
 
     def recipes(self, solver: Solver, chosen: Chosen) -> dict[str, Recipe]:
         """Return a recipe by level, or by layer where each layer stands alone.
@@ -64,13 +67,15 @@ class Approach:
             used = chosen[:count] if self.greedy else (layer,)
             kind = PLAIN if len(used) == 1 and self.greedy else self.kind
             recipe = solver.recipe(kind, used, self.scale)
-            if self.kind == PCA:
-                recipe = Recipe(PCA, chosen[-1:], recipe.width, self.scale)
+            if self.kind in (ROTATED, PCA):
+                own = chosen[-1:] if self.kind == PCA else used
+                recipe = Recipe(PCA, own, recipe.width, self.scale)
             made[level_of(layer)] = recipe
         return made
 
 
 PLAIN_LAST, PLAIN_BEST = "plain, last layer", "plain, best layer"
+PLAIN_ROTATED = "plain, rotated, last layer"
 PCA_LAST, PCA_BEST = "PCA of the largest, last layer", "PCA of the largest, best layer"
 CONCAT_LAST = "concat + PCA, last layers"
 NESTED_LAST, NESTED_CHOSEN = "nested, last layers", "nested, chosen layers"
@@ -79,6 +84,7 @@ ALL_LAST, ALL_CHOSEN = "all directions, last layers", "all directions, chosen la
 RIVALS = (
     Approach(PLAIN_LAST, PLAIN, heads=(LINEAR, MLP)),
     Approach(PLAIN_BEST, PLAIN, LABELS),
+    Approach(PLAIN_ROTATED, ROTATED, heads=(LINEAR, MLP)),
     Approach(PCA_LAST, PCA, heads=(LINEAR, MLP)),
     Approach(PCA_BEST, PCA, LABELS),
     Approach(CONCAT_LAST, CONCAT),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from benchmarks.scaling.approaches import OF_MIDDLE, PLAIN_LAST, RIVALS
+from benchmarks.scaling.approaches import OF_MIDDLE, PLAIN_LAST, RIVALS, ROTATED
 from benchmarks.scaling.data import TASKS
 from benchmarks.scaling.layers import last_layers, level_of
 from benchmarks.scaling.maps import ALL, CONCAT, NESTED, PCA, PLAIN, Solver, explained_by_prefix
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = (NESTED, PCA, ALL, CONCAT)
-COLOUR = {PLAIN: INK, **dict(zip(KINDS, COLOURS, strict=False))}
-MARKER = dict(zip((PLAIN, *KINDS), "oDsv^", strict=True))
+COLOUR = {PLAIN: INK, ROTATED: FAINT, **dict(zip(KINDS, COLOURS, strict=False))}
+MARKER = dict(zip((PLAIN, ROTATED, *KINDS), "oXDsv^", strict=True))
 Ends = Mapping[Place, float]
 
 

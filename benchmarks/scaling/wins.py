@@ -16,6 +16,7 @@ from benchmarks.scaling.approaches import (
     PCA_LAST,
     PLAIN_BEST,
     PLAIN_LAST,
+    PLAIN_ROTATED,
 )
 from benchmarks.scaling.data import MUTATIONS, TASKS
 from benchmarks.scaling.probes import LINEAR, MLP
@@ -27,6 +28,7 @@ LEAST_SETS = 5
 WIDER = (PLAIN_LAST, PLAIN_BEST, NESTED_LAST, NESTED_CHOSEN, ALL_LAST, PCA_LAST, CONCAT_LAST)
 EQUAL = (
     (NESTED_LAST, PLAIN_LAST),
+    (NESTED_LAST, PLAIN_ROTATED),
     (NESTED_CHOSEN, PLAIN_BEST),
     (NESTED_CHOSEN, NESTED_LAST),
     (NESTED_LAST, PCA_LAST),
