@@ -11,6 +11,8 @@ from benchmarks.result import command
 from rd_torch.weights import DEFAULT_MODEL
 
 DTYPES = ("float32", "bfloat16", "float16")
+LAYERS = 8
+"""Number of layers of a backbone that are taken at the most, unless another is asked for."""
 
 
 def new_parser(
@@ -79,7 +81,7 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers",
         type=int,
-        default=8,
+        default=LAYERS,
         help="Number of layers of a backbone to take at the most, evenly spread; by default %(default)s.",
     )
     parser.add_argument(

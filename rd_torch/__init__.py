@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rd_torch import cluster, pretrained
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
+    from rd_torch.basis import change_basis
     from rd_torch.choosing import choose_layers
     from rd_torch.combining import combine_stores
+    from rd_torch.comparing import similarity
     from rd_torch.config import Explained, RDConfig
     from rd_torch.embedding import embed, embed_to_store
     from rd_torch.exporting import export
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     )
     from rd_torch.labelled import Labelled
     from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level, Reference
+    from rd_torch.maps import Basis
     from rd_torch.model import RDModel
     from rd_torch.moments import RunningMoments
     from rd_torch.nesting import Nesting
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from rd_torch.plotting import plot_store
     from rd_torch.predictor import Predictor
     from rd_torch.reading import Fasta, Proteins
+    from rd_torch.reconstruct import Reconstruction
     from rd_torch.solve import concat_pca, solve_stages
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 # The module in which each public name lives.
 _HOMES = {
     "Backbone": "backbone",
+    "Basis": "maps",
     "ConcatPCA": "stage",
     "ESM2": "backbone",
     "ESM2_LEVELS": "levels",
@@ -61,6 +66,7 @@ _HOMES = {
     "RDConfig": "config",
     "RDModel": "model",
     "RDOutput": "output",
+    "Reconstruction": "reconstruct",
     "Reference": "levels",
     "ResidueHead": "heads",
     "RunningMoments": "moments",
@@ -72,6 +78,7 @@ _HOMES = {
     "TransformersForSequenceClassification": "huggingface",
     "TransformersForTokenClassification": "huggingface",
     "align_labels": "heads",
+    "change_basis": "basis",
     "choose_layers": "choosing",
     "cluster": "cluster",
     "combine_stores": "combining",
@@ -84,6 +91,7 @@ _HOMES = {
     "open_store": "store",
     "plot_store": "plotting",
     "pretrained": "pretrained",
+    "similarity": "comparing",
     "solve_stages": "solve",
 }
 
@@ -93,6 +101,7 @@ __all__ = [
     "ESMC",
     "ESMC_LEVELS",
     "Backbone",
+    "Basis",
     "ConcatPCA",
     "Explained",
     "Fasta",
@@ -105,6 +114,7 @@ __all__ = [
     "RDConfig",
     "RDModel",
     "RDOutput",
+    "Reconstruction",
     "Reference",
     "ResidueHead",
     "RunningMoments",
@@ -116,6 +126,7 @@ __all__ = [
     "TransformersForSequenceClassification",
     "TransformersForTokenClassification",
     "align_labels",
+    "change_basis",
     "choose_layers",
     "cluster",
     "combine_stores",
@@ -128,6 +139,7 @@ __all__ = [
     "open_store",
     "plot_store",
     "pretrained",
+    "similarity",
     "solve_stages",
 ]
 

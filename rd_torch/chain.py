@@ -15,9 +15,11 @@ from rd_torch.backbone import Backbone, as_family, at_least_float32, one_alphabe
 from rd_torch.choices import Method, PredictFrom, SpecialRows
 from rd_torch.config import RDConfig
 from rd_torch.levels import ALPHABET, split_level
+from rd_torch.maps import Maps, basis_in
 from rd_torch.modules import Modules, StateDict, modules_of
 from rd_torch.nesting import fingerprint
-from rd_torch.stage import Maps, map_shapes
+from rd_torch.reconstruct import Reconstructor
+from rd_torch.stage import map_shapes
 
 Fact = TypeVar("Fact")
 
@@ -46,7 +48,8 @@ class Chain(nn.Module):
         config: levels and choices of the chain.
         backbones: backbones by name, smallest first. That is the name of the level, without `@` and the
             number of a layer; levels of several layers of one backbone share it.
-        stages: stages by the level that each leads to.
+        stages: stages by the level that each leads to; the basis by the first level, if there is one.
+        reconstructor: what raw embeddings are reconstructed from; None where only the maps are known.
         alphabet: the alphabet of the token ids, which all backbones have.
         alphabet_size: number of its tokens.
         padding_idx: id of the token that fills shorter sequences up.
@@ -69,6 +72,7 @@ class Chain(nn.Module):
     config: RDConfig
     backbones: Modules[Backbone]
     stages: Modules[Maps]
+    reconstructor: Reconstructor | None = None
 
     def __init__(
         self,
@@ -87,17 +91,20 @@ class Chain(nn.Module):
         for backbone in family.values():
             backbone.freeze_heads()
         widths = [backbone.embed_dim for backbone in family.values()][:1]
-        for stage in stages:
+        basis = basis_in(stages)
+        steps = stages[1:] if basis else stages
+        for stage in steps:
             widths.append(stage.width_after(widths[-1]))
         self.config = RDConfig(
             levels=tuple(each.level(name) for name, each in family.items()),
             added=tuple(after - before for before, after in pairwise(widths)),
-            explained=tuple(stage.explained for stage in stages),
+            explained=tuple(stage.explained for stage in steps),
             predict_from=predict_from,
             special_rows=special_rows,
             final_norm=final_norm,
             provenance=dict(provenance or {}),
             method=_method_of(stages),
+            **(basis.facts if basis else {}),
         )
         for (name, expected), stage in zip(map_shapes(self.config).items(), stages, strict=True):
             got = {part: tuple(tensor.shape) for part, tensor in stage.named_buffers()}
@@ -110,7 +117,7 @@ class Chain(nn.Module):
         self.stages = modules_of(
             {  # a copy where dtypes differ, because `.to` would change the caller's own stage
                 level.name: stage if stage.dtype == dtype else copy.deepcopy(stage).to(dtype)
-                for level, stage in zip(self.config.levels[1:], stages, strict=True)
+                for level, stage in zip(self.config.levels[0 if basis else 1 :], stages, strict=True)
             }
         )
 
@@ -123,7 +130,7 @@ class Chain(nn.Module):
                 norm acts on hidden layers, and where the parts come from; levels and widths are those of the
                 parts.
             backbones: backbones by level, smallest first.
-            stages: stages, one fewer than backbones.
+            stages: stages, one fewer than backbones; before them the basis, if there is one.
 
         Returns:
             The chain.
@@ -179,7 +186,9 @@ class Chain(nn.Module):
         run = names[: names.index(level) + 1]
         family = self.family()
         backbones = {name: family[name] for name in run}
-        return self.of(self.config, backbones, [self.stages[name] for name in run[1:]]).train(self.training)
+        cut = self.of(self.config, backbones, [self.stages[name] for name in run if name in self.stages])
+        cut.reconstructor = self.reconstructor
+        return cut.train(self.training)
 
     def family(self, width: int | None = None) -> dict[str, Backbone]:
         """Return the backbones that run for a number of features, by level, smallest first.

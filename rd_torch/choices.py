@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 Regressor: TypeAlias = Literal["pcr", "ols", "ridge"]
 PredictFrom: TypeAlias = Literal["nested", "previous"]
+Scale: TypeAlias = Literal["none", "feature", "block"]
 SpecialRows: TypeAlias = Literal["maps", "larger"]
 Criterion: TypeAlias = Literal["rank", "added", "predicted", "labels"]
 Method: TypeAlias = Literal["rd", "naive"]

@@ -10,7 +10,7 @@ import torch
 from rd_torch.choices import Criterion, check_choice
 from rd_torch.levels import split_level
 from rd_torch.moments import RunningMoments
-from rd_torch.solve import SolveOptions, solve_stages
+from rd_torch.solve import SolveOptions, solve_stages, split_options
 from rd_torch.stage import Stage
 
 Layers: TypeAlias = Mapping[str, "int | Sequence[int] | Literal['all']"] | Sequence[int] | Literal["all"]
@@ -97,6 +97,15 @@ def choose_layers(
 
     Raises:
         ValueError: for a criterion that does not exist or needs labels, and as `solve_stages`.
+
+    Examples:
+        >>> widths = {"small": 2, "large@1": 3, "large": 3}
+        >>> moments = rd_torch.RunningMoments(8)
+        >>> rows = torch.randn(1_000, 8)
+        >>> rows[:, 3:5] = 0  # layer 1 knows one direction alone
+        >>> moments.update(rows)
+        >>> rd_torch.choose_layers(moments, widths)
+        ['small', 'large']
     """
     groups: dict[str, list[str]] = {}
     for name in widths:
@@ -179,4 +188,5 @@ def solve_first(
     added = options.get("added")
     if isinstance(added, Sequence) and not isinstance(added, str):
         options["added"] = added[: len(levels) - 1]
-    return solve_stages(moments, widths, levels=levels, **options)
+    solving, _ = split_options(options)  # features are compared as they are, without another basis
+    return solve_stages(moments, widths, levels=levels, **solving)  # type: ignore[misc]  # a part of the options

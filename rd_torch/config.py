@@ -8,7 +8,7 @@ from itertools import accumulate, groupby, pairwise
 from numbers import Integral
 from typing import Any, Final, get_args
 
-from rd_torch.choices import Method, PredictFrom, SpecialRows, check_choice
+from rd_torch.choices import Method, PredictFrom, Scale, SpecialRows, check_choice
 from rd_torch.levels import Level, level_from_dict, level_to_dict
 
 FORMAT_VERSION: Final = 1
@@ -50,6 +50,10 @@ class RDConfig:
             other layers too; those that transformers gives are taken as they are.
         method: `"rd"` for reverse distillation, or `"naive"` for the baseline, principal components of
             concatenated embeddings, whose levels are no prefixes of each other.
+        scale: what features are divided by: `"none"`; `"feature"` for each one's standard deviation, or
+            `"block"` for the root mean variance of its block, the features that one level adds.
+        centre: whether the mean of the first block was subtracted; added blocks have mean zero anyway.
+        rotate_first: whether the first block's features are its principal components, largest first.
 
     Raises:
         ValueError: for tuples that do not fit together, or a choice that does not exist.
@@ -69,6 +73,9 @@ class RDConfig:
     special_rows: SpecialRows = "maps"
     provenance: Mapping[str, Any] = field(default_factory=dict)
     method: Method = "rd"
+    scale: Scale = "none"
+    centre: bool = False
+    rotate_first: bool = False
     final_norm: bool = True
 
     def __post_init__(self) -> None:
@@ -86,6 +93,14 @@ class RDConfig:
         check_choice("predict_from", self.predict_from, get_args(PredictFrom))
         check_choice("special_rows", self.special_rows, get_args(SpecialRows))
         check_choice("method", self.method, get_args(Method))
+        check_choice("scale", self.scale, get_args(Scale))
+        if self.has_basis and self.method == "naive":
+            raise ValueError("expected the baseline as it is, got it scaled, centred or rotated")
+        if self.has_basis and self.special_rows == "larger":
+            raise ValueError(
+                'expected special_rows="maps" where features are scaled, centred or rotated, got "larger": '
+                "raw rows would stand beside rows in other coordinates"
+            )
         self._check_special_rows()
 
     def _check_depths(self) -> None:
@@ -114,6 +129,16 @@ class RDConfig:
     def is_nested(self) -> bool:
         """Whether narrower levels are prefixes of wider ones; only the baseline's are not."""
         return self.method != "naive"
+
+    @property
+    def basis(self) -> dict[str, Any]:
+        """What was done to the features: `scale`, `centre` and `rotate_first`."""
+        return {name: getattr(self, name) for name in _USUAL}
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether features were scaled, centred or rotated. If not, the first ones are a backbone's own."""
+        return self.basis != _USUAL
 
     @property
     def widths(self) -> dict[str, int]:
@@ -213,10 +238,10 @@ class RDConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return this config as a dictionary of JSON values."""
         levels = [level_to_dict(level) for level in self.levels]
-        values = {"format": FORMAT_VERSION, **asdict(self), "levels": levels}
+        values = {key: value for key, value in asdict(self).items() if self.has_basis or key not in _USUAL}
         if self.final_norm:  # left out, as what earlier versions knew alone
             del values["final_norm"]
-        return values
+        return {"format": FORMAT_VERSION, **values, "levels": levels}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RDConfig:
@@ -242,6 +267,9 @@ class RDConfig:
                 f"expected a config with the keys that rd_torch writes, got one with others: {error}"
             ) from error
 
+
+# Facts that a config leaves out where none of them says anything, so that older versions read it.
+_USUAL: Final[Mapping[str, Any]] = {"scale": "none", "centre": False, "rotate_first": False}
 
 # Keys of a config that are not passed on as they are.
 _CONVERTED = frozenset({"format", "levels", "added", "explained"})

@@ -54,7 +54,8 @@ def fit(
             which are about 16 batches, is done. The same call after a kill goes on from there, and gives the
             same bits. The folder is left when the fit is finished, so that nothing is lost before the model
             is saved; then it can be removed.
-        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`; and
+        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`; `scale`, `centre`
+            and `rotate_first`, as in `change_basis`; and
 
             - `layers`: layers that levels may be taken from: a number or a list of numbers by backbone,
               `{"650M": [24, 25, 26]}`, one list for all backbones, or `"all"`. All candidates are summed in
@@ -206,10 +207,16 @@ def make_chain(
         labelled = options.get("labelled")
         if labelled and options.get("choose_layers") == "labels":
             counts["layers"] |= {"labels": labelled.name, "labelled sequences": len(labelled.sequences)}
-    return RDModel(
-        {name: candidates.family[name] for name in chosen.levels},
+    stages, predict_from = (
         sums.solve(chosen.levels, **solving),
-        predict_from=options.get("predict_from", SOLVE_DEFAULTS["predict_from"]),
+        options.get("predict_from", SOLVE_DEFAULTS["predict_from"]),
+    )
+    chain = RDModel(
+        {name: candidates.family[name] for name in chosen.levels},
+        stages,
+        predict_from=predict_from,
         final_norm=candidates.final_norm,
         provenance=record_fit(provenance, counts, solving),
     ).eval()
+    chain.reconstructor = sums.solve_reconstruction(stages, predict_from, chosen.levels)
+    return chain

@@ -12,6 +12,7 @@ import torch
 
 from rd_torch.config import RDConfig
 from rd_torch.levels import Level
+from rd_torch.maps import basis_in
 from rd_torch.modules import digest_of, modules_of
 from rd_torch.moments import RunningMoments
 from rd_torch.nesting import Nesting
@@ -45,8 +46,9 @@ def fit_stores(
             in them. The same call after a kill goes on from there: it reads the files again from the start,
             compares them with what was read before, and gives the same bits. The folder is made if it does
             not exist, and stays.
-        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`. Where widths do not
-            grow from level to level, `added` is needed.
+        **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`; `scale`, `centre`
+            and `rotate_first`, as in `change_basis`. Where widths do not grow from level to level, `added` is
+            needed.
 
     Returns:
         The config and the maps, in float32, which `combine_stores` takes and `save_pretrained` writes.
@@ -80,17 +82,22 @@ def fit_stores(
         with Sums(_summands_of(files), files.rows_per_batch, folder=work_folder) as sums:
             _add_windows(files, sums, progress)
             _warn_of_few(files, sums.sequences, sums.moments.count)
-            stages = [stage.to(torch.float32) for stage in sums.solve(**options)]
+            predict_from = options.get("predict_from", SOLVE_DEFAULTS["predict_from"])
+            solved = sums.solve(**options)
+            reconstructor = sums.solve_reconstruction(solved, predict_from)
+            stages = [stage.to(torch.float32) for stage in solved]
             counts = {"sequences": sums.sequences, "rows": sums.moments.count, "pool": files.pool}
+    basis = basis_in(stages)
     config = RDConfig(
         levels,
         tuple(added),
-        tuple(stage.explained for stage in stages),
-        predict_from=options.get("predict_from", SOLVE_DEFAULTS["predict_from"]),
+        tuple(stage.explained for stage in stages[1 if basis else 0 :]),
+        predict_from=predict_from,
         provenance=record_fit(provenance, counts, options),
+        **(basis.facts if basis else {}),
     )
-    by_level = {level.name: stage for level, stage in zip(levels[1:], stages, strict=True)}
-    return Nesting(config, modules_of(by_level))
+    by_level = {level.name: stage for level, stage in zip(levels[0 if basis else 1 :], stages, strict=True)}
+    return Nesting(config, modules_of(by_level), reconstructor=reconstructor)
 
 
 def _summands_of(files: RawFiles) -> Summands:

@@ -10,11 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from rd_torch.choosing import Score, solve_first
+from rd_torch.maps import Maps
 from rd_torch.modules import modules_of
 from rd_torch.moments import RunningMoments
 from rd_torch.reading import Proteins
 from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions
-from rd_torch.stage import Maps, nest
+from rd_torch.stage import nest
 
 FOLDS: Final = 5
 """Number of parts into which labelled sequences are cut; each part is predicted from the others."""

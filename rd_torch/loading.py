@@ -16,8 +16,10 @@ from rd_torch.chain import Chain
 from rd_torch.choices import Storage, check_choice
 from rd_torch.config import RDConfig
 from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference, split_level
+from rd_torch.maps import Maps
 from rd_torch.modules import StateDict, as_module_name
-from rd_torch.stage import Maps, stages_of
+from rd_torch.reconstruct import Reconstructor, tensors_to_save
+from rd_torch.stage import stages_of
 from rd_torch.weights import (
     BACKBONES,
     CONFIG,
@@ -63,7 +65,7 @@ def read_parts(
     revision: str | None = None,
     layers: Mapping[str, int] | None = None,
     **published: Unpack[PublishedOptions],
-) -> tuple[RDConfig, dict[str, nn.Module], list[Maps]]:
+) -> tuple[RDConfig, dict[str, nn.Module], list[Maps], Reconstructor | None]:
     """Read what a chain is made of.
 
     Args:
@@ -78,23 +80,24 @@ def read_parts(
         **published: which of the authors' maps to read.
 
     Returns:
-        The config, the backbones by level, and the stages.
+        The config, the backbones by level, the stages, and what raw embeddings are reconstructed from.
 
     Raises:
         FileNotFoundError: for a file that is not there.
         ValueError: for a file that cannot be read or does not fit, or an unknown level or option.
     """
     if not is_foreign(name_or_folder):
-        checkpoint = read_checkpoint(name_or_folder, level, hub, revision, **published)
-        checkpoint = replace(checkpoint, config=at_layers(checkpoint.config, layers or {}))
-        family = read_family(checkpoint, others or {}, hub, place)
-        return checkpoint.config, family, list(stages_of(checkpoint.config, checkpoint.maps).values())
+        found = read_checkpoint(name_or_folder, level, hub, revision, **published)
+        config = at_layers(found.config, layers or {})
+        known = found.reconstructor if config == found.config else None  # of another layer otherwise
+        family = read_family(replace(found, config=config), others or {}, hub, place)
+        return config, family, list(stages_of(config, found.maps).values()), known
     if published or others:
         raise ValueError(f"expected {name_or_folder} alone, got it with options of chains of several levels")
     backbone = load_backbone(name_or_folder, hub, None, place, revision)
     name = level or as_module_name(Path(str(name_or_folder).removeprefix(FOREIGN)).resolve().name)
     config = at_layers(RDConfig((backbone.level(name),), (), ()), layers or {})
-    return config, {config.levels[0].name: backbone}, []
+    return config, {config.levels[0].name: backbone}, [], None
 
 
 def read_family(
@@ -266,9 +269,9 @@ def write_chain(chain: Chain, folder: Path, backbones: Storage, hub: Hub, name: 
             backbone.save(folder / BACKBONES / each)
     own = {name: state for name, state in tensors.items() if name not in foreign}
     maps = {level: StateDict(stage) for level, stage in chain.stages.items()}
-    write_folder(
-        folder, replace(chain.config, levels=levels), maps, own, name, folders=foreign if tensors else ()
-    )
+    reconstruction = tensors_to_save(chain.reconstructor, chain.config)
+    config = replace(chain.config, levels=levels)
+    write_folder(folder, config, maps, own, name, foreign if tensors else (), reconstruction)
 
 
 def _stored_tensors(level: Level, backbone: Backbone, hub: Hub) -> Mapping[str, Tensor]:

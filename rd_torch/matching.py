@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level
+from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level, split_level
 from rd_torch.store import Store
 
 _SIZE: Final = re.compile(r"(?:^|[^0-9A-Za-z])(\d+[MB])(?![0-9A-Za-z])", re.IGNORECASE)
@@ -31,8 +31,15 @@ def require_raw(name: str, store: Store) -> None:
         store: the file.
 
     Raises:
-        ValueError: for nested embeddings, or a way to pool that does not commute with the maps.
+        ValueError: for nested embeddings, a way to pool that does not commute with the maps, or another layer
+            than the name states.
     """
+    layer = split_level(name)[1]
+    if layer is not None and store.layer not in (None, layer):
+        raise ValueError(
+            f"expected embeddings of layer {layer} at level {name}, got those of layer {store.layer} in "
+            f"{store.path}: name each file by the level that made it"
+        )
     if store.facts is not None and len(store.facts.levels) > 1:
         raise ValueError(
             f"expected raw embeddings of the {name} backbone in {store.path}, got nested ones of "
@@ -63,9 +70,9 @@ def require_level(level: Level, store: Store) -> None:
             f"expected width {level.width} at level {level.name}, got {store.width} in {store.path}: {cure}"
         )
     if level.depth is not None and store.layer not in (None, level.depth):
-        which = "the last layer" if level.layer is None else "layer"
+        which = f"the last layer, {level.depth}," if level.layer is None else f"layer {level.depth}"
         raise ValueError(
-            f"expected embeddings of {which}, {level.depth}, at level {level.name}, got those of layer "
+            f"expected embeddings of {which} at level {level.name}, got those of layer "
             f"{store.layer} in {store.path}: {cure}, and take that layer"
         )
     if level.num_layers is None:

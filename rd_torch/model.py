@@ -15,6 +15,7 @@ from rd_torch.choices import Storage
 from rd_torch.loading import Place, read_parts, write_chain
 from rd_torch.nesting import Nesting
 from rd_torch.output import RDOutput, check_layers
+from rd_torch.reconstruct import Reconstruction
 from rd_torch.running import Running
 from rd_torch.stage import nest
 from rd_torch.weights import Hub, PublishedOptions, Source, Upload, upload
@@ -24,7 +25,8 @@ class RDModel(Running):
     """A family of backbones, and the stages that nest their embeddings, as one module.
 
     Every prefix of the embedding that ends at a level's width is, to the bit, the embedding of the
-    chain that ends there (reverse distillation: Catrina et al., ICLR 2026, arXiv 2603.07710).
+    chain that ends there (reverse distillation: Catrina et al., ICLR 2026, arXiv 2603.07710). The first
+    backbone's is its own embedding to the bit, unless the chain has a `Basis`.
 
     Args:
         backbones: backbones by level name, smallest first, of one alphabet: modules of `rd_torch.ESM2`,
@@ -33,8 +35,8 @@ class RDModel(Running):
             A name with `@` and a number, such as `"650M@25"`, takes the hidden states of that layer, and
             layers above it are left out. Several layers of one backbone, `"650M@16"` and `"650M@25"`, are
             given as the same module, which runs once.
-        stages: stages, one fewer than levels, from `solve_stages`, or from `concat_pca` for the baseline;
-            the model keeps them in float32 (in float64 where the backbones are).
+        stages: stages, one fewer than levels, from `solve_stages`, or from `concat_pca` for the baseline,
+            or behind a `Basis`, from `change_basis`. They are kept in float32 (float64 where backbones are).
         predict_from: whether the stages' W acts on the nested embedding or on the previous raw one.
         special_rows: what stands at `<cls>`, `<eos>` and `<mask>` in the widest returned level: `"maps"` for
             what the maps give, `"larger"` for the backbone's raw rows, as in the published implementation.
@@ -101,10 +103,12 @@ class RDModel(Running):
         """
         hub = Hub(cache_dir, local_files_only, trust_remote_code)
         place = Place(dtype, device)
-        config, family, stages = read_parts(
+        config, family, stages, reconstructor = read_parts(
             name_or_folder, level, backbones, hub, place, revision, layers, **published
         )
-        return cls.of(config, family, stages).to(device=device, dtype=dtype).eval()
+        model = cls.of(config, family, stages).to(device=device, dtype=dtype).eval()
+        model.reconstructor = reconstructor
+        return model
 
     def save_pretrained(
         self,
@@ -240,6 +244,10 @@ class RDModel(Running):
         Arguments and errors are those of `Nesting.combine`.
         """
         return Nesting(self.config, self.stages).combine(embeddings)
+
+    def reconstruct(self, nested: Tensor, level: str) -> Reconstruction:
+        """Return a level's raw embedding as `Nesting.reconstruct` estimates it from nested features."""
+        return Nesting(self.config, self.stages, reconstructor=self.reconstructor).reconstruct(nested, level)
 
     def predict_contacts(self, tokens: Tensor) -> Tensor:
         """Return `(batch, residues, residues)` contact probabilities from the largest backbone."""

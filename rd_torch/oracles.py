@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rd_torch.backbone import ESM2, ESMC, Encoder
 
@@ -66,11 +66,13 @@ def _run_fair_esm(backbone: Encoder, tokens: Tensor) -> Answers:
     from esm.model.esm2 import ESM2 as FairESM2  # here, because it may be missing and nothing else needs it
 
     ours, tensors = cast(ESM2, backbone), backbone.tensors()
-    layer, token_dropout = ours.num_layers, bool(ours.facts.get("token_dropout", True))
+    layer, token_dropout = ours.depth, bool(ours.facts.get("token_dropout", True))
     with torch.device("meta"):
         theirs = FairESM2(layer, ours.embed_dim, ours.attention_heads, token_dropout=token_dropout)
-    table = tensors["embed_tokens.weight" if ours.tied else "lm_head.weight"]
+    table = tensors["embed_tokens.weight" if ours.tied or not ours.has_lm_head else "lm_head.weight"]
     theirs.load_state_dict({**tensors, "lm_head.weight": table}, strict=False, assign=True)
+    if not ours.has_lm_head:
+        theirs.lm_head = nn.Identity()
     for each in theirs.layers:
         each.self_attn.rot_emb.inv_freq = tensors["layers.0.self_attn.rot_emb.inv_freq"]
     heads = "contact_head.regression.weight" in tensors
@@ -92,6 +94,9 @@ def _run_transformers(backbone: Encoder, tokens: Tensor) -> Answers:
     )
     with torch.device("meta"):
         theirs = EsmcForMaskedLM(config)
+    theirs.esmc.layers = theirs.esmc.layers[: backbone.depth]
+    if not backbone.has_lm_head:
+        theirs.lm_head = nn.Identity()
     state = backbone.tensors().items()
     theirs.load_state_dict(
         {name if name.startswith("lm_head.") else f"esmc.{name}": tensor for name, tensor in state},

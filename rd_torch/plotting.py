@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import numpy as np
 
+from rd_torch.choices import Scale, check_choice
 from rd_torch.disk import require_folder, write_whole
-from rd_torch.sampling import Sample, principal_components, read_sample
+from rd_torch.sampling import Sample, principal_components, read_sample, scale_features
 from rd_torch.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -26,11 +27,20 @@ INK, FAINT, GRID = "#222222", "#666666", "#E4E4E4"
 TINY, SMALL, MEDIUM, LARGE = 6.5, 8.5, 10, 13
 """Font sizes, in points."""
 
+SCALED: Final[Mapping[Scale, str]] = {
+    "none": "",
+    "feature": "in the maps each feature is divided by its standard deviation",
+    "block": "in the maps the features of each level are divided by their root mean variance",
+}
+"""What the picture says of scaled features."""
+
 UPRIGHT, FLAT = 0.011, 0.0072
 """Shares of the picture's width that a line of upright text, and one letter of flat text, take."""
 
 
-def plot_store(path: str | Path, output: str | Path, *, width: int | None = None) -> None:
+def plot_store(
+    path: str | Path, output: str | Path, *, width: int | None = None, scale: Scale = "none"
+) -> None:
     """Draw a store: maps of its proteins, and the norm and variance of each feature.
 
     The upper row maps the proteins by the first two principal components, of the first `width` features and
@@ -42,10 +52,13 @@ def plot_store(path: str | Path, output: str | Path, *, width: int | None = None
         path: a file or folder that `open_store` reads.
         output: the picture, `.png`, `.pdf` or `.svg`; a file of that name is replaced.
         width: number of features of the narrow map; by default those of the first level.
+        scale: what features of the maps are divided by: `"none"`; `"feature"` for each one's standard
+            deviation among these proteins, or `"block"` for the root mean variance of what one level adds.
 
     Raises:
         FileNotFoundError: where there is no store, or no folder for the picture.
-        ValueError: for fewer than two records, a width that the store does not have, or another suffix.
+        ValueError: for fewer than two records, a width that the store does not have, another suffix, or a
+            scale that does not exist.
         ImportError: where matplotlib is not installed.
 
     Examples:
@@ -56,12 +69,13 @@ def plot_store(path: str | Path, output: str | Path, *, width: int | None = None
     output = Path(output)
     if output.suffix not in SUFFIXES:
         raise ValueError(f"expected a picture that ends in {', '.join(SUFFIXES)}, got {str(output)!r}")
+    check_choice("scale", scale, get_args(Scale))
     require_folder(output)
     require_matplotlib()
     with open_store(path) as store:
         _require_width(store, width)
         sample = read_sample(store)
-    figure = draw(sample, width)
+    figure = draw(sample, width, scale)
     write = partial(figure.savefig, format=output.suffix[1:], dpi=160)
     write_whole(output, write, durable=False)
 
@@ -84,12 +98,13 @@ def _require_width(store: Store, width: int | None) -> None:
         )
 
 
-def draw(sample: Sample, width: int | None = None) -> Figure:
+def draw(sample: Sample, width: int | None = None, scale: Scale = "none") -> Figure:
     """Draw a sample.
 
     Args:
         sample: the sample.
         width: number of features of the narrow map; by default those of the first level.
+        scale: what features of the maps are divided by, as in `plot_store`.
 
     Returns:
         The picture.
@@ -102,17 +117,19 @@ def draw(sample: Sample, width: int | None = None) -> Figure:
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
     figure = Figure(figsize=(10, 10.5), layout=layout, facecolor="white")
     figure.suptitle(sample.title, fontsize=LARGE, color=INK, fontweight="bold")
-    figure.supxlabel(sample.caption, fontsize=SMALL, color=FAINT)
+    notes = [sample.caption, SCALED[scale]]
+    figure.supxlabel("; ".join(filter(None, notes)), fontsize=SMALL, color=FAINT)
     columns = [1] * len(widths) + [0.0125 * len(widths)] * sample.has_lengths
     grid = figure.add_gridspec(3, len(columns), height_ratios=(5, 2.3, 2.3), width_ratios=columns)
-    _draw_maps([figure.add_subplot(grid[0, column]) for column in range(len(columns))], sample, widths)
+    axes = [figure.add_subplot(grid[0, column]) for column in range(len(columns))]
+    _draw_maps(axes, sample, scale_features(sample, scale), widths)
     _draw_norms(figure.add_subplot(grid[1, :]), sample)
     _draw_shares(figure.add_subplot(grid[2, :]), sample)
     return figure
 
 
-def _draw_maps(axes: Sequence[Axes], sample: Sample, widths: Sequence[int]) -> None:
-    """Draw a map for each width, coloured by the proteins' lengths where they are known.
+def _draw_maps(axes: Sequence[Axes], sample: Sample, vectors: np.ndarray, widths: Sequence[int]) -> None:
+    """Draw a map of vectors for each width, coloured by the proteins' lengths where they are known.
 
     The maps have the same orientation. The last axes, which no map takes, show which colour is which length.
     """
@@ -124,7 +141,7 @@ def _draw_maps(axes: Sequence[Axes], sample: Sample, widths: Sequence[int]) -> N
     names = {end: level for level, end in sample.levels.items()}
     before: np.ndarray | None = None
     for ax, width in zip(axes, widths, strict=False):
-        points, shares = principal_components(sample.vectors[:, :width])
+        points, shares = principal_components(vectors[:, :width])
         if before is not None:  # signs of components are arbitrary: do not mirror what the map before shows
             points *= np.where((points * before).sum(0) < 0, -1, 1)
         before = points

@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from rd_torch.choices import Scale
 from rd_torch.store import Length, Store
 
 MOST_RECORDS: Final = 5_000
@@ -105,6 +106,26 @@ def read_sample(store: Store) -> Sample:
         model=Path(facts.model).name if facts else "",
         averaged=store.pool == "none",
     )
+
+
+def scale_features(sample: Sample, scale: Scale) -> np.ndarray:
+    """Scale a sample's vectors by what its features deviate, so that added features count in distances.
+
+    Args:
+        sample: the sample.
+        scale: `"none"`; `"feature"` to divide each feature by its standard deviation, or `"block"` to divide
+            the features that one level adds by the root of their mean variance.
+
+    Returns:
+        `(records, width)` vectors. What does not vary is left as it is.
+    """
+    if scale == "none":
+        return sample.vectors
+    variances = sample.vectors.var(0)
+    if scale == "block":
+        blocks = np.split(variances, list(sample.levels.values())[:-1])
+        variances = np.concatenate([np.full_like(block, block.mean()) for block in blocks])
+    return sample.vectors / np.sqrt(np.where(variances > 0, variances, 1))
 
 
 def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

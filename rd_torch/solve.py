@@ -17,8 +17,9 @@ from typing import Final, Literal, TypeAlias, TypedDict, Unpack, get_args
 import torch
 from torch import Tensor
 
-from rd_torch.choices import PredictFrom, Regressor, check_choice, check_names
+from rd_torch.choices import PredictFrom, Regressor, Scale, check_choice, check_names
 from rd_torch.config import Explained
+from rd_torch.joint import join_levels
 from rd_torch.moments import RunningMoments
 from rd_torch.significance import significant_components
 from rd_torch.stage import ConcatPCA, Stage
@@ -37,8 +38,16 @@ Filter = Callable[[Tensor], Tensor]
 Added: TypeAlias = Sequence[int] | int | Literal["all"] | None
 
 
-class SolveOptions(TypedDict, total=False):
-    """The options of `solve_stages`, where their meanings and defaults stand."""
+class BasisOptions(TypedDict, total=False):
+    """The options of `change_basis`, where their meanings stand."""
+
+    scale: Scale
+    centre: bool
+    rotate_first: bool
+
+
+class SolveOptions(BasisOptions, total=False):
+    """The options of `solve_stages`, where their meanings and defaults stand, and of `change_basis`."""
 
     added: Added
     regressor: Regressor
@@ -93,9 +102,10 @@ def solve_stages(
         >>> moments.update(torch.randn(1_000, 5))
         >>> (stage,) = rd_torch.solve_stages(moments, {"small": 2, "large": 3}, regressor="ols")
     """
-    columns, sizes = _choose_columns(moments, widths, levels)
-    counts = check_options(sizes, added=added, regressor=regressor, alpha=alpha, predict_from=predict_from)
-    covariance, raw, means = _split_joint(moments, columns, sizes)
+    covariance, raw, means = joint = join_levels(moments, widths, levels)
+    counts = check_options(
+        joint.sizes, added=added, regressor=regressor, alpha=alpha, predict_from=predict_from
+    )
     nested, nested_mean = raw[0], means[0]
     stages = []
     for k, count in enumerate(counts, start=1):
@@ -141,11 +151,10 @@ def concat_pca(
         >>> moments.update(torch.randn(1_000, 5))
         >>> (stage,) = rd_torch.concat_pca(moments, {"small": 2, "large": 3})
     """
-    columns, sizes = _choose_columns(moments, widths, levels)
-    covariance, raw, means = _split_joint(moments, columns, sizes)
+    covariance, raw, means = joint = join_levels(moments, widths, levels)
     output, mean = raw[0], means[0]
     stages = []
-    for k, width in enumerate(sizes[1:], start=1):
+    for k, width in enumerate(joint.sizes[1:], start=1):
         both, both_mean = torch.cat((output, raw[k]), dim=1), torch.cat((mean, means[k]))
         variances, components = principal_directions(both.T @ covariance @ both, width)
         total = float(variances.sum())
@@ -156,41 +165,38 @@ def concat_pca(
     return stages
 
 
-def _choose_columns(
-    moments: RunningMoments, widths: Mapping[str, int] | Sequence[int], levels: Sequence[Hashable] | None
-) -> tuple[Tensor, list[int]]:
-    """Return the columns of the joint moments that the chain takes, level after level, and its raw widths."""
-    named: dict[Hashable, int] = dict(widths.items() if isinstance(widths, Mapping) else enumerate(widths))
-    chain = list(named) if levels is None else list(levels)
-    if sum(named.values()) != moments.width:
-        raise ValueError(
-            f"expected moments of width {sum(named.values())}, the sum of {list(named.values())}, "
-            f"got {moments.width}"
-        )
-    names = list(named)
-    if not chain or any(level not in named for level in chain):
-        raise ValueError(f"expected levels among {names}, got {list(chain)}")
-    places = [names.index(level) for level in chain]
-    if places != sorted(set(places)):
-        raise ValueError(f"expected each level once in the order {names}, got {list(chain)}")
-    blocks = torch.arange(moments.width, device=moments.mean.device).split(list(named.values()))
-    return torch.cat([blocks[place] for place in places]), [named[level] for level in chain]
-
-
-def _split_joint(
-    moments: RunningMoments, columns: Tensor, sizes: Sequence[int]
-) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """Return the chain's covariance, and for each level the map from all raw embeddings, and the mean."""
-    covariance = moments.covariance(columns)
-    identity = torch.eye(len(columns), dtype=torch.float64, device=columns.device)
-    return covariance, identity.split(list(sizes), dim=1), moments.mean[columns].split(list(sizes))
-
+BASIS_DEFAULTS: Final[BasisOptions] = {"scale": "none", "centre": False, "rotate_first": False}
 
 SOLVE_DEFAULTS: Final[SolveOptions] = {
     name: parameter.default
     for name, parameter in inspect.signature(solve_stages).parameters.items()
     if name in SolveOptions.__annotations__
-}  # type: ignore[assignment]  # the names are the options'
+} | BASIS_DEFAULTS  # type: ignore[assignment]  # the names are the options'
+
+
+def split_options(options: SolveOptions) -> tuple[SolveOptions, BasisOptions]:
+    """Return the options of `solve_stages`, and those of `change_basis`."""
+    basis = {name: value for name, value in options.items() if name in BASIS_DEFAULTS}
+    rest = {name: value for name, value in options.items() if name not in BASIS_DEFAULTS}
+    return rest, basis  # type: ignore[return-value]  # the names are the options'
+
+
+def check_basis(**options: Unpack[BasisOptions]) -> BasisOptions:
+    """Return the options of `change_basis`, with the defaults of those that are left out.
+
+    Args:
+        **options: the options that are given.
+
+    Raises:
+        ValueError: for an option that cannot be.
+    """
+    check_names(options, BASIS_DEFAULTS)
+    chosen: BasisOptions = {**BASIS_DEFAULTS, **options}
+    check_choice("scale", chosen["scale"], get_args(Scale))
+    for name in ("centre", "rotate_first"):
+        if not isinstance(chosen[name], bool):
+            raise ValueError(f"expected {name} to be True or False, got {chosen[name]!r}")
+    return chosen
 
 
 def check_options(sizes: Sequence[int], **options: Unpack[SolveOptions]) -> list[int]:
@@ -208,6 +214,7 @@ def check_options(sizes: Sequence[int], **options: Unpack[SolveOptions]) -> list
     added, alpha = chosen["added"], chosen["alpha"]
     check_choice("regressor", chosen["regressor"], get_args(Regressor))
     check_choice("predict_from", chosen["predict_from"], get_args(PredictFrom))
+    check_basis(**{name: chosen[name] for name in BASIS_DEFAULTS})  # type: ignore[literal-required]
     if not alpha >= 0:
         raise ValueError(f"expected alpha of at least 0, got {alpha}")
     if not sizes:

@@ -9,74 +9,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rd_torch.backbone import apply_outside_half, at_least_float32
+from rd_torch.backbone import at_least_float32
 from rd_torch.choices import Method, PredictFrom
 from rd_torch.config import Explained, RDConfig
+from rd_torch.maps import Basis, Maps
 from rd_torch.modules import Modules
-
-
-class Maps(nn.Module):
-    """The base class of stages: it holds their tensors as buffers, which no conversion puts into a half type.
-
-    Buffers are frozen, but saved, moved and differentiated through.
-
-    Args:
-        explained: what the stage explained of the data it was fitted on; None where that is not known.
-        **parts: the tensors by name, all of one dtype.
-
-    Attributes:
-        method: name, in a config, of the method that such stages belong to.
-
-    Raises:
-        ValueError: for tensors of different dtypes.
-    """
-
-    method: ClassVar[Method]
-
-    def __init__(self, explained: Explained | None, **parts: Tensor) -> None:
-        super().__init__()
-        if len({part.dtype for part in parts.values()}) > 1:
-            dtypes = ", ".join(f"{name} {part.dtype}" for name, part in parts.items())
-            raise ValueError(f"expected one dtype, got {dtypes}")
-        for name, part in parts.items():
-            self.register_buffer(name, apply_outside_half(torch.Tensor.detach, part).contiguous())
-        self.explained = explained
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the tensors, and of the embedding that comes out."""
-        return next(self.buffers()).dtype
-
-    def width_after(self, width: int) -> int:
-        """Return the width of the embedding that comes out where one of this width comes in."""
-        raise NotImplementedError
-
-    @classmethod
-    def shapes(cls, nested: int, larger: int, source: int, added: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes that the tensors of a stage must have.
-
-        Args:
-            nested: width of the embedding that comes in.
-            larger: width of the next backbone's embedding.
-            source: width of the embedding that W acts on.
-            added: number of features by which the embedding that comes out is wider.
-
-        Returns:
-            The shapes by name of the tensor.
-        """
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Maps:
-        for name, part in self.named_buffers(recurse=False):
-            setattr(self, name, apply_outside_half(fn, part))
-        return self
 
 
 class Stage(Maps):
@@ -88,7 +32,8 @@ class Stage(Maps):
         W: `(source width, q)` coefficients of the regression of the larger embedding on the source.
         b: `(q,)` intercept of the regression.
         m: `(q,)` mean of the residual.
-        V: `(q, added)` orthonormal directions, that of the largest residual variance first.
+        V: `(q, added)` orthonormal directions, that of the largest residual variance first; in a chain that
+            is scaled, each divided by what its feature is scaled by.
         explained: what the stage explained of the data it was fitted on; None where that is not known.
 
     Raises:
@@ -239,8 +184,12 @@ STAGES: Final[Mapping[Method, type[Stage] | type[ConcatPCA]]] = {
 
 
 def map_shapes(config: RDConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return the shapes of each stage's tensors, by the level that the stage leads to, then by name."""
-    shapes = {}
+    """Return the shapes of each stage's tensors, by the level that the stage leads to, then by name.
+
+    Those of the basis, where the chain has one, come first, by the first level.
+    """
+    first = config.levels[0]
+    shapes = {first.name: Basis.shapes(0, first.width, 0, 0)} if config.has_basis else {}
     for (smaller, larger), added in zip(pairwise(config.levels), config.added, strict=True):
         nested = config.widths[smaller.name]
         source = nested if config.predict_from == "nested" else smaller.width
@@ -249,8 +198,15 @@ def map_shapes(config: RDConfig) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def stages_of(config: RDConfig, maps: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Maps]:
-    """Return the stages of a config, made from their tensors, by the level that each leads to."""
-    return {
+    """Return the stages of a config, made from their tensors, by the level that each leads to.
+
+    The basis, where the chain has one, comes first, by the first level.
+    """
+    first = config.levels[0].name
+    basis: dict[str, Maps] = (
+        {first: Basis(maps[first]["mean"], maps[first]["matrix"], **config.basis)} if config.has_basis else {}
+    )
+    return basis | {
         level.name: STAGES[config.method](**maps[level.name], explained=explained)
         for level, explained in zip(config.levels[1:], config.explained, strict=True)
     }
@@ -261,14 +217,14 @@ def nest(raw: Mapping[str, Tensor], stages: Modules[Maps], predict_from: Predict
 
     Args:
         raw: `(..., width)` raw embeddings by level, smallest first.
-        stages: stages by the level that each leads to.
+        stages: stages by the level that each leads to; the basis by the first level, if there is one.
         predict_from: whether W acts on the nested embedding or on the previous backbone's raw one.
 
     Returns:
         `(..., nested width)` embeddings by level.
     """
     (name, previous), *rest = raw.items()
-    nested = previous.to(at_least_float32(previous.dtype))
+    nested = stages[name](previous) if name in stages else previous.to(at_least_float32(previous.dtype))
     levels = {name: nested}
     for name, larger in rest:
         source = previous if predict_from == "previous" else None

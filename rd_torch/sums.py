@@ -15,11 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from rd_torch.basis import solve_chain
+from rd_torch.choices import PredictFrom
 from rd_torch.disk import LOCK, Lock, require_folder, take_lock, write_whole
+from rd_torch.maps import Maps
 from rd_torch.modules import require_module_names
 from rd_torch.moments import Alternatives, RunningMoments
-from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions, solve_stages
-from rd_torch.stage import Stage
+from rd_torch.reconstruct import Reconstructor, solve_reconstruction
+from rd_torch.solve import SOLVE_DEFAULTS, SolveOptions
 from rd_torch.store import Window
 
 SECONDS_BETWEEN_SAVES: Final = 60
@@ -223,17 +226,31 @@ class Sums:
             write_whole(self._file, lambda part: save_file(tensors, part, metadata))
         self._saved = time.monotonic()
 
-    def solve(self, levels: Sequence[str] | None = None, **options: Unpack[SolveOptions]) -> list[Stage]:
+    def solve(self, levels: Sequence[str] | None = None, **options: Unpack[SolveOptions]) -> list[Maps]:
         """Solve the stages from the moments.
 
         Args:
             levels: names of the levels of the chain, by default all.
-            **options: `added`, `regressor`, `alpha` and `predict_from`, as in `solve_stages`.
+            **options: options of `solve_stages` and `change_basis`.
 
         Returns:
-            Float64 stages in order, one fewer than levels.
+            Float64 stages in order, one fewer than levels; before them the basis, if one is asked for.
         """
-        return solve_stages(self.moments, self.widths, levels=levels, **options)
+        return solve_chain(self.moments, self.widths, levels=levels, **options)
+
+    def solve_reconstruction(
+        self, stages: Sequence[Maps], predict_from: PredictFrom, levels: Sequence[str] | None = None
+    ) -> Reconstructor:
+        """Solve for what raw embeddings are reconstructed from.
+
+        Args:
+            stages: what `solve` returned.
+            predict_from: what the stages predict from.
+            levels: names of the levels of the chain, by default all.
+        """
+        return solve_reconstruction(
+            stages, self.moments, self.widths, levels=levels, predict_from=predict_from
+        )
 
     def __enter__(self) -> Self:
         """Return the sums themselves."""
@@ -263,7 +280,7 @@ def record_fit(
     Args:
         provenance: where embeddings and sequences come from.
         counts: how much was summed, in words and numbers.
-        options: the options of `solve_stages` that were chosen.
+        options: the options of `solve_stages` and `change_basis` that were chosen.
 
     Returns:
         The provenance to save with the chain.

@@ -112,7 +112,8 @@ def verify_chain(
     model.eval()
     tokens = model.alphabet.get_batch_converter()([("", sequence) for sequence in SEQUENCES])[2].to(device)
     for each in model.config.levels:
-        oracle, backbone = oracle_of(each.name, each.family), cast(Encoder, model.backbones[each.name])
+        whole, oracle = cast(Encoder, model.backbones[each.backbone]), oracle_of(each.name, each.family)
+        backbone = whole if each.layer is None else whole.until(each.layer)
         home = (
             f"{each.reference.repo} at {each.reference.revision}"
             if each.reference
@@ -120,8 +121,8 @@ def verify_chain(
         )
         yield Check(f"files of {each.name}", True, home)
         yield _compare_with_oracle(each.name, backbone, oracle, tokens)
-        if fair_esm and each.family == ESM2_FAMILY and each.name in ESM2_LEVELS:
-            path = fair_esm / FAIR_ESM_NAMES[each.name]
+        if fair_esm and each.family == ESM2_FAMILY and each.backbone in ESM2_LEVELS:
+            path = fair_esm / FAIR_ESM_NAMES[each.backbone]
             yield _compare_with_file(each.name, backbone, path)
             yield _compare_checksum(path)
     yield from _compare_prefixes(model, tokens)
@@ -133,15 +134,17 @@ def verify_chain(
 
 
 def _compare_with_oracle(name: str, backbone: Encoder, oracle: Oracle, tokens: Tensor) -> Check:
-    """Compare one backbone with the code of its family on the same tensors."""
+    """Compare one backbone with the code of its family on the same tensors; one that was cut has no heads."""
     title = f"{name} against {oracle.package}"
-    if not backbone.has_lm_head:
+    is_whole = backbone.depth == backbone.num_layers
+    if is_whole and not backbone.has_lm_head:
         return Check(title, False, "its checkpoint has no language-model head")
     expected = oracle.run(backbone, tokens)
     heads = "contacts" in expected
     out = RDModel({name: backbone}, [])(tokens, return_contacts=heads)
     real = tokens != backbone.alphabet.padding_idx
-    pairs = {key: (out[key][real], expected[key][real]) for key in ("embeddings", "logits")}
+    compared = ("embeddings", "logits") if is_whole else ("embeddings",)
+    pairs = {key: (out[key][real], expected[key][real]) for key in compared}
     worst = {key: float((ours - other).abs().max() / other.std()) for key, (ours, other) in pairs.items()}
     passed = max(worst.values()) <= TOLERANCE
     detail = "largest difference " + ", ".join(f"{key} {value:.1e} SD" for key, value in worst.items())

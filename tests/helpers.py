@@ -8,7 +8,7 @@ import accelerate
 import torch
 from esm.model.esm2 import ESM2 as FairESM2
 
-from rd_torch import RDModel, RunningMoments, embed_to_store, hardware, solve_stages
+from rd_torch import ESM2, RDModel, RunningMoments, embed_to_store, hardware, solve_stages
 from rd_torch.letters import RESIDUE_LETTERS
 from rd_torch.levels import ALPHABET
 
@@ -74,6 +74,14 @@ def small_model(predict_from="nested", special_rows="maps"):
     backbones = {name: random_esm2(*shape, seed=k) for k, (name, shape) in enumerate(SHAPES.items())}
     stages = random_stages(predict_from)
     return RDModel(backbones, stages, predict_from=predict_from, special_rows=special_rows).eval()
+
+
+def layered_model(levels=("a", "b@2", "b@4", "b"), **options):
+    """A random chain of two backbones of 2 and 5 layers, some of which are levels; the same at every call."""
+    modules = {"a": ESM2.sharing(random_esm2(2, 32, 4)), "b": ESM2.sharing(random_esm2(5, 48, 4, seed=1))}
+    widths = {name: 32 if name == "a" else 48 for name in levels}
+    backbones = {name: modules[name[0]] for name in levels}
+    return RDModel(backbones, random_stages(widths=widths, added=16), **options).eval()
 
 
 def embed_alone(model, folder, suffix="h5", pool="mean", *, proteins, **options):

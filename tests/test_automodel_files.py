@@ -38,8 +38,8 @@ def embed(model):
     return rd_torch.embed(model, SEQUENCES)
 
 
-def from_parts(model, tokenizer, layer=None):
-    return RDModel({"a": TransformersBackbone(model, tokenizer, layer)}, []).eval()
+def from_parts(model, tokenizer, level="a"):
+    return RDModel({level: TransformersBackbone(model, tokenizer)}, []).eval()
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -318,15 +318,15 @@ def test_half_precision_is_as_stored_in_our_checkpoints_and_float32_elsewhere(tm
 
 
 def test_what_is_saved_comes_back_also_over_itself(folder, tmp_path):
-    chain = from_parts(bert(), bert_tokenizer(tmp_path / "tokenizer"), layer=1)
+    chain = from_parts(bert(), bert_tokenizer(tmp_path / "tokenizer"), "a@1")
     expected = embed(chain)
     place = tmp_path / "chain"
     for _ in range(2):
         chain.save_pretrained(place)
         chain = RDModel.from_pretrained(place)
         assert (embed(chain) == expected).all()
-        assert chain.backbones["a"].layer == 1
-        assert chain.config.levels[0].facts["layer"] == 1
+        assert chain.backbones["a"].depth == 1
+        assert chain.config.levels[0].layer == 1
         assert {path.name for path in (place / "backbones").iterdir()} == {"a"}
     assert "BertModel" in (place / "backbones" / "a" / "config.json").read_text()
     readable = {path.stat().st_mode & 0o777 for path in place.rglob("*") if path.is_file()}

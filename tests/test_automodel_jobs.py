@@ -212,18 +212,14 @@ def test_raw_stores_are_combined_to_what_the_chain_gives(chain, saved, tmp_path)
 
 
 def test_raw_stores_of_another_layer_are_refused(folder, tmp_path):
-    taken, other = (
-        RDModel({"a": TransformersBackbone.from_pretrained(folder / "large", layer=layer)}, [])
-        for layer in (1, None)
-    )
-    assert (taken.num_layers, other.num_layers) == (1, 3)
-    paths = {"a": tmp_path / "other.h5"}
-    rd_torch.embed_to_store(other, PROTEINS, paths["a"])
+    backbone = TransformersBackbone.from_pretrained(folder / "large")
+    taken, other = RDModel({"a@1": backbone}, []), RDModel({"a": backbone}, [])
+    assert (taken.num_layers, other.num_layers) == (3, 3)
+    paths = {"a@1": tmp_path / "other.h5"}
+    rd_torch.embed_to_store(other, PROTEINS, paths["a@1"])
     taken.save_pretrained(tmp_path / "taken")
     nesting = rd_torch.Nesting.from_pretrained(tmp_path / "taken")
-    with pytest.raises(
-        ValueError, match="expected embeddings of the last layer, 1, at level a, got those of layer 3"
-    ):
+    with pytest.raises(ValueError, match="expected embeddings of layer 1 at level a@1, got those of layer 3"):
         rd_torch.combine_stores(nesting, paths, tmp_path / "nested.h5")
 
 

@@ -183,7 +183,7 @@ def test_a_killed_fit_goes_on_and_leaves_nothing_behind(tmp_path, monkeypatch):
     assert "expected the sequences with which the fit in" in other
     assert run("fit", DEMO, "-o", tmp_path / "chain", "--levels", "28K,90K").exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chain", "other.fasta", "whole"]
-    for name in ("config.json", "maps.safetensors"):
+    for name in ("config.json", "maps.safetensors", "reconstruction.safetensors"):
         assert (tmp_path / "chain" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert len(passes) == 6 + 1, "of six windows one was begun twice"
 

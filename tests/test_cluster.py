@@ -405,14 +405,15 @@ def test_columns_that_cannot_be_are_refused():
 
 
 def test_a_fit_on_the_cluster_is_the_local_one(fasta, tmp_path, monkeypatch):
-    seen, solve = [], sums.solve_stages
+    seen, solve = [], sums.solve_chain
 
     def watched(moments, *arguments, **options):
         seen.append(moments.parts)
         return solve(moments, *arguments, **options)
 
-    monkeypatch.setattr(sums, "solve_stages", watched)
+    monkeypatch.setattr(sums, "solve_chain", watched)
     arguments = ("--levels", "28K,90K", "--tokens-per-batch", BUDGET, "--regressor", "ridge", "--alpha", 2)
+    arguments += ("--scale", "block", "--centre")
     for name, more in (("local", ()), ("cluster", ON_ONE)):
         result = run("fit", fasta, "-o", tmp_path / name, *arguments, *more)
         assert result.exit_code == 0, result.output
@@ -423,8 +424,15 @@ def test_a_fit_on_the_cluster_is_the_local_one(fasta, tmp_path, monkeypatch):
     torch.testing.assert_close(other_mean, mean, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(other_scatter, scatter, rtol=1e-9, atol=1e-9 * float(scatter.abs().max()))
     here, there = (rd_torch.RDModel.from_pretrained(tmp_path / name) for name in ("local", "cluster"))
-    for name, tensor in here.stages["90K"].named_buffers():
-        torch.testing.assert_close(there.stages["90K"].get_buffer(name), tensor, rtol=1e-6, atol=1e-7)
+    for name, tensor in here.stages.named_buffers():
+        torch.testing.assert_close(there.stages.get_buffer(name), tensor, rtol=1e-6, atol=1e-7)
+    assert (
+        there.config.basis == here.config.basis == {"scale": "block", "centre": True, "rotate_first": False}
+    )
+    row = torch.ones(40)
+    expected, r2 = here.reconstruct(row, "90K")
+    torch.testing.assert_close(there.reconstruct(row, "90K").embedding, expected, rtol=1e-4, atol=1e-4)
+    assert there.reconstruct(row, "90K").r2 == pytest.approx(r2, abs=1e-6)
     assert there.config.provenance == here.config.provenance
     assert there.config.provenance["fit"]["sequences"] == len(SEQUENCES) + 1
 

@@ -338,7 +338,7 @@ def test_what_is_saved_is_read_to_the_bit(means, chain):
     assert again.config == nesting.config
     assert again.fingerprint() == nesting.fingerprint()
     assert sorted(path.name for path in chain.rglob("*")) == [
-        "README.md", "config.json", "maps.safetensors",
+        "README.md", "config.json", "maps.safetensors", "reconstruction.safetensors",
     ]  # fmt: skip
     level = json.loads((chain / "config.json").read_text())["levels"][0]
     assert (level["name"], level["width"], level["num_layers"]) == ("x", 6, None)

@@ -172,6 +172,28 @@ def test_a_level_downloads_only_what_it_needs(hub):
     assert sorted(hub.downloads(CHAIN)) == sorted(SMALL)
 
 
+def test_what_reconstructs_is_downloaded_when_it_is_asked_for(hub):
+    hub.add(CHAIN, chain_files((*SMALL, "reconstruction.safetensors")))
+    model = load(CHAIN, level="90K")
+    assert sorted(hub.downloads(CHAIN)) == sorted(SMALL)
+    nested = torch.ones(3, 40)
+    embedding, r2 = model.reconstruct(nested, "90K")
+    expected = load("esm2-rd-mini", level="90K").reconstruct(nested, "90K")
+    assert torch.equal(embedding, expected.embedding)
+    assert r2 == pytest.approx(expected.r2)
+    assert "reconstruction.safetensors" in hub.downloads(CHAIN)
+
+
+def test_a_repository_without_what_reconstructs_gives_the_maps_estimate(hub):
+    hub.add(CHAIN, chain_files())
+    model, ours = load(CHAIN, level="90K"), load("esm2-rd-mini", level="90K")
+    nested = torch.as_tensor(rd_torch.embed(ours, [random_sequence(60)], pool="none")[0])[:, :40]
+    embedding, r2 = model.reconstruct(nested, "90K")
+    expected = ours.reconstruct(nested, "90K").embedding
+    assert r2 is None
+    assert (embedding - expected).std() < 0.2 * expected.std()  # another estimate, nearly as good
+
+
 def test_nothing_is_downloaded_twice(hub):
     hub.add(CHAIN, chain_files())
     load(CHAIN, level="90K")
@@ -716,6 +738,13 @@ def test_a_smaller_chain_leaves_no_backbones_of_a_larger_one(hub):
     assert same(load(CHAIN), small_model().truncate("b"))
 
 
+def test_what_reconstructs_an_earlier_chain_does_not_stay(hub):
+    load("esm2-rd-mini", level="90K").push_to_hub(CHAIN)
+    assert "reconstruction.safetensors" in hub.files(CHAIN)
+    small_model().push_to_hub(CHAIN)
+    assert "reconstruction.safetensors" not in hub.files(CHAIN)
+
+
 def test_a_push_to_a_branch_leaves_the_main_one(hub):
     model = small_model()
     model.push_to_hub(CHAIN)
@@ -740,7 +769,9 @@ def test_a_private_repository_is_made_with_the_token_given(hub, monkeypatch):
 def test_referenced_backbones_are_not_uploaded_and_load_from_where_they_lie(hub, tmp_path):
     model = referenced_chain(hub)
     model.push_to_hub(CHAIN, backbones="referenced")
-    assert uploaded(hub, CHAIN) == {"config.json", "maps.safetensors", "README.md"}
+    assert uploaded(hub, CHAIN) == {
+        "config.json", "maps.safetensors", "reconstruction.safetensors", "README.md",
+    }  # fmt: skip
     hub.requests.clear()
     again = load(CHAIN, cache_dir=tmp_path / "empty")
     assert same(again, model)
@@ -877,7 +908,9 @@ def test_a_chain_is_fitted_of_esmc_on_the_hub(esmc, tmp_path):
     assert same(typed, chain)
     assert typed.config.provenance["backbones"] == {name: f"biohub/ESMC-{name}" for name in names}
     chain.push_to_hub(CHAIN, backbones="referenced")
-    assert uploaded(esmc, CHAIN) == {"config.json", "maps.safetensors", "README.md"}
+    assert uploaded(esmc, CHAIN) == {
+        "config.json", "maps.safetensors", "reconstruction.safetensors", "README.md",
+    }  # fmt: skip
     again = load(CHAIN, level="600M")
     assert again.fingerprint() == chain.truncate("600M").fingerprint()
     with torch.no_grad():
@@ -903,3 +936,32 @@ def test_verify_and_export_find_a_size_of_esmc_by_its_name(esmc, tmp_path):
         patch.setattr("rd_torch.exporting.export", lambda model, path: written.append(model.config))
         assert run("export", "300M", "-o", tmp_path / "model.onnx").exit_code == 0
     assert list(written[0].widths) == ["300M"]
+
+
+def test_layers_of_a_backbone_are_referenced_pushed_and_loaded(hub, tmp_path):
+    repos = {level: f"someone/esm-{level}" for level in ("28K", "90K")}
+    for level, repo in repos.items():
+        hub.add(repo, backbone_files(level))
+    sequences = [random_sequence(30, seed) for seed in range(20)]
+    sources = {"28K": repos["28K"], "90K@1": repos["90K"], "90K@2": repos["90K"]}
+    model = rd_torch.fit(sources, sequences, added=16)
+    assert model.backbones["90K"].depth == 2
+    for storage, files in (
+        ("referenced", set()),
+        ("included", {f"backbones/{level}.safetensors" for level in repos}),
+    ):
+        repo = f"{CHAIN}-{storage}"
+        model.push_to_hub(repo, backbones=storage)
+        assert {name for name in uploaded(hub, repo) if name.startswith("backbones/")} == files
+        again = load(repo, cache_dir=tmp_path / storage)
+        assert same(again, model)
+        assert again.backbones["90K"].depth == 2
+        assert load(repo, level="90K@1").backbones["90K"].depth == 1
+    with torch.no_grad():
+        model.backbones["90K"].layers[1].fc2.bias.add_(1)
+    with pytest.raises(
+        ValueError, match="expected backbone 90K@2 as it came from someone/esm-90K, got a changed"
+    ):
+        model.push_to_hub(CHAIN, backbones="referenced")
+    alone = load(repos["90K"], layers={"esm-90K": 1})
+    assert alone.config.levels[0].depth == 1

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from esmc import oracle as esmc_oracle
 from esmc import our_esmc, random_esmc
 from foreign import bert, bert_tokenizer
+from helpers import layered_model as chain
 from helpers import random_esm2, random_sequence, random_stages, tokens_of
 from safetensors import safe_open
 
@@ -18,12 +19,12 @@ from rd_torch import Level, Nesting, RDModel, TransformersBackbone, Transformers
 from rd_torch.backbone import ESM2, Packing, Taken, as_family, run_backbones
 from rd_torch.backbone.engine import Engine
 from rd_torch.cli import main
-from rd_torch.levels import ALPHABET, split_level
+from rd_torch.levels import ALPHABET
 
 TOLERANCE = 2e-5
 BATCH = ("MKTAYIA<mask>QRQISFVK", "M", random_sequence(40, 2), "MXBUZOA")
 PROTEINS = [(f"p{k}", random_sequence(15 + 5 * (k % 7), seed=k)) for k in range(12)]
-WIDTHS = {"a": 32, "b@2": 48, "b@4": 48, "b": 48}
+LEVELS = ("a", "b@2", "b@4", "b")
 each_norm = pytest.mark.parametrize("final_norm", [True, False])
 
 
@@ -33,14 +34,6 @@ def run(*arguments):
 
 def packing_of(tokens):
     return Packing.of(tokens != ALPHABET.padding_idx)
-
-
-def chain(levels=tuple(WIDTHS), **options):
-    """A random chain of two backbones, one of which has three levels."""
-    modules = {"a": ESM2.sharing(random_esm2(2, 32, 4)), "b": ESM2.sharing(random_esm2(5, 48, 4, seed=1))}
-    backbones = {name: modules[split_level(name)[0]] for name in levels}
-    stages = random_stages(widths={name: WIDTHS[name] for name in levels}, added=16)
-    return RDModel(backbones, stages, **options).eval()
 
 
 @pytest.fixture
@@ -236,7 +229,7 @@ def test_a_cut_backbone_is_refused_where_the_last_layer_is_wanted():
 
 
 @each_norm
-@pytest.mark.parametrize("levels", [("a", "b@2"), ("a", "b@2", "b@4"), tuple(WIDTHS)])
+@pytest.mark.parametrize("levels", [("a", "b@2"), ("a", "b@2", "b@4"), LEVELS])
 def test_saved_and_loaded_to_the_bit(levels, final_norm, tokens, tmp_path):
     model = chain(levels, final_norm=final_norm)
     model.save_pretrained(tmp_path / "saved")
@@ -385,9 +378,17 @@ def test_stores_of_layers_are_combined_to_what_the_chain_gives(final_norm, tmp_p
     expected = rd_torch.embed(model, [sequence for _, sequence in PROTEINS])
     got = np.stack([rd_torch.open_store(tmp_path / "nested.h5")[name] for name, _ in PROTEINS])
     np.testing.assert_allclose(got, expected, atol=1e-4)
-    with pytest.raises(
-        ValueError, match="expected embeddings of layer, 4, at level b@4, got those of layer 2"
-    ):
+    with pytest.warns(UserWarning, match="12 means are too few"):
+        fitted = rd_torch.fit_stores(files, added=4, regressor="ols")
+    assert fitted.config.levels[1].depth == 2
+    with pytest.raises(ValueError, match="expected embeddings of layer 4 at level b@4, got those of layer 2"):
+        rd_torch.fit_stores({"b@4": files["b@2"]})
+    fitted.save_pretrained(tmp_path / "maps")
+    loaded = RDModel.from_pretrained(
+        tmp_path / "maps", backbones={"a": model.backbones["a"], "b": model.backbones["b"]}
+    )
+    assert loaded.config.levels[1].num_layers == 5
+    with pytest.raises(ValueError, match="expected embeddings of layer 4 at level b@4, got those of layer 2"):
         rd_torch.combine_stores(nesting, {**files, "b@4": files["b@2"]}, tmp_path / "wrong.h5")
     with pytest.raises(
         ValueError, match="expected embeddings of the last layer, 5, at level b, got those of layer 4"
@@ -458,3 +459,27 @@ def test_a_model_of_transformers_is_fitted_saved_and_loaded_at_a_layer(tmp_path)
     assert loaded.config.levels[-1].depth == 2
     alone = RDModel.from_pretrained(source, level="x@2")
     assert alone.config.levels[0].layer == 2
+
+
+def test_verify_compares_hidden_layers(tmp_path):
+    fasta, out = tmp_path / "p.fasta", tmp_path / "chain"
+    fasta.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS))
+    assert run("fit", fasta, "-o", out, "--levels", "28K,1M@2,1M@4", "--added", "16,16").exit_code == 0
+    done = run("verify", "1M@4", "--model", out)
+    assert done.exit_code == 0, done.output
+    assert "pass  1M@2 against fair-esm: largest difference embeddings" in done.output
+    assert "pass  prefix of 1M@2" in done.output
+    with torch.no_grad():
+        model = RDModel.from_pretrained(out)
+        model.backbones["1M"].layers[3].fc2.bias.add_(0.1)
+        expected = rd_torch.oracles.ORACLES["esm2"].run(model.backbones["1M"], tokens_of("MKV"))["embeddings"]
+        got = RDModel({"1M@4": model.backbones["1M"]}, [])(tokens_of("MKV")).embeddings
+    assert (got - expected).abs().max() <= TOLERANCE
+
+
+def test_verify_compares_hidden_layers_of_esmc(tmp_path):
+    esmc_oracle()
+    RDModel({"tiny": our_esmc(4, 48, 4)}, []).save_pretrained(tmp_path / "tiny")
+    done = run("verify", "tiny@2", "--model", tmp_path / "tiny")
+    assert done.exit_code == 0, done.output
+    assert "pass  tiny@2 against transformers" in done.output

@@ -48,7 +48,7 @@ def embeds(environment, folder):
 def test_the_wheel_carries_the_shipped_family_once(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     weights = [name for name in names if name.endswith(".safetensors")]
-    assert len(weights) == 5
+    assert len(weights) == 6  # maps, what reconstructs, four backbones
     assert all(name.startswith("rd_torch/checkpoints/esm2-rd-mini/") for name in weights)
     assert not any(name.startswith(("tests", "benchmarks", "checkpoints")) for name in names)
 

@@ -214,6 +214,42 @@ def test_principal_components_are_those_of_a_decomposition(shape):
     assert (points.max(0) >= -points.min(0)).all()
 
 
+@pytest.mark.parametrize("scale", ["none", "feature", "block"])
+def test_maps_are_of_scaled_features_and_the_rest_is_not(stores, scale):
+    sample = sampled(stores["h5", "mean"])
+    figure = draw(sample, 48, scale)
+    figure.draw_without_rendering()
+    blocks = np.split(sample.vectors, [32, 48, 64], axis=1)
+    divided = {
+        "none": blocks,
+        "feature": [block / block.std(0) for block in blocks],
+        "block": [block / np.sqrt(block.var(0).mean()) for block in blocks],
+    }[scale]
+    whole = np.concatenate(divided, axis=1)
+    for ax, width in zip(figure.axes, (48, 128), strict=False):
+        points, _ = principal_components(whole[:, :width])
+        assert np.allclose(np.abs(ax.collections[0].get_offsets()), np.abs(points), atol=1e-8)
+    plain = draw(sample, 48)
+    plain.draw_without_rendering()
+    for ax, other in zip(figure.axes[3:], plain.axes[3:], strict=True):
+        for drawn_, expected in zip(ax.collections, other.collections, strict=True):
+            assert np.array_equal(drawn_.get_offsets(), expected.get_offsets())
+    note = figure.get_supxlabel()
+    assert ("divided by" in note) == (scale != "none")
+
+
+def test_features_without_variance_are_scaled_without_a_warning(stores, recwarn):
+    sample = replace(sampled(stores["h5", "mean"]), vectors=np.ones((30, 128)))
+    for scale in ("feature", "block"):
+        assert np.array_equal(sampling.scale_features(sample, scale), sample.vectors)
+    assert not recwarn.list
+
+
+def test_an_unknown_scale_is_refused(stores, tmp_path):
+    with pytest.raises(ValueError, match="expected scale to be one of 'none', 'feature', 'block', got 'all'"):
+        plot_store(stores["h5", "mean"], tmp_path / "x.png", scale="all")
+
+
 def test_equal_vectors_are_drawn_without_a_warning(tmp_path, recwarn):
     for rows in (np.zeros((3, 4)), np.ones((3, 4))):
         plot_store(put(tmp_path / "a.h5", rows), tmp_path / "a.png")

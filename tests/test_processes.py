@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from esmc import small_esmc
-from helpers import random_sequence, small_model, tokens_of
+from helpers import layered_model, random_sequence, small_model, tokens_of
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -42,6 +42,8 @@ def build(kind):
     """The same module in every process: a chain and a head, a narrower one, one with frozen levels."""
     torch.manual_seed(0)
     model = (small_esmc() if kind.startswith("ESM-C") else small_model()).train()
+    if kind == "layers":
+        return Direct(layered_model(("a", "b@2", "b@4")).train())
     if kind in ("bare", "letters", "ESM-C"):
         return Direct(model, letters=kind == "letters")
     if kind == "partly frozen":
@@ -55,7 +57,7 @@ def build(kind):
 # In PyTorch 2.6 FSDP2 asks streams of a CPU for what they do not have: it is for GPUs there.
 WAYS = ["DDP", "FSDP2"] if hasattr(torch.cpu.Stream, "record_event") else ["DDP"]
 KINDS = ["bare", "letters", "whole", "narrower", "partly frozen", "checkpointed"]
-KINDS += ["ESM-C", "ESM-C, narrower and checkpointed"]
+KINDS += ["ESM-C", "ESM-C, narrower and checkpointed", "layers"]
 
 
 def step(module, part):

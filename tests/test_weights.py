@@ -81,7 +81,9 @@ def test_a_missing_file_is_named(folder, name):
         rd_torch.RDModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["maps.safetensors", "backbones/207K.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["maps.safetensors", "backbones/207K.safetensors", "reconstruction.safetensors"]
+)
 @pytest.mark.parametrize("size", [0, 100, -4])
 def test_a_truncated_file_is_named(folder, name, size):
     path = folder / name

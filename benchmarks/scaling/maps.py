@@ -16,9 +16,10 @@ from torch import Tensor
 
 from benchmarks.scaling.layers import Widths
 from rd_torch import RunningMoments, concat_pca, solve_stages
+from rd_torch.maps import Maps
 from rd_torch.modules import modules_of
 from rd_torch.solve import Added, principal_directions
-from rd_torch.stage import Maps, nest
+from rd_torch.stage import nest
 
 PLAIN, PCA, NESTED, ALL, CONCAT = "plain", "PCA", "nested", "all directions", "concat + PCA"
 CENTRED, BY_FEATURE, BY_BLOCK = "centred", "centred, by feature", "centred, by block"

@@ -71,7 +71,7 @@ def watched(stopwatch: Stopwatch) -> Iterator[None]:
     parts = (
         (rd_torch.ESM2, "forward", FORWARD),
         (rd_torch.RunningMoments, "update", UPDATE),
-        (sums, "solve_stages", SOLVE),
+        (sums, "solve_chain", SOLVE),
     )
     with ExitStack() as stack:
         for owner, name, part in parts:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from rd_torch.choices import Criterion, PredictFrom, Regressor
+from rd_torch.choices import Criterion
 from rd_torch.cli.backbones import choose_backbones, parse_layers
 from rd_torch.cli.command import Command, option
 from rd_torch.cli.fitting_stores import fit_from_stores, require_options_for_stores
@@ -27,6 +27,7 @@ from rd_torch.cli.shared import (
     trust_option,
 )
 from rd_torch.cli.sharing import cluster_options, join_cluster
+from rd_torch.cli.solving import MAPS_OPTIONS, solving_options
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel
@@ -68,31 +69,7 @@ if TYPE_CHECKING:
     show_default="all levels",
     help="Use only the backbones of these levels, smallest first.",
 )
-@option(
-    "--regressor",
-    group="Maps",
-    type=click.Choice(get_args(Regressor)),
-    default="pcr",
-    help="Regression that predicts a backbone's embedding from the smaller ones: principal-component "
-    "regression (pcr), ordinary least squares (ols), or ridge.",
-)
-@option(
-    "--alpha",
-    group="Maps",
-    type=float,
-    default=1.0,
-    metavar="NUMBER",
-    help="Penalty of the ridge regression, at least 0.",
-)
-@option(
-    "--added",
-    group="Maps",
-    metavar="N,...|all",
-    show_default="up to the backbone's width",
-    help="Number of features that each stage adds: one number for each level after the first, or all for as "
-    "many as the backbone has. Where widths hardly grow the default adds few, 192 from ESM-C 300M to 600M: "
-    "half of the backbone's width is a better number, 576 for 600M.",
-)
+@solving_options
 @option(
     "--choose-layers",
     group="Layers",
@@ -127,13 +104,6 @@ if TYPE_CHECKING:
     group="Layers",
     default=True,
     help="Apply the LayerNorm after a backbone's last layer to hidden layers too.",
-)
-@option(
-    "--predict-from",
-    group="Maps",
-    type=click.Choice(get_args(PredictFrom)),
-    default="nested",
-    help="Predict from the nested embedding so far, or from the previous backbone's own embedding.",
 )
 @strict_option
 @reading_options
@@ -189,7 +159,7 @@ def fit(
     counts = parse_added(added)
     if from_stores:
         require_options_for_stores()
-        maps = {name: options[name] for name in ("regressor", "alpha", "predict_from")}
+        maps = {name: options[name] for name in MAPS_OPTIONS}
         fit_from_stores(paths, output, levels, added=counts, **maps)
         return
     proteins = take_proteins(paths, options)

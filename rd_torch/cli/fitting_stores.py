@@ -10,8 +10,9 @@ import click
 from click.core import ParameterSource
 
 from rd_torch.cli.shared import print_levels, split_by_level
+from rd_torch.cli.solving import MAPS_OPTIONS
 
-_TAKEN: Final = ("paths", "output", "from_stores", "levels", "regressor", "alpha", "added", "predict_from")
+_TAKEN: Final = ("paths", "output", "from_stores", "levels", "added", *MAPS_OPTIONS)
 """The parameters of `rd-torch fit` that make sense where no protein is read and no backbone runs."""
 
 
@@ -22,7 +23,7 @@ def fit_from_stores(pairs: tuple[str, ...], output: Path, levels: str | None, **
         pairs: the files as `LEVEL=FILE`, smallest level first.
         output: the folder to write.
         levels: names of the levels to use, with commas between them; by default all.
-        **options: options of `solve_stages`.
+        **options: options of `solve_stages` and `change_basis`.
     """
     from rd_torch.choices import check_choice
     from rd_torch.cli.progress import Bar

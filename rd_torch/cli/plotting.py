@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
 import click
 
+from rd_torch.choices import Scale
 from rd_torch.cli.command import Command, option
 
 
@@ -25,7 +27,14 @@ from rd_torch.cli.command import Command, option
     show_default="width of the first level",
     help="Number of features in the narrow map, which stands beside the map of all features.",
 )
-def plot(store: Path, output: Path, width: int | None) -> None:
+@option(
+    "--scale",
+    type=click.Choice(get_args(Scale)),
+    default="none",
+    help="Divide each feature in the maps by its standard deviation (feature), or the features that one "
+    "level adds by the root of their mean variance (block), so that added features, which vary less, show.",
+)
+def plot(store: Path, output: Path, width: int | None, scale: Any) -> None:
     """Draw the embeddings in a file: maps, norms and variance.
 
     \b
@@ -38,5 +47,5 @@ def plot(store: Path, output: Path, width: int | None) -> None:
     """
     from rd_torch.plotting import plot_store
 
-    plot_store(store, output, width=width)
+    plot_store(store, output, width=width, scale=scale)
     click.echo(f"Wrote the picture to {output}.", err=True)

@@ -63,6 +63,10 @@ _METHODS = {"rd": "reverse distillation", "naive": "concatenation and principal 
 
 _INPUTS = {"nested": "the nested embedding", "previous": "the raw embedding of the previous backbone"}
 
+_SCALES = {
+    "feature": "each feature is divided by its standard deviation",
+    "block": "the features that one level adds are divided by the root of their mean variance",
+}
 _NORMS = {True: "the backbone's final LayerNorm", False: "no LayerNorm"}
 
 _SPECIAL_ROWS = {
@@ -135,8 +139,23 @@ def _facts(config: RDConfig) -> list[tuple[str, object]]:
     return [
         ("method", _METHODS[config.method]),
         *inputs,
+        *([("features", _describe_basis(config))] if config.has_basis else []),
         ("embeddings of `<cls>`, `<eos>` and `<mask>`", _SPECIAL_ROWS[config.special_rows]),
         *norms,
         ("fitted on", ", ".join(f"{key} {value}" for key, value in fit.items()) or "not recorded"),
         *provenance.items(),
     ]
+
+
+def _describe_basis(config: RDConfig) -> str:
+    """Say in which coordinates the features are."""
+    first = config.levels[0].name
+    done = [
+        f"those of {first} are turned to their principal components" if config.rotate_first else "",
+        f"the mean of {first} is subtracted" if config.centre else "",
+        _SCALES.get(config.scale, ""),
+    ]
+    return (
+        f"{'; '.join(filter(None, done))}; the first features are {first}'s in new coordinates, and not its "
+        "own to the bit"
+    )

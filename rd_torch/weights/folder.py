@@ -20,6 +20,7 @@ from rd_torch.weights.tensors import Tensors, read_json, read_tensors, require_f
 
 CONFIG: Final = "config.json"
 MAPS: Final = "maps.safetensors"
+RECONSTRUCTION: Final = "reconstruction.safetensors"
 BACKBONES: Final = "backbones"
 CARD: Final = "README.md"
 
@@ -31,6 +32,7 @@ def write_folder(
     backbones: Mapping[str, Mapping[str, Tensor]],
     name: str,
     folders: Collection[str] = (),
+    reconstruction: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint with its model card.
 
@@ -41,12 +43,17 @@ def write_folder(
         backbones: by name, the tensors of the backbones to write, by the names of their own modules.
         name: name of the checkpoint in the model card.
         folders: names of backbones that are in the checkpoint already, as folders of their own.
+        reconstruction: tensors from which raw embeddings are reconstructed, if they are known.
     """
     (folder / BACKBONES if backbones else folder).mkdir(parents=True, exist_ok=True)
     # The config is removed first and written last, so that a write that is cut off does not look whole.
     (folder / CONFIG).unlink(missing_ok=True)
     flat = {f"{level}.{name}": part for level, parts in maps.items() for name, part in parts.items()}
     files = {MAPS: flat, **{backbone_file(each): tensors for each, tensors in backbones.items()}}
+    if reconstruction is None:
+        (folder / RECONSTRUCTION).unlink(missing_ok=True)
+    else:
+        files[RECONSTRUCTION] = reconstruction
     for each in {level.backbone for level in config.levels}:
         if each not in backbones:
             (folder / backbone_file(each)).unlink(missing_ok=True)

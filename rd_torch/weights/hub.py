@@ -285,6 +285,7 @@ def upload(folder: Path, repo: str, **options: Unpack[Upload]) -> str:
         folder_path=folder,
         revision=revision,
         commit_message=options.get("commit_message", "Upload a reverse-distilled chain"),
-        delete_patterns="backbones/*",  # backbones of an earlier chain, which this one may not have
+        # Of an earlier chain, which this one may not have.
+        delete_patterns=["backbones/*", "reconstruction.safetensors"],
     )
     return commit.commit_url

@@ -13,6 +13,7 @@ import torch
 from rd_torch.choices import check_choice
 from rd_torch.config import RDConfig
 from rd_torch.levels import TRANSFORMERS_FAMILY, Level, Reference, split_level
+from rd_torch.reconstruct import Reconstructor
 from rd_torch.weights.backbone import read_backbone, read_level
 from rd_torch.weights.files import (
     Files,
@@ -27,6 +28,7 @@ from rd_torch.weights.folder import BACKBONES, CONFIG, MAPS, backbone_file, read
 from rd_torch.weights.hub import Hub, MissingFileError
 from rd_torch.weights.known import PUBLISHED_MAPS, reference_to
 from rd_torch.weights.published import Choice, PublishedOptions, holds_published_maps, read_published
+from rd_torch.weights.reconstruction import reconstructor_in, reconstructor_on
 from rd_torch.weights.tensors import Tensors, read_json
 
 DEFAULT_MODEL: Final = "esm2-rd-mini"
@@ -42,6 +44,7 @@ class Checkpoint:
         maps: by level, the tensors of the stage that leads to it.
         included: by name, a function that finds the files of a backbone which the checkpoint itself holds.
         name: name or path by which the user asked for it.
+        reconstructor: what raw embeddings are reconstructed from; None where only the maps are known.
         as_stored: whether included backbones are read in the dtype and shape that the checkpoint states; if
             false, their shape is told from their tensors, and they are read in float32.
     """
@@ -51,6 +54,7 @@ class Checkpoint:
     included: Mapping[str, Callable[[], Files]]
     name: str = ""
     as_stored: bool = True
+    reconstructor: Reconstructor | None = None
 
     def read_backbone(
         self,
@@ -180,18 +184,20 @@ def read_checkpoint(
         )
     if path.is_dir() and not list_weights(path):
         checkpoint = _read_own(str(name_or_folder), lambda name: path / name, lambda name: path / name, level)
+        checkpoint = replace(checkpoint, reconstructor=reconstructor_in(path, checkpoint.config.widths))
         has_backbones = any(find().paths[0].exists() for find in checkpoint.included.values())
         return checkpoint if has_backbones else replace(checkpoint, included={})
     if not path.exists():
         reference = _reference(name_or_folder, revision)
         pinned = _pin_own(reference, hub)
         if pinned:
-            return _read_own(
+            checkpoint = _read_own(
                 str(name_or_folder),
                 lambda name: hub.fetch(pinned, name).path,
                 partial(hub.fetch_folder, pinned),
                 level,
             )
+            return replace(checkpoint, reconstructor=reconstructor_on(hub, pinned, checkpoint.config.widths))
     files = find_backbone(path if path.exists() else reference, hub)
     config = RDConfig((read_level(files),), (), ())
     config = until_level(config, level)
@@ -213,8 +219,19 @@ def until_level(config: RDConfig, level: str | None) -> RDConfig:
         return config
     first, (backbone, layer) = config.levels[0], split_level(level)
     if level not in config.widths and layer is not None and backbone == first.name:
-        return replace(config.until(first.name), levels=(replace(first, name=level),))
+        return _at_layer(config.until(first.name), level)
     return config.until(level)
+
+
+def _at_layer(config: RDConfig, level: str) -> RDConfig:
+    """Return the config of a chain of one level that is taken at another layer of the same backbone."""
+    (only,) = config.levels
+    if config.has_basis:
+        raise ValueError(
+            f"expected level {only.name}, whose features the chain scales, centres or rotates, got {level}: "
+            "fit a chain of that layer"
+        )
+    return replace(config, levels=(replace(only, name=level),))
 
 
 def at_layers(config: RDConfig, layers: Mapping[str, int]) -> RDConfig:
@@ -233,7 +250,7 @@ def at_layers(config: RDConfig, layers: Mapping[str, int]) -> RDConfig:
         if not mine:
             check_choice("backbone", backbone, tuple(level.backbone for level in config.levels))
         if len(config.levels) == 1 and mine[0].depth != layer:
-            config = replace(config, levels=(replace(mine[0], name=f"{backbone}@{layer}"),))
+            config = _at_layer(config, f"{backbone}@{layer}")
         elif all(level.depth != layer for level in mine):
             raise ValueError(
                 f"expected a layer of {backbone} that the maps of the chain were fitted to, "
