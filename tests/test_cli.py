@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 import rd_torch
-from rd_torch import fitting, sums
+from rd_torch import sums
+from rd_torch.candidates import Candidates
 from rd_torch.cli import main
 from rd_torch.reading import Fasta
 from rd_torch.store import FORMATS
@@ -167,7 +168,7 @@ def test_a_killed_fit_goes_on_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(sums, "SECONDS_BETWEEN_SAVES", 0)
     options = ("--levels", "28K,90K", "--tokens-per-batch", 40)
     assert run("fit", DEMO, "-o", tmp_path / "whole", *options).exit_code == 0
-    passes, add = [], fitting.add_moments
+    passes, add = [], Candidates.add_moments
 
     def dying(*arguments):
         passes.append(1)
@@ -175,7 +176,7 @@ def test_a_killed_fit_goes_on_and_leaves_nothing_behind(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return add(*arguments)
 
-    monkeypatch.setattr(fitting, "add_moments", dying)
+    monkeypatch.setattr(Candidates, "add_moments", dying)
     assert run("fit", DEMO, "-o", tmp_path / "chain", *options).exit_code != 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chain.part", "whole"]
     (tmp_path / "other.fasta").write_text(">a\nMKV\n")

@@ -266,7 +266,7 @@ def test_extracted_files_hold_the_files_of_a_truncated_model_as_prefixes(ours, f
 def test_code_that_asks_for_hidden_layers_is_told_that_they_have_no_such_form(
     theirs, ours, fasta, tmp_path, layers
 ):
-    with pytest.raises(ValueError, match="only the last layer has a reverse-distilled form"):
+    with pytest.raises(ValueError, match="no levels of this chain, and have no reverse-distilled form"):
         extract_to_files(ours, ours.alphabet, fasta, tmp_path, layers=layers)
     assert not [*tmp_path.glob("*.pt")]
     assert len(extract_to_files(theirs, theirs.alphabet, fasta, tmp_path, layers=layers)) == 4
@@ -391,7 +391,7 @@ def test_layers_are_listed_once_whatever_holds_them(kind):
     listed = model(tokens, repr_layers=kind([layer, layer]))["representations"]
     assert list(listed) == [layer]
     assert list(model(tokens, repr_layers=kind([]))["representations"]) == []
-    with pytest.raises(ValueError, match=r"expected repr_layers \[3\] or none, got \[0\]"):
+    with pytest.raises(ValueError, match=r"expected repr_layers among \[3\] or none, got \[0\]"):
         model(tokens, repr_layers=kind([0]))
 
 

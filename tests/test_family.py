@@ -3,6 +3,7 @@
 import json
 import lzma
 import sys
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -74,8 +75,8 @@ def test_training_resumes_where_it_stopped(make, data, tmp_path, monkeypatch, fa
     monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
     valid = tmp_path / "natural50_train.fasta.xz"
     valid.symlink_to(data / "natural50_valid.fasta.xz")
-    level = train.CHAINS[family][name]
-    train.train(level, tmp_path, tmp_path / "whole.pt", 4_000)
+    level, schedule = train.CHAINS[family][name], replace(train.SCHEDULES[name], tokens=4_000)
+    train.train(level, schedule, tmp_path, tmp_path / "whole.pt")
 
     steps = iter(range(4))
 
@@ -88,19 +89,19 @@ def test_training_resumes_where_it_stopped(make, data, tmp_path, monkeypatch, fa
     monkeypatch.setattr(train, "SECONDS_BETWEEN_STATES", 0)
     monkeypatch.setattr(train, "draw_windows", stop_after_four)
     with pytest.raises(KeyboardInterrupt):
-        train.train(level, tmp_path, tmp_path / "parts.pt", 4_000)
+        train.train(level, schedule, tmp_path, tmp_path / "parts.pt")
     monkeypatch.setattr(train, "draw_windows", draw)
-    train.train(level, tmp_path, tmp_path / "parts.pt", 4_000)
+    train.train(level, schedule, tmp_path, tmp_path / "parts.pt")
     whole, parts = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "parts"))
     assert whole["step"] == parts["step"] > 4
     assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the recipe needs a newer PyTorch, with Muon")
-@pytest.mark.parametrize("family", ["esm2", "esmc"])
+@pytest.mark.parametrize("family", ["esm2", "esmc", "spoilt"])
 def test_the_recipe_makes_a_checkpoint_in_small(make, data, tmp_path, monkeypatch, family):
     import train
-    from recipe import CHAINS
+    from recipe import CHAINS, SCHEDULES
 
     from rd_torch.reading import Fasta
 
@@ -109,21 +110,50 @@ def test_the_recipe_makes_a_checkpoint_in_small(make, data, tmp_path, monkeypatc
         with lzma.open(tmp_path / f"natural50_{kind}.fasta.xz", "wt") as file:
             file.write("".join(f">{each.identifier}\n{each.sequence[:60]}\n" for each in proteins))
     made, levels = tmp_path / "made", list(CHAINS[family])
+    taken = ["28K", "90K"] if family == "spoilt" else []
     monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
-    for module in (train, make):
-        monkeypatch.setattr(module, "TOKENS", 1_024)
     folders = ["--data", str(tmp_path), "--state", str(tmp_path)]
     for name in levels:
+        if name in taken:
+            continue
+        monkeypatch.setitem(SCHEDULES, name, replace(SCHEDULES[name], tokens=1_024))
         monkeypatch.setattr(sys, "argv", ["train.py", *folders, "--level", name])
         train.main()
     monkeypatch.setattr(sys, "argv", ["make.py", *folders, "--family", family, "--output", str(made)])
     make.main()
-    assert list(rd_torch.RDModel.from_pretrained(made).config.widths) == levels
+    model = rd_torch.RDModel.from_pretrained(made)
+    assert list(model.config.widths) == levels
+    for name in taken:
+        ours, shipped = (each.backbones[name] for each in (model, rd_torch.RDModel.from_pretrained(FOLDER)))
+        assert all(map(torch.equal, ours.state_dict().values(), shipped.state_dict().values()))
     losses = json.loads((made / "losses.json").read_text())
-    shipped = LOSSES[NAMES[0]].keys()
-    assert {name: (each["tokens"], each.keys()) for name, each in losses.items()} == dict.fromkeys(
-        levels, (1024, shipped)
-    )
+    assert all(each.keys() == LOSSES[NAMES[0]].keys() for each in losses.values())
+    assert {name: each["tokens"] for name, each in losses.items()} == {
+        name: LOSSES[name]["tokens"] if name in taken else 1024 for name in levels
+    }
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="the recipe needs a newer PyTorch, with Muon")
+def test_a_schedule_holds_how_many_proteins_are_seen_and_how_fast(make, tmp_path, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 256)
+    weights = {}
+    for name, proteins, options in (
+        ("two", 2, {}),
+        ("two of nine", 9, {"proteins": 2}),
+        ("nine", 9, {}),
+        ("two in haste", 2, {"haste": 2.0}),
+    ):
+        with lzma.open(tmp_path / "natural50_train.fasta.xz", "wt") as file:
+            file.write("".join(f">{n}\n{'ACDEFGHIKLMNPQRSTVWY'[n:] * 3}\n" for n in range(proteins)))
+        schedule = train.Schedule(tokens=1_024, **options)
+        train.train(train.CHAINS["esm2"]["28K"], schedule, tmp_path, tmp_path / f"{name}.pt")
+        weights[name] = torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"]["embed_tokens.weight"]
+    assert torch.equal(weights["two of nine"], weights["two"])
+    assert not torch.equal(weights["nine"], weights["two"])
+    assert not torch.equal(weights["two in haste"], weights["two"])
+    assert train.peak_rates(64, 20.0) == pytest.approx([20 * rate for rate in train.peak_rates(64, 1.0)])
 
 
 def test_command_embeds_a_thousand_validation_proteins(data, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from helpers import random_esm2, random_sequence, tokens_of
 from torch import nn
 
-from rd_torch import ESM2, RDModel, RunningMoments, fit, fitting, solve_stages, sums
+from rd_torch import ESM2, RDModel, RunningMoments, candidates, fit, solve_stages, sums
 from rd_torch.sequences import Entry
 from rd_torch.store import cut_windows
 
@@ -280,7 +280,7 @@ def test_a_killed_fit_goes_on_to_the_same_bits(residues, saving, tmp_path):
 def test_a_finished_fit_is_solved_otherwise_without_another_pass(saving, tmp_path, monkeypatch):
     fit(own_family(), SEQUENCES, work_folder=tmp_path / "work", tokens_per_batch=BUDGET)
     expected = fit(own_family(), SEQUENCES, regressor="ols", tokens_per_batch=BUDGET)
-    monkeypatch.setattr(fitting, "run_batches", None)
+    monkeypatch.setattr(candidates, "run_batches", None)
     model = fit(own_family(), SEQUENCES, work_folder=tmp_path / "work", regressor="ols")
     assert torch.equal(model.stages["large"].W, expected.stages["large"].W)
 

@@ -276,6 +276,20 @@ def test_a_file_holds_no_layer_above_and_none_is_read(tmp_path, monkeypatch):
         )
 
 
+def test_a_backbone_that_was_cut_is_a_model_as_far_as_it_goes(tokens, tmp_path):
+    model = chain(("a", "b@4"))
+    model.save_pretrained(tmp_path / "cut")
+    file = tmp_path / "cut" / "backbones" / "b.safetensors"
+    alone = RDModel.from_pretrained(file)
+    assert list(alone.config.widths) == ["b@4"]
+    assert alone.fingerprint() == RDModel({"b@4": model.backbones["b"]}, []).fingerprint()
+    assert RDModel.from_pretrained(file, level="b@2").backbones["b"].depth == 2
+    for level in ("b@5", "b"):
+        with pytest.raises(ValueError, match="expected level to be one of 'b@4'"):
+            RDModel.from_pretrained(file, level=level)
+    assert RDModel.from_pretrained(tmp_path / "cut", level="a@1").backbones["a"].depth == 1
+
+
 def test_a_single_backbone_is_taken_at_any_layer(tokens, tmp_path):
     whole = RDModel({"b": random_esm2(5, 48, 4)}, []).eval()
     whole.save_pretrained(tmp_path / "b")

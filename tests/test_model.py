@@ -195,7 +195,9 @@ def test_repr_layers_lists_only_itself_and_names_stay_reachable(model, tokens):
 
 @pytest.mark.parametrize("layers", [[2], [0, 3], [-1]])
 def test_a_hidden_layer_is_refused_with_the_reason(model, tokens, layers):
-    with pytest.raises(ValueError, match=r"expected repr_layers \[3\] .*only the last layer has a rev"):
+    with pytest.raises(
+        ValueError, match=r"expected repr_layers among \[3\] or none.*have no reverse-distilled form"
+    ):
         model(tokens, repr_layers=layers)
 
 

@@ -3,7 +3,8 @@
     python checkpoints/esm2-rd-mini/make.py --data DATA --state STATE
 
 reads what `train.py` left in STATE and writes config, maps, backbones and `losses.json` beside this file, or
-to `--output`; `--family esmc` takes the ESM-C-shaped backbones.
+to `--output`; `--family esmc` takes the ESM-C-shaped backbones. `--family spoilt` takes two badly
+trained backbones, and the shipped ones for the levels below.
 
 A loss is the cross-entropy in nats over 15 % of the residues, chosen at random: 80 % of them are shown as
 `<mask>`, 10 % as a random residue, 10 % as they are. Sequences are whole; nothing is cropped.
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import torch
-from recipe import CHAINS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, new_parser, read_sequences
+from recipe import CHAINS, LEVELS, SCHEDULES, SEED, mask_residues, masked_loss, new_parser, read_sequences
 
-from rd_torch import fit
+from rd_torch import RDModel, fit
 from rd_torch.backbone import FAMILIES, Backbone, tokenize
 from rd_torch.levels import ALPHABET, SPECIAL_TOKENS
 from rd_torch.sequences import cut_batches
@@ -58,6 +60,8 @@ def measure(model: Backbone, sequences: Sequence[str], seed: int) -> float:
 def load(state: Path, family: str) -> tuple[dict[str, Backbone], dict[str, dict[str, object]]]:
     """Return the trained backbones, and how each was trained.
 
+    Levels that another family shares with the shipped one are the shipped ones.
+
     Args:
         state: Folder that `train.py` has filled.
         family: Family whose levels to load.
@@ -65,20 +69,41 @@ def load(state: Path, family: str) -> tuple[dict[str, Backbone], dict[str, dict[
     Raises:
         ValueError: If a level has not been trained to the end.
     """
-    backbones, runs = {}, {}
+    backbones: dict[str, Backbone] = {}
+    runs: dict[str, dict[str, object]] = {}
     for name, level in CHAINS[family].items():
-        saved = torch.load(state / f"{name}.pt", weights_only=True)
-        if saved["seen"] < TOKENS:
-            raise ValueError(f"expected {TOKENS:,} tokens of training at level {name}, got {saved['seen']:,}")
+        if family != "esm2" and name in LEVELS:
+            backbones[name], runs[name] = shipped(name)
+            continue
+        saved, schedule = torch.load(state / f"{name}.pt", weights_only=True), SCHEDULES[name]
+        if saved["seen"] < schedule.tokens:
+            raise ValueError(
+                f"expected {schedule.tokens:,} tokens of training at level {name}, got {saved['seen']:,}"
+            )
         backbones[name] = FAMILIES[level.family].from_tensors(level, saved["model"]).eval()
         curve = [(seen, round(loss, 4)) for seen, loss in islice(saved["curve"], 0, None, 5)]
         runs[name] = {
             "tokens": saved["seen"],
-            "long_windows_from": LONG_FROM[name],
+            "long_windows_from": schedule.long_from,
             "seconds": round(saved["seconds"]),
             "training_curve": curve,
         }
     return backbones, runs
+
+
+def shipped(name: str) -> tuple[Backbone, dict[str, object]]:
+    """Return a shipped backbone, and how it was trained."""
+    run = json.loads((HERE / "losses.json").read_text())[name]
+    facts = ("tokens", "long_windows_from", "seconds", "training_curve")
+    return RDModel.from_pretrained(HERE).backbones[name], {fact: run[fact] for fact in facts}
+
+
+def budgets(names: Sequence[str]) -> dict[str, object]:
+    """Return what a checkpoint says of its levels' schedules: less where all had the same budget."""
+    tokens = {SCHEDULES[name].tokens for name in names}
+    if len(tokens) == 1:
+        return {"tokens_per_level": tokens.pop()}
+    return {"schedules": {name: asdict(SCHEDULES[name]) for name in names}}
 
 
 def losses(backbones: Mapping[str, Backbone], sequences: Sequence[str]) -> dict[str, dict[str, object]]:
@@ -113,7 +138,7 @@ def main() -> None:
         "backbones": "trained by checkpoints/esm2-rd-mini/train.py as masked language models",
         "data": CREDIT,
         "seed": SEED,
-        "tokens_per_level": TOKENS,
+        **budgets(list(backbones)),
         "validation_loss": {name: values["validation_loss"] for name, values in found.items()},
     }
     training = read_sequences(arguments.data / "natural50_train.fasta.xz")[:FITTED_ON]

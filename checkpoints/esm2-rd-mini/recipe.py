@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,13 +35,48 @@ CAMBRIAN_LEVELS = {
         Level("215K", 4, 64, 4, family="esmc", facts={"hidden_dim": 176}),
     )
 }
-CHAINS = {"esm2": LEVELS, "esmc": CAMBRIAN_LEVELS}
+# The shipped 28K and 90K, and two larger levels that are trained badly, so that their embeddings are worse
+# than that of 90K. The benchmark of scaling asks what nesting makes of such a chain.
+SPOILT_LEVELS = {
+    "28K": LEVELS["28K"],
+    "90K": LEVELS["90K"],
+    **{f"{name}-spoilt": replace(LEVELS[name], name=f"{name}-spoilt") for name in ("207K", "1M")},
+}
+CHAINS = {"esm2": LEVELS, "esmc": CAMBRIAN_LEVELS, "spoilt": SPOILT_LEVELS}
 SEED = 0
-TOKENS = 60_000_000
-# Share of the budget after which windows are long. Long ones cost half as much again and bring 0.008
-# nats (207K, 8 M tokens); they went to where the distance to the next smaller level was short.
-LONG_FROM = {"28K": 1.0, "90K": 1.0, "207K": 0.0, "1M": 0.88, "32K": 1.0, "93K": 1.0, "215K": 0.0}
 STANDARD_RESIDUES = (4, 24)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a level is trained.
+
+    Attributes:
+        tokens: Number of tokens to see.
+        long_from: Share of the tokens after which windows are long. Long ones cost half as much again and
+            bring 0.008 nats (207K, 8 M tokens); they went to where the distance to the next smaller level
+            was short.
+        proteins: Number of training proteins to learn from, the first of the file; None for all.
+        haste: Number by which the peak learning rates are multiplied.
+    """
+
+    tokens: int = 60_000_000
+    long_from: float = 1.0
+    proteins: int | None = None
+    haste: float = 1.0
+
+
+SCHEDULES = {
+    "28K": Schedule(),
+    "90K": Schedule(),
+    "207K": Schedule(long_from=0.0),
+    "1M": Schedule(long_from=0.88),
+    "32K": Schedule(),
+    "93K": Schedule(),
+    "215K": Schedule(long_from=0.0),
+    "207K-spoilt": Schedule(tokens=1_000_000, proteins=2, haste=10.0),
+    "1M-spoilt": Schedule(tokens=800_000, proteins=2, haste=40.0),
+}
 
 
 def read_sequences(path: Path) -> list[str]:

@@ -19,7 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recipe import CHAINS, LONG_FROM, SEED, TOKENS, mask_residues, masked_loss, new_parser, read_sequences
+from recipe import (
+    CHAINS,
+    SCHEDULES,
+    SEED,
+    Schedule,
+    mask_residues,
+    masked_loss,
+    new_parser,
+    read_sequences,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,9 +45,15 @@ SECONDS_BETWEEN_STATES = 120
 STEPS_BETWEEN_LINES = 100
 
 
-def read_tokens(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return all sequences of a FASTA file as one array of ids with special tokens, and their ends."""
-    rows = [tokenize([sequence], ALPHABET)[0].numpy().astype(np.uint8) for sequence in read_sequences(path)]
+def read_tokens(path: Path, most: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sequences of a FASTA file as one array of ids with special tokens, and their ends.
+
+    Args:
+        path: The file.
+        most: Number of sequences to take, the first of the file; None for all.
+    """
+    sequences = read_sequences(path)[:most]
+    rows = [tokenize([sequence], ALPHABET)[0].numpy().astype(np.uint8) for sequence in sequences]
     return np.concatenate(rows), np.cumsum([len(row) for row in rows])
 
 
@@ -116,9 +131,9 @@ def linear_layers(layer: nn.Module) -> list[tuple[str, nn.Linear]]:
     ]
 
 
-def peak_rates(width: int) -> tuple[float, float]:
+def peak_rates(width: int, haste: float) -> tuple[float, float]:
     """Return the peak learning rates of Muon and AdamW: wider models take smaller steps."""
-    return MUON_RATE * 32 / width, ADAM_RATE * (32 / width) ** 0.5
+    return haste * MUON_RATE * 32 / width, haste * ADAM_RATE * (32 / width) ** 0.5
 
 
 def new_optimizers(model: Encoder) -> list[torch.optim.Optimizer]:
@@ -203,25 +218,26 @@ class Training:
         return float(loss.detach()), chosen
 
 
-def train(level: Level, data: Path, state_path: Path, tokens_in_all: int) -> None:
+def train(level: Level, schedule: Schedule, data: Path, state_path: Path) -> None:
     """Train one level until its budget is spent, and write its state every two minutes and at the end.
 
     Args:
         level: Shape of the backbone.
+        schedule: How to train it.
         data: Folder of the protein data.
         state_path: File of the state; one that is there is taken up.
-        tokens_in_all: Number of tokens to see.
     """
-    stream, ends = read_tokens(data / "natural50_train.fasta.xz")
+    stream, ends = read_tokens(data / "natural50_train.fasta.xz", schedule.proteins)
     training = Training.begin(level)
     if state_path.exists():
         training.load(state_path)
-    peaks = dict(zip(training.optimizers, peak_rates(level.width), strict=True))
+    peaks = dict(zip(training.optimizers, peak_rates(level.width, schedule.haste), strict=True))
     begun, written, total, count = time.monotonic(), time.monotonic(), 0.0, 0
-    while training.seen < tokens_in_all:
-        windows = LONG_WINDOWS if training.seen >= LONG_FROM[level.name] * tokens_in_all else SHORT_WINDOWS
+    while training.seen < schedule.tokens:
+        share_seen = training.seen / schedule.tokens
+        windows = LONG_WINDOWS if share_seen >= schedule.long_from else SHORT_WINDOWS
         tokens = draw_windows(stream, ends, np.random.default_rng((SEED, training.step)), windows)
-        share = rate_at(training.seen / tokens_in_all)
+        share = rate_at(share_seen)
         loss, chosen = training.take_step(tokens, {each: peak * share for each, peak in peaks.items()})
         total, count = total + loss, count + chosen
         seconds = training.seconds + time.monotonic() - begun
@@ -233,7 +249,7 @@ def train(level: Level, data: Path, state_path: Path, tokens_in_all: int) -> Non
                 flush=True,
             )
             total, count = 0.0, 0
-        if time.monotonic() - written > SECONDS_BETWEEN_STATES or training.seen >= tokens_in_all:
+        if time.monotonic() - written > SECONDS_BETWEEN_STATES or training.seen >= schedule.tokens:
             written = time.monotonic()
             training.save(state_path, seconds)
 
@@ -252,7 +268,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.state.mkdir(parents=True, exist_ok=True)
-    train(levels[arguments.level], arguments.data, arguments.state / f"{arguments.level}.pt", TOKENS)
+    name = arguments.level
+    train(levels[name], SCHEDULES[name], arguments.data, arguments.state / f"{name}.pt")
 
 
 if __name__ == "__main__":

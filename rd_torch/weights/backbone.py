@@ -61,6 +61,8 @@ def read_level(files: Files, name: str | None = None) -> Level:
             f"expected the {backbone} of {convention.title}, {expected.num_layers} layers of width "
             f"{expected.width}, got {found.num_layers} layers of width {found.width} in {files.place}"
         )
+    if name is None and not found.is_last:
+        name = found.name  # as the checkpoint calls the backbone that it has cut there
     name = name or called or as_module_name(Path(files.place).stem)
     there, found = found.depth, replace(found, name=name, reference=files.reference)
     if there is not None and found.depth is not None and found.depth > there:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Final, Unpack
 
@@ -209,8 +210,8 @@ def until_level(config: RDConfig, level: str | None) -> RDConfig:
 
     Args:
         config: the config of the whole chain.
-        level: name of the level; None for the whole chain. As no map leads to the first level, any layer of
-            its backbone may be named, as `"8M@4"`.
+        level: name of the level; None for the whole chain. No map leads to the first level, so that any layer
+            of its backbone that is there may be named, as `"8M@4"`.
 
     Raises:
         ValueError: for another level.
@@ -218,7 +219,7 @@ def until_level(config: RDConfig, level: str | None) -> RDConfig:
     if level is None:
         return config
     first, (backbone, layer) = config.levels[0], split_level(level)
-    if level not in config.widths and layer is not None and backbone == first.name:
+    if layer is not None and backbone == first.backbone and layer < (first.layer or inf):
         return _at_layer(config.until(first.name), level)
     return config.until(level)
 
