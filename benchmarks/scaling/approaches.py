@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from benchmarks.scaling.criteria import CRITERIA, Chosen
 from benchmarks.scaling.layers import last_layers, level_of
@@ -113,6 +114,7 @@ OF_MIDDLE = tuple(each for each in RIVALS if each.choice == LABELS)
 """The rivals that take middle layers."""
 
 
+@cache  # every data set and split asks for the same
 def choose_without_labels(choice: str, solver: Solver) -> Chosen:
     """Return the layers of a choice that sees no labels."""
     if choice in CRITERIA:

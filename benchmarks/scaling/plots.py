@@ -89,8 +89,10 @@ def _draw_lines(ax: Axes, records: Sequence[Record], ends: Ends) -> None:
             label=approach.name,
         )
     ax.set_xscale("log")
-    marked = sorted({ends[place] for place in there if place.approach == PLAIN_LAST} | {max(ends.values())})
-    ax.set_xticks(marked, [f"{end:,.3g}" for end in marked])
+    marked = sorted({ends[place] for place in there if place.approach == PLAIN_LAST})
+    widest = max(ends.values())
+    marked += [widest] * (widest > 1.5 * marked[-1])  # nearer, the two numbers would run into each other
+    ax.set_xticks(marked, [f"{end:,.2g}" if end < 1 else f"{end:,.0f}" for end in marked])
     ax.xaxis.set_minor_locator(NullLocator())
 
 
