@@ -9,7 +9,7 @@ Regressor: TypeAlias = Literal["pcr", "ols", "ridge"]
 PredictFrom: TypeAlias = Literal["nested", "previous"]
 Scale: TypeAlias = Literal["none", "feature", "block"]
 SpecialRows: TypeAlias = Literal["maps", "larger"]
-Criterion: TypeAlias = Literal["rank", "added", "predicted", "labels"]
+Criterion: TypeAlias = Literal["rank", "added", "labels"]
 Method: TypeAlias = Literal["rd", "naive"]
 Storage: TypeAlias = Literal["included", "referenced"]
 

@@ -82,9 +82,9 @@ def choose_layers(
     - `"rank"`: the layer whose covariance has the highest effective rank, the exponential of the entropy of
       its normalised eigenvalues (Roy and Vetterli 2007);
     - `"added"`: the layer of whose variance the added features hold the largest share; for the first level,
-      as `"rank"`;
-    - `"predicted"`: the layer of whose variance the nested embedding below predicts the largest share; for
-      the first level, as `"rank"`.
+      as `"rank"`.
+
+    Of equal layers the first is taken, which costs least.
 
     Args:
         moments: joint moments of the raw embeddings of all candidates, concatenated in the order of `widths`.
@@ -168,8 +168,7 @@ def unlabelled(
             return rank(levels)
         explained = solve_first(moments, widths, levels, **options)[-1].explained
         assert explained is not None, "solved stages know what they explain"
-        predicted = explained.r2 or 0.0
-        return predicted if criterion == "predicted" else (1 - predicted) * explained.kept
+        return (1 - (explained.r2 or 0.0)) * explained.kept
 
     return score
 

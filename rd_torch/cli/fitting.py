@@ -75,9 +75,8 @@ if TYPE_CHECKING:
     group="Layers",
     type=click.Choice(get_args(Criterion)),
     show_default="each level is the backbone's last layer, or the one that it names",
-    help="Choose the layer of each level. rank takes the one with the highest effective rank, added the one "
-    "of which the added features hold most, predicted the one that smaller levels predict best, and labels "
-    "the one that predicts the labels of --table best.",
+    help="Choose the layer of each level: the one with the highest effective rank (rank), of which the added "
+    "features hold most (added), or that predicts the labels of --table best (labels).",
 )
 @option(
     "--layers",
