@@ -11,6 +11,8 @@ from benchmarks.result import command
 from rd_torch.weights import DEFAULT_MODEL
 
 DTYPES = ("float32", "bfloat16", "float16")
+LAYERS = 8
+"""Number of layers of a backbone that are taken at the most, unless another is asked for."""
 
 
 def new_parser(
@@ -69,12 +71,18 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scaling_options(parser: argparse.ArgumentParser) -> None:
-    """Let a parser take how many variants a data set has, and where embeddings and moments are kept."""
+    """Let a parser take the size of the data sets, the layers to try, and where things are kept."""
     parser.add_argument(
         "--variants",
         type=int,
         default=3_000,
         help="Number of variants of a data set at the most, by default %(default)s.",
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=LAYERS,
+        help="Number of layers of a backbone to take at the most, evenly spread; by default %(default)s.",
     )
     parser.add_argument(
         "--cache", type=Path, default=Path("scaling-cache"), help="Folder for what is kept between runs."

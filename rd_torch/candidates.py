@@ -167,7 +167,7 @@ class Candidates:
             The number of sequences that were added.
         """
         count = 0
-        for indices, rows, _ in self._embed(sequences, tokens_per_batch):
+        for indices, rows, _ in self.embed(sequences, tokens_per_batch):
             moments.update(rows)
             progress(len(rows), False)
             count += len(indices)
@@ -176,7 +176,7 @@ class Candidates:
     def means(self, sequences: Iterable[str], tokens_per_batch: int) -> dict[str, Tensor]:
         """Return `(sequences, width)` means of raw embeddings over residues, by candidate, on the CPU."""
         found: dict[int, Tensor] = {}
-        for indices, rows, owners in self._embed(sequences, tokens_per_batch):
+        for indices, rows, owners in self.embed(sequences, tokens_per_batch):
             exact, places = rows.cpu().double(), owners.cpu()
             sums = exact.new_zeros(len(indices), rows.shape[1]).index_add(0, places, exact)
             found |= zip(indices, sums / places.bincount(minlength=len(indices))[:, None], strict=True)
@@ -201,7 +201,7 @@ class Candidates:
         raw = self.means(sequences, sums.tokens_per_batch)
         return choose(self.groups, by_labels(raw, labelled.labels, sums.moments, sums.widths, **solving))
 
-    def _embed(
+    def embed(
         self, sequences: Iterable[str], tokens_per_batch: int
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Yield batches: numbers of sequences, raw embeddings of residues, and the row of each residue."""

@@ -14,7 +14,20 @@ import torch
 
 import rd_torch
 from benchmarks.scaling import added, probes, scaling
-from benchmarks.scaling.cache import Cache, Scores
+from benchmarks.scaling.angles import angles_at_random, angles_between, principal_angles
+from benchmarks.scaling.approaches import (
+    ALL_LAST,
+    BY_CRITERION,
+    CONCAT_LAST,
+    NESTED_LAST,
+    OF_MIDDLE,
+    PCA_LAST,
+    PLAIN_LAST,
+    PLAIN_ROTATED,
+    RIVALS,
+    SCALED,
+)
+from benchmarks.scaling.cache import Cache, Kept
 from benchmarks.scaling.data import (
     MUTATIONS,
     TASKS,
@@ -27,29 +40,14 @@ from benchmarks.scaling.data import (
     read_sets,
     structure_set,
 )
-from benchmarks.scaling.maps import (
-    ALL,
-    APPROACHES,
-    OLS,
-    PCR,
-    PLAIN,
-    ROTATED,
-    Affine,
-    Place,
-    all_maps,
-    angles_at_random,
-    angles_between,
-    explained_by_prefix,
-    places,
-    principal_angles,
-    solved_maps,
-)
 from benchmarks.scaling.probes import Rows
-from benchmarks.scaling.study import Fit, Sample, Study, cut_at, disjoint_samples
-from benchmarks.scaling.tables import LEAST_SETS, Record, all_win_rows, angle_row, means_of
-from benchmarks.scaling.wins import interval, win_matrix, win_rows, wins
-from rd_torch import Fasta, RDModel, RunningMoments, solve_stages
+from benchmarks.scaling.records import Place, Record, interval, means_of
+from benchmarks.scaling.study import cut_at, disjoint_samples
+from benchmarks.scaling.tables import angle_row
+from benchmarks.scaling.wins import EQUAL, LEAST_SETS, WIDER, all_win_rows, win_rows, wins
+from rd_torch import Fasta, RDModel
 
+LEVELS = ["a", "b", "c"]
 WIDTHS = {"a": 6, "b": 10, "c": 14}
 TOTAL = sum(WIDTHS.values())
 
@@ -70,86 +68,6 @@ def draw(rows, seed):
     return rng.normal(size=(rows, 8)) @ mixing + rng.normal(size=(rows, TOTAL))
 
 
-def moments_of(rows):
-    moments = RunningMoments(TOTAL)
-    moments.update(torch.from_numpy(rows))
-    return moments
-
-
-class Drawn:
-    """A cache of raw embeddings that no model made."""
-
-    widths, fingerprint, device = WIDTHS, "drawn", torch.device("cpu")
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def rows(self, data):
-        return torch.from_numpy(draw(len(data.labels), int(data.name))).float()
-
-    def moments(self, sequences, name):
-        return moments_of(draw(len(sequences), 1_000))
-
-
-def study_of(folder, labels):
-    """A study of data sets whose labels a function gives, from their raw embeddings and number."""
-
-    sets = [
-        DataSet(str(number), MUTATIONS[1], [str(number)], labels(draw(240, number), number), [halves(240, 0)])
-        for number in range(40)
-    ]
-    study = Study(Drawn(folder), sets)
-    return study, Sample("drawn", (["M"] * 2_000,))
-
-
-def measured(folder, labels):
-    """Scores by data set and place with the linear head, and the maps."""
-
-    study, sample = study_of(folder, labels)
-    maps = all_maps(study.moments(sample), WIDTHS)
-    (records,) = study.run([Fit(sample, maps)], ["linear"])
-    return means_of(records), maps
-
-
-def test_random_labels_give_no_correlation_and_win_shares_near_one_half(tmp_path):
-    means, _ = measured(tmp_path, lambda rows, number: np.random.default_rng([number]).normal(size=len(rows)))
-    for place in places(WIDTHS):
-        assert abs(np.mean([scores[place] for scores in means.values()])) < 0.05
-    rows = win_rows(means, WIDTHS)
-    assert len(rows) == 12
-    for row in rows:
-        share, rest = row["all levels"].split(" ", 1)
-        low, high = map(float, rest.strip("[]").split(", "))
-        assert 0.3 < float(share) < 0.7
-        assert low <= float(share) <= high
-        assert low < 0.5 < high
-
-
-def test_a_signal_in_the_added_block_alone_is_found_by_wider_and_not_by_narrower(tmp_path):
-    added = solved_maps(OLS, moments_of(draw(2_000, 1_000)), WIDTHS)[Place(OLS, "c")]
-    planted = added.matrix[:, WIDTHS["b"] :].sum(1).numpy()
-    means, _ = measured(tmp_path, lambda rows, number: rows @ planted)
-    for scores in means.values():
-        assert scores[Place(OLS, "c")] > 0.95
-        assert scores[Place(OLS, "b")] < 0.5
-    assert abs(np.mean([scores[Place(OLS, "b")] for scores in means.values()])) < 0.1
-    assert abs(np.mean([scores[Place(PLAIN, "a")] for scores in means.values()])) < 0.1
-
-
-def test_scores_of_other_labels_are_not_taken_for_these(tmp_path):
-    measured(tmp_path, lambda rows, number: np.random.default_rng([number]).normal(size=len(rows)))
-    means, _ = measured(tmp_path, lambda rows, number: rows[:, 0])
-    assert min(scores[Place(PLAIN, "a")] for scores in means.values()) > 0.99
-
-
-def test_a_samples_moments_are_those_of_all_its_parts(tmp_path):
-    study, _ = study_of(tmp_path, lambda rows, number: rows[:, 0])
-    moments = study.moments(Sample("some", (["M"] * 30, ["M"] * 20)))
-    together = moments_of(np.concatenate((draw(30, 1_000), draw(20, 1_000))))
-    assert moments.count == 50
-    torch.testing.assert_close(moments.covariance(), together.covariance())
-
-
 def test_wins_are_counted_with_ties_as_halves_and_intervals_keep_pairs_together():
     assert wins(np.array([[0.1, -0.1, 0.0]])).tolist() == [[1.0, 0.0, 0.5]]
     assert interval(np.ones((5, 2))) == (1.0, 1.0)
@@ -157,24 +75,35 @@ def test_wins_are_counted_with_ties_as_halves_and_intervals_keep_pairs_together(
     assert interval(paired) == (0.5, 0.5)  # every data set has one of each, whichever are drawn
     low, high = interval(np.random.default_rng(0).normal(size=(400, 1)))
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
-    matrix = win_matrix({"one": {"x": 1.0, "y": 2.0}, "two": {"x": 3.0, "y": 3.0}}, ["x", "y"])
-    assert matrix.tolist() == [[0.5, 0.25], [0.75, 0.5]]
+
+
+def record_of(place=("plain", "a"), data="one", task="some", head="linear", scores=(0.5,), split=0):
+    """A score, with its first metric and others."""
+    named = dict(zip(("Spearman", "macro AUPR"), scores, strict=False))
+    return Record("", *place, 6, 100, ("a@1",), data, task, head, split, named)
 
 
 def test_a_data_sets_score_is_the_mean_over_its_splits_in_the_tasks_first_metric():
-    scores = [{"accuracy": share, "macro AUPR": 0.9} for share in (0.2, 0.3, 0.7)]
-    records = [Record("", "plain", "a", 6, "one", "some", "linear", *each) for each in enumerate(scores)]
+    records = [record_of(scores=(share, 0.9), split=split) for split, share in enumerate((0.2, 0.3, 0.7))]
     assert means_of(records) == {"one": {("plain", "a"): pytest.approx(0.4)}}
 
 
 def test_the_first_of_a_comparison_is_the_one_that_wins():
-    def score(place):  # later approaches and wider levels are better
-        return APPROACHES.index(place.approach) + list(WIDTHS).index(place.level) / 10
+    order = [PLAIN_LAST, PLAIN_ROTATED, "PCA of the largest, last layer", NESTED_LAST, "plain, best layer"]
+    order += ["all directions, last layers", "nested, chosen layers", "concat + PCA, last layers"]
 
-    for row in win_rows({"one": {place: score(place) for place in places(WIDTHS)}}, WIDTHS, head="some"):
+    def score(place):  # later approaches and wider levels are better
+        return order.index(place.approach) + LEVELS.index(place.level) / 10
+
+    means = {"one": {place: score(place) for place in (Place(*each) for each in product(order, LEVELS))}}
+    rows = win_rows(means, LEVELS, head="some")
+    assert len(rows) == len(WIDER) + len(EQUAL)
+    for row in rows:
         assert row["all levels"] == "1.00 [1.00, 1.00]"
         assert row["mean difference"].startswith("+")
         assert (row["head"], row["b"], row["c"]) == ("some", "1.00", "1.00")
+    del means["one"][Place(NESTED_LAST, "b")]  # a head need not judge every approach
+    assert len(win_rows(means, LEVELS)) == len(rows) - 1 - sum(NESTED_LAST in pair for pair in EQUAL)
 
 
 def chosen_penalties(judge):
@@ -262,38 +191,6 @@ def test_the_mlp_stops_when_rows_that_it_was_not_taught_get_worse():
     assert found["epochs"] <= 2
 
 
-def test_every_approach_is_what_its_stages_make_of_raw_embeddings():
-    rows, raw = draw(2_000, 1_000), torch.from_numpy(draw(50, 1))
-    maps = all_maps(moments_of(rows), WIDTHS)
-    assert list(maps) == places(WIDTHS)
-    assert len(maps) == len(set(maps)) == 2 + 2 * len(APPROACHES)
-    a, b, c = raw.split(list(WIDTHS.values()), dim=1)
-    torch.testing.assert_close(maps[Place(PLAIN, "b")](raw), b)
-    rotated = maps[Place(ROTATED, "b")](raw)
-    torch.testing.assert_close(rotated @ rotated.T, b @ b.T)  # the same angles and lengths
-    spread = maps[Place(ROTATED, "b")](torch.from_numpy(rows)).T.cov()
-    torch.testing.assert_close(spread, spread.diagonal().sort(descending=True).values.diag())
-    first, second = solve_stages(moments_of(rows), WIDTHS)
-    torch.testing.assert_close(maps[Place(PCR, "c")](raw), second(first(a, b), c))
-    widths = {place: affine.width for place, affine in maps.items()}
-    assert widths[Place("nested, OLS, all added", "c")] == TOTAL
-    assert all(width == WIDTHS[place.level] for place, width in widths.items() if "all" not in place.approach)
-    pooled = maps[Place(PCR, "c")](raw.mean(0, keepdim=True))
-    torch.testing.assert_close(pooled, maps[Place(PCR, "c")](raw).mean(0, keepdim=True))
-
-
-def test_all_added_with_least_squares_scores_as_the_concatenation_does_without_a_penalty():
-    rows = torch.from_numpy(draw(300, 2))
-    labels = rows[:, ::5].sum(1) + torch.from_numpy(np.random.default_rng(0).normal(size=300))
-    nested = solved_maps(ALL, moments_of(draw(2_000, 1_000)), WIDTHS)[Place(ALL, "c")]
-    identity = torch.eye(TOTAL, dtype=torch.float64)
-    predictions = []
-    for affine in (nested, Affine(identity, identity[0] * 0)):
-        known, unknown = probes.standardise(affine(rows[:150]), affine(rows[150:]))
-        predictions.append(probes.fit_ridge(known, labels[:150], penalties=(0.0,))(unknown))
-    torch.testing.assert_close(*predictions, rtol=0, atol=1e-8)
-
-
 def test_principal_angles_are_those_between_the_planes():
     turn = torch.tensor(30.0, dtype=torch.float64).deg2rad()
     one = torch.eye(4, dtype=torch.float64)[:, :2]
@@ -309,28 +206,17 @@ def test_principal_angles_are_those_between_the_planes():
     assert (row["angle, mean"], row["angle, largest"]) == ("10.0", "20.0")
 
 
-def test_what_the_first_features_explain_is_their_regressions_share_of_the_variance():
-    rows = draw(2_000, 1_000)
-    matrix = solved_maps(PCR, moments_of(rows), WIDTHS)[Place(PCR, "c")].matrix
-    explained = explained_by_prefix(matrix, moments_of(rows).covariance())
-    centred = rows - rows.mean(0)
-    features = centred @ matrix.numpy()
-    for k in (0, 1, 7, WIDTHS["c"]):
-        fit = features[:, :k] @ np.linalg.lstsq(features[:, :k], centred, rcond=None)[0]
-        assert explained[k] == pytest.approx((fit**2).sum() / (centred**2).sum(), abs=1e-9)
-
-
 def test_scores_are_kept_line_by_line_and_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "scores.jsonl"
-    scores = Scores(path)
+    scores = Kept(path)
     scores.add({"split": 0, "head": "linear"}, {"Spearman": 0.5})
     scores.add({"split": 1, "head": "linear"}, {"Spearman": 0.25})
     path.write_text(path.read_text()[:-9])
-    again = Scores(path)
+    again = Kept(path)
     assert again[{"head": "linear", "split": 0}] == {"Spearman": 0.5}
     assert {"split": 1, "head": "linear"} not in again
     again.add({"split": 1, "head": "linear"}, {"Spearman": 0.75})
-    assert Scores(path)[{"split": 1, "head": "linear"}] == {"Spearman": 0.75}
+    assert Kept(path)[{"split": 1, "head": "linear"}] == {"Spearman": 0.75}
 
 
 def write_csv(path, header, rows):
@@ -385,11 +271,11 @@ def run(small, tmp_path, monkeypatch):
         output.mkdir(exist_ok=True)
         folders = {"--data": small, "--cache": tmp_path / cache, "--output": output}
         places = [str(word) for pair in folders.items() for word in pair]
-        monkeypatch.setattr(sys, "argv", [scaling.__file__, "--level", "207K", "--sizes", "4", "10", *places])
+        monkeypatch.setattr(sys, "argv", [scaling.__file__, "--level", "90K", "--sizes", "4", "10", *places])
         scaling.main()
         tables = {
             kind: json.loads((output / f"scaling_{kind}.json").read_text())["rows"]
-            for kind in ("scores", "wins", "stability")
+            for kind in ("scores", "rivals", "wins", "layers", "criteria", "norms", "scales", "stability")
         }
         lines = (output / "scaling_every_score.jsonl").read_text().splitlines()
         return tables, [json.loads(line) for line in lines], output
@@ -397,29 +283,59 @@ def run(small, tmp_path, monkeypatch):
     return go
 
 
-def check_tables(tables, every):
-    """Every mean and deviation that the tables say, once more from the scores."""
+def scores_of(every, metric="Spearman", **asked):
+    """Scores by data set, a list each, split after split; with no metric the first ones."""
+    found = {}
+    for row in every:
+        if (metric is None or metric in row["scores"]) and asked.items() <= row.items():
+            score = next(iter(row["scores"].values())) if metric is None else row["scores"][metric]
+            found.setdefault(row["data"], []).append(score)
+    return found
 
-    def scores(metric="Spearman", **asked):
-        """Scores by data set, a list each, split after split."""
-        found = {}
-        for row in every:
-            if metric in row["scores"] and asked.items() <= row.items():
-                found.setdefault(row["data"], []).append(row["scores"][metric])
-        return found
+
+def mean_of(every, **asked):
+    """The mean over data sets of the means over splits."""
+    found = scores_of(every, None, **asked)
+    return np.mean([np.mean(each) for each in found.values()])
+
+
+def check_tables(tables, every):
+    """Every mean, difference and deviation that the tables say, once more from the scores."""
 
     everything = next(row["fit"] for row in every if row["fit"].startswith("all"))
+    normed = [row for row in every if (row["fit"], row["middle layers"]) == (everything, "normed")]
+    stream = [row for row in every if row["middle layers"] == "stream"]
     for row in tables["scores"]:
-        approach = row["approach"].split(" (")[0]
-        asked = {"fit": everything, "head": row["head"], "task": row["task"], "approach": approach}
-        found = scores(row["metric"], level="207K", **asked)
-        assert row["207K, 64"] == f"{np.mean(list(chain(*found.values()))):.4f}"
+        asked = {name: row[name] for name in ("head", "task", "approach")}
+        found = scores_of(normed, row["metric"], level="90K", **asked)
+        assert row["90K"] == f"{np.mean(list(chain(*found.values()))):.4f}"
         assert row["data sets"] == len(found)
+    for row in (*tables["rivals"], *tables["scales"]):
+        asked = {name: row[name] for name in ("head", "level")}
+        own = mean_of(normed, approach=row["approach"], **asked)
+        assert row["score, mean"] == f"{own:.4f}"
+        for name in (name for name in row if name.startswith("over ")):
+            rival, _, end = name.removeprefix("over ").partition(", at ")
+            other = mean_of(normed, approach=rival, **(asked | ({"level": end} if end else {})))
+            assert float(row[name].split(" ")[0]) == pytest.approx(own - other, abs=6e-5)
+    for row in tables["norms"]:
+        asked = {name: row[name] for name in ("head", "level", "approach")}
+        assert row["with the norm"] == f"{mean_of(normed, **asked):.4f}"
+        assert row["without"] == f"{mean_of(stream, **asked):.4f}"
+    for row in tables["layers"]:
+        assert row["score, mean"] == f"{mean_of(normed, approach='each layer', level=row['layer']):.4f}"
+    for row in tables["criteria"]:
+        found = normed if row["norm on middle layers"] == "yes" else stream
+        own = mean_of(found, approach=row["choice"], level="90K", head="linear")
+        assert row["score at 90K"] == f"{own:.4f}"
+        gain = float(row["over last layers at 90K"].split(" ")[0])
+        last = mean_of(found, approach=NESTED_LAST, level="90K", head="linear")
+        assert gain == pytest.approx(own - last, abs=6e-5)
     for row in tables["stability"]:
         by_sample = []
         for number in range(1, 6):
             fit = f"sample {number}, {row['sequences']} sequences"
-            found = scores(fit=fit, level=row["level"]) | scores("accuracy", fit=fit, level=row["level"])
+            found = scores_of(every, None, fit=fit, level=row["level"])
             by_sample.append([np.mean(found[data]) for data in sorted(found)])
         deviations = np.std(by_sample, axis=0, ddof=1)
         assert row["score, mean"] == f"{np.mean(by_sample):.4f}"
@@ -427,10 +343,41 @@ def check_tables(tables, every):
         assert row["deviation, largest"] == f"{deviations.max():.4f}"
 
 
+def check_compute(every):
+    """Compute is counted in the parameters of the layers that ran, of every backbone that is taken."""
+
+    own, last = {"28K": 12_704, "90K": 28_272}, {"28K": 2, "90K": 3}  # parameters of a layer, and layers
+    for row in every:
+        layers = dict(layer.split("@") for layer in row["layers"])
+        assert row["cost"] == sum(own[level] * int(layer) for level, layer in layers.items())
+        expected = {
+            PLAIN_LAST: [row["level"]],
+            PCA_LAST: ["90K"],
+            **dict.fromkeys(
+                (NESTED_LAST, ALL_LAST, CONCAT_LAST), ["28K", "90K"][: 1 + (row["level"] == "90K")]
+            ),
+        }.get(row["approach"])
+        if expected:
+            assert row["cost"] == sum(own[level] * last[level] for level in expected)
+        if row["approach"] == PCA_LAST:
+            assert row["width"] == {"28K": 32, "90K": 48}[row["level"]]
+
+
 def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run, monkeypatch):
     whole, every, output = run("whole")
-    splits, places = 2 * 2 + 2 + 1, 3 * 2 + 2 * 4
-    assert len(every) == splits * (places * 2 + 2 * 5 * 2)
+    splits, levels, layers = 2 * 2 + 2 + 1, 2, 2 + 3
+    rivals = sum(len(approach.heads) for approach in RIVALS)
+    assert (
+        len(every)
+        == levels
+        * (
+            splits * (rivals + len(BY_CRITERION))  # with the norm
+            + (splits - 2) * len(SCALED)  # not of residues
+            + splits * (1 + len(OF_MIDDLE) + len(BY_CRITERION))  # without the norm
+            + splits * 2 * 5  # two sizes of five samples
+        )
+        + 2 * splits * layers
+    )
     assert {(row["head"], row["task"], row["metric"]) for row in whole["scores"]} == {
         (head, task, metric)
         for head in ("linear", "MLP")
@@ -442,16 +389,20 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
             ("melting temperature", "Spearman"),
         )
     }
-    assert len(whole["scores"]) == 2 * 5 * 6
-    assert len(whole["wins"]) == 2 * 12  # four data sets: too few to stand apart
+    assert len(whole["scores"]) == rivals * 5
+    assert len(whole["rivals"]) == rivals * levels
+    assert [row["layer"] for row in whole["layers"]] == ["28K@1", "28K@2", "90K@1", "90K@2", "90K@3"]
+    assert len(whole["criteria"]) == 2 * (1 + len(BY_CRITERION))
     assert [(row["sequences"], row["level"]) for row in whole["stability"]] == [
-        (size, level) for size in (4, 10) for level in ("90K", "207K")
+        (4, "90K"),
+        (10, "90K"),
     ]
     check_tables(whole, every)
-    for name in ("scores", "wins", "variance"):
+    check_compute(every)
+    for name in ("scores", "compute", "variance"):
         assert (output / f"scaling_{name}.png").stat().st_size > 20_000
 
-    add, calls = Scores.add, []
+    add, calls = Kept.add, []
 
     def cut_off(self, *arguments):
         add(self, *arguments)
@@ -459,19 +410,25 @@ def test_the_command_measures_everything_resumes_and_computes_nothing_twice(run,
         if len(calls) % 150 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Scores, "add", cut_off)
-    for _ in range(len(every) // 150):
-        with pytest.raises(KeyboardInterrupt):
-            run("cut")
-    assert run("cut")[:2] == (whole, every)
-    assert len(calls) == len(every)
+    monkeypatch.setattr(Kept, "add", cut_off)
+    cuts = 0
+    while True:
+        try:
+            assert run("cut")[:2] == (whole, every)
+            break
+        except KeyboardInterrupt:
+            cuts += 1
+    assert cuts == len(calls) // 150 >= 2
+    assert (
+        len({json.dumps(key, sort_keys=True) for key, _ in calls}) < len(calls) <= len(every)
+    )  # of two norms
 
     def never(*arguments, **options):
         raise AssertionError("computed again")
 
     monkeypatch.setattr("benchmarks.scaling.study.judge", never)
-    monkeypatch.setattr("benchmarks.scaling.cache.add_moments", never)
-    monkeypatch.setattr(rd_torch, "embed_to_store", never)
+    monkeypatch.setattr("benchmarks.scaling.study.expected_error", never)
+    monkeypatch.setattr("rd_torch.candidates.Candidates.embed", never)
     assert run("cut")[:2] == (whole, every)
 
 
@@ -479,46 +436,59 @@ def test_numbers_of_added_directions_are_judged_as_the_study_judges(run, small, 
     _, every, _ = run("cache")
     options = {"--data": small, "--cache": tmp_path / "cache", "--output": tmp_path / "added.json"}
     options["--model"] = tmp_path / "chain"
-    RDModel.from_pretrained("esm2-rd-mini", level="207K").save_pretrained(options["--model"])
+    RDModel.from_pretrained("esm2-rd-mini", level="90K").save_pretrained(options["--model"])
     monkeypatch.setattr(added, "SIZES", (4, 10))
     monkeypatch.setattr(
         sys, "argv", [added.__file__, *(str(each) for pair in options.items() for each in pair)]
     )
     added.main()
     rows = json.loads((tmp_path / "added.json").read_text())["rows"]
-    counts = {"90K": "plain 6 12 16 24 36 48", "207K": "plain 8 16 32 48 64"}
+    counts = {"90K": "plain 6 12 16 24 36 48"}
     for level, head in product(counts, ("linear", "MLP")):
         chosen = [row for row in rows if (row["level"], row["head"]) == (level, head)]
         numbers = [re.sub(r"\D", "", row["embedding"]) or "plain" for row in chosen]
         assert " ".join(numbers) == counts[level]
         usual = next(row for row in chosen if "default" in row["embedding"])
-        for row, approach in ((chosen[0], PLAIN), (usual, PCR)):
-            scores = {}
-            for each in every:
-                asked = (each["level"], each["head"], each["approach"]) == (level, head, approach)
-                if asked and each["fit"].startswith("all"):
-                    scores.setdefault(each["data"], []).append(next(iter(each["scores"].values())))
-            mean = np.mean([np.mean(found) for found in scores.values()])
+        for row, approach in ((chosen[0], PLAIN_LAST), (usual, NESTED_LAST)):
+            normed = [
+                each for each in every if each["middle layers"] == "normed" and each["fit"][:3] == "all"
+            ]
+            mean = mean_of(normed, level=level, head=head, approach=approach)
             assert float(row["score, mean"]) == pytest.approx(mean, abs=6e-5)
 
 
-def test_raw_embeddings_stand_side_by_side_as_each_backbone_gives_them(tmp_path):
-    model = RDModel.from_pretrained("esm2-rd-mini", level="207K")
+@pytest.mark.parametrize("final_norm", [True, False])
+def test_raw_embeddings_of_all_layers_stand_side_by_side(tmp_path, final_norm):
+    model = RDModel.from_pretrained("esm2-rd-mini", level="90K")
     sequences = ["MKTAYIAKQRQISFVKSHFSRQ", "ACDEFGHIKLMNPQRSTVWY", "MX"]
-    cache = Cache(tmp_path, model)
+    cache = Cache(tmp_path, model, 8, final_norm)
+    assert cache.widths == {"28K@1": 32, "28K@2": 32, "90K@1": 48, "90K@2": 48, "90K@3": 48}
     for pool in ("mean", "none"):
         data = DataSet("some", "some", sequences, np.zeros(3), [], pool=pool)
         alone = [
-            rd_torch.embed(RDModel({name: backbone}, []).eval(), sequences, pool=pool)
-            for name, backbone in model.family().items()
+            rd_torch.embed(
+                RDModel({layer: model.family()[layer[:3]]}, [], final_norm=final_norm).eval(),
+                sequences,
+                pool=pool,
+            )
+            for layer in cache.widths
         ]
         if pool == "none":
             alone = [np.concatenate(rows) for rows in alone]
         expected = torch.from_numpy(np.hstack(alone))
         for _ in range(2):  # computed, then kept
-            torch.testing.assert_close(cache.rows(data), expected, rtol=0, atol=2e-6)
+            torch.testing.assert_close(cache.rows(data), expected, rtol=1e-6, atol=2e-6)
     moments = cache.moments(sequences, "some")
-    np.testing.assert_allclose(moments.mean.numpy(), np.hstack(alone).mean(0), atol=1e-6)
+    assert moments.count == 44
+    np.testing.assert_allclose(moments.mean.numpy(), np.hstack(alone).mean(0), rtol=1e-6, atol=1e-6)
+
+
+def test_a_cache_of_few_layers_and_one_without_the_norm_are_others(tmp_path):
+    model = RDModel.from_pretrained("esm2-rd-mini", level="90K")
+    caches = [Cache(tmp_path, model, most, norm) for most, norm in product((1, 2, 8), (True, False))]
+    assert len({cache.folder for cache in caches[1:]}) == 5
+    assert list(caches[0].widths) == ["28K@2", "90K@3"]
+    assert list(caches[2].widths) == ["28K@1", "28K@2", "90K@2", "90K@3"]
 
 
 def test_samples_are_disjoint_and_hold_nothing_that_is_asked_about(small):
@@ -619,16 +589,17 @@ def test_a_chain_of_one_level_is_refused(small, monkeypatch):
 def test_a_group_of_few_data_sets_has_no_shares_of_its_own():
     def records(task, count):
         return [
-            Record("", *place, 1, f"{task} {number}", task, head, 0, {"Spearman": 0.5})
+            record_of(Place(approach.name, level), f"{task} {number}", task, head)
             for number in range(count)
-            for place in places(WIDTHS)
+            for approach in RIVALS
+            for level in LEVELS
             for head in ("linear", "MLP")
         ]
 
     few = [record for task in TASKS for record in records(task, 1)]
     many = few + records(MUTATIONS[2], LEAST_SETS)
     groups = [
-        list(dict.fromkeys(row["data sets"] for row in all_win_rows(each, WIDTHS))) for each in (few, many)
+        list(dict.fromkeys(row["data sets"] for row in all_win_rows(each, LEVELS))) for each in (few, many)
     ]
     assert groups == [["all, 5"], ["2 mutations, 5", "mutations, 7", "all, 9"]]
 

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 import rd_torch
@@ -29,51 +28,63 @@ from benchmarks.options import (
     new_parser,
 )
 from benchmarks.result import Row, environment, write_result
+from benchmarks.scaling.approaches import PLAIN_LAST, Approach
 from benchmarks.scaling.cache import Cache
+from benchmarks.scaling.criteria import Chosen
 from benchmarks.scaling.data import read_sets
-from benchmarks.scaling.maps import PLAIN, Affine, Place, affine_maps, plain_maps
-from benchmarks.scaling.probes import HEADS
+from benchmarks.scaling.layers import Widths, last_layers, layers_by_level, level_of
+from benchmarks.scaling.maps import NESTED, PLAIN, Recipe, Solver
+from benchmarks.scaling.probes import LINEAR, MLP
+from benchmarks.scaling.records import Place, Record, column, means_of, with_interval
 from benchmarks.scaling.study import Fit, Sample, Study, cut_at, disjoint_samples
-from benchmarks.scaling.tables import Record, means_of
-from benchmarks.scaling.wins import interval
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
 """Numbers of added directions that are tried, as shares of the larger backbone's width."""
 
-SIZES = (200, 1_000, 5_000)
+SIZES = (200, 1_000)
 """Ends of the parts of the samples, as in `scaling.py`, whose moments are in the cache."""
 
 
-def maps_of_step(moments: rd_torch.RunningMoments, widths: dict[str, int], level: str) -> dict[Place, Affine]:
-    """Return the map of the step to a level for each number of added directions, and the plain one."""
-    names = list(widths)
-    until = {name: widths[name] for name in names[: names.index(level) + 1]}
-    sizes = list(until.values())
-    usual = [q - p for p, q in pairwise(sizes)]
-    counts = sorted({usual[-1], *(round(share * sizes[-1]) for share in SHARES)})
-    later = sum(widths.values()) - sum(sizes)
-    plain = Place(PLAIN, level)
-    maps = {plain: plain_maps(widths)[plain]}
-    for count in counts:
-        stages = rd_torch.solve_stages(moments, widths, levels=list(until), added=[*usual[:-1], count])
-        matrix, offset = affine_maps("", stages, until)[Place("", level)]
-        whole = torch.cat((matrix, matrix.new_zeros(later, len(offset))))
-        default = " (default)" if count == usual[-1] else ""
-        maps[Place(f"nested, {count} added{default}", level)] = Affine(whole, offset)
-    return maps
+@dataclass(frozen=True)
+class Added(Approach):
+    """A nested embedding at one level, whose last step adds another number of directions than the default.
+
+    Attributes:
+        level: The level.
+        count: Number of directions that the step adds.
+    """
+
+    level: str = ""
+    count: int = 0
+
+    def recipes(self, solver: Solver, chosen: Chosen) -> dict[str, Recipe]:
+        """Return the recipe at the level."""
+        end = [level_of(layer) for layer in chosen].index(self.level)
+        width = solver.widths[chosen[end - 1]] + self.count
+        return {self.level: Recipe(NESTED, chosen[: end + 1], width)}
+
+
+def approaches_of_step(widths: Widths, level: str) -> list[Approach]:
+    """Return the plain embedding, and a nested one for each number of directions that the step may add."""
+    last = {level_of(layer): widths[layer] for layer in last_layers(widths)}
+    smaller = dict(zip(list(last)[1:], last.values(), strict=False))[level]
+    usual, heads = last[level] - smaller, (LINEAR, MLP)
+    made: list[Approach] = [Approach(PLAIN_LAST, PLAIN, heads=heads)]
+    for count in sorted({usual, *(round(share * last[level]) for share in SHARES)}):
+        name = f"nested, {count} added{' (default)' if count == usual else ''}"
+        made.append(Added(name, NESTED, heads=heads, level=level, count=count))
+    return made
 
 
 def rows_of(records: Sequence[Record], level: str) -> list[Row]:
     """Return a row for each head and number of added directions of the step to a level."""
     rows: list[Row] = []
-    for head in HEADS:
-        chosen = [record for record in records if record.head == head]
+    for head in (LINEAR, MLP):
+        chosen = [record for record in records if (record.head, record.level) == (head, level)]
         means = means_of(chosen)
         ends = {record.place: record.width for record in chosen}
         for place, width in ends.items():
-            scores = np.array([[of_set[place]] for of_set in means.values()])
-            plain = np.array([[of_set[Place(PLAIN, level)]] for of_set in means.values()])
-            low, high = interval(scores - plain)
+            scores, plain = column(means, place), column(means, Place(PLAIN_LAST, level))
             rows.append(
                 {
                     "level": level,
@@ -81,7 +92,7 @@ def rows_of(records: Sequence[Record], level: str) -> list[Row]:
                     "embedding": place.approach,
                     "features": width,
                     "score, mean": f"{scores.mean():.4f}",
-                    "over plain": f"{(scores - plain).mean():+.4f} [{low:+.4f}, {high:+.4f}]",
+                    "over plain": with_interval(scores - plain),
                     "better than plain": f"{int((scores > plain).sum())} of {len(scores)}",
                 }
             )
@@ -105,13 +116,12 @@ def main() -> None:
     asked = {sequence for each in sets for sequence in each.sequences}
     samples = disjoint_samples(data / "natural50_train.fasta.xz", asked, SIZES[-1])
     model = rd_torch.RDModel.from_pretrained(arguments.model, dtype=torch.float32)
-    study = Study(Cache(arguments.cache, model), sets)
+    study = Study(Cache(arguments.cache, model, arguments.layers), sets)
     parts = tuple(part for sequences in samples for part in cut_at(sequences, SIZES))
     sample = Sample(f"all {sum(map(len, parts)):,} sequences", parts)
-    moments, widths = study.moments(sample), dict(study.cache.widths)
-    _, *levels = widths
-    fits = [Fit(sample, maps_of_step(moments, widths, level)) for level in levels]
-    found = study.run(fits, list(HEADS))
+    solver = study.solver(sample)
+    _, *levels = layers_by_level(solver.widths)
+    found = study.run([Fit(sample, solver, approaches_of_step(solver.widths, level)) for level in levels])
     rows = [row for level, records in zip(levels, found, strict=True) for row in rows_of(records, level)]
     title = f"Numbers of added directions: {arguments.model}, {len(sets)} data sets, maps from {sample.name}"
     write_result(title, rows, environment(), arguments.output)

@@ -1,6 +1,6 @@
-"""What is kept between runs: raw embeddings of all backbones side by side, moments, scores.
+"""What is kept between runs: raw embeddings of all layers side by side, moments, choices, scores.
 
-Everything lies in a folder named by the fingerprint of the model, so that one cache serves several models.
+Everything lies in a folder named by the fingerprint of the layers, so that one cache serves several models.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,89 +17,81 @@ from tqdm import tqdm
 
 import rd_torch
 from benchmarks.scaling.data import DataSet, digest
+from benchmarks.scaling.layers import costs_of, spread, stated
 from rd_torch.candidates import Candidates
 from rd_torch.disk import write_whole
 
-
-def side_by_side(model: rd_torch.RDModel) -> rd_torch.RDModel:
-    """Return the chain of the same backbones whose embedding is all raw embeddings side by side.
-
-    Its stages predict nothing and add every direction as it is: `[x, y]`.
-    """
-    family = model.family()
-    stages, width = [], 0
-    for smaller, larger in pairwise(family.values()):
-        width += smaller.embed_dim
-        q = larger.embed_dim
-        stages.append(rd_torch.Stage(torch.zeros(width, q), torch.zeros(q), torch.zeros(q), torch.eye(q)))
-    device = next(model.backbones.parameters()).device
-    return rd_torch.RDModel(family, stages).eval().to(device)
+CHUNK = 250
+"""Number of sequences whose raw embeddings are one file. What a kill leaves is taken up behind the last."""
 
 
 class Cache:
-    """Embeddings and moments of one model, computed where they are not kept yet.
+    """Embeddings and moments of the layers of one family, computed where they are not kept yet.
 
     Args:
         folder: Folder of the caches of all models.
-        model: The chain; its maps are of no account.
+        model: A chain of last layers; its maps are of no account.
+        most: Number of layers of a backbone to take at the most.
+        final_norm: Whether each backbone's last LayerNorm acts on middle layers too.
+
+    Attributes:
+        widths: Widths of raw embeddings by layer, in the order in which they stand side by side.
+        costs: Number of parameters that run up to each layer, by layer.
     """
 
-    def __init__(self, folder: Path, model: rd_torch.RDModel) -> None:
-        self.model = side_by_side(model).prepare_inference()
-        self.fingerprint = self.model.fingerprint()
-        self.folder = folder / self.fingerprint
+    def __init__(self, folder: Path, model: rd_torch.RDModel, most: int, final_norm: bool = True) -> None:
+        family = model.family()
+        layers = {name: spread(backbone.num_layers, most) for name, backbone in family.items()}
+        self._candidates = Candidates.of(family, layers=layers, final_norm=final_norm)
+        named = {stated(name, backbone): backbone for name, backbone in self._candidates.family.items()}
+        self.widths = {name: backbone.embed_dim for name, backbone in named.items()}
+        self.costs = costs_of(named)
+        self.folder = folder / self._candidates.summands().fingerprint()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.device = next(self.model.backbones.parameters()).device
-        self.widths = {name: backbone.embed_dim for name, backbone in self.model.family().items()}
+        self.device = model.device
 
     def rows(self, data: DataSet) -> Tensor:
-        """Return `(rows, widths together)` raw embeddings of a data set, side by side, in float32.
+        """Return `(rows, widths together)` raw embeddings of a data set, side by side, in float32."""
+        parts = [data.sequences[start : start + CHUNK] for start in range(0, len(data.sequences), CHUNK)]
+        with _bar(data.sequences, f"embedding {data.name}") as bar:
+            return torch.cat([self._rows(part, data.pool, bar) for part in parts])
 
-        The store is written in windows: what a kill leaves is taken up again.
-
-        Raises:
-            SystemExit: If a sequence takes more memory than there is.
-        """
-        path = self.folder / f"{data.pool}-{digest(data.sequences)}.h5"
-        if not path.exists():
-            proteins = ((str(number), sequence) for number, sequence in enumerate(data.sequences))
-            with _bar(data.sequences, f"embedding {data.name}") as bar:
-                failed = rd_torch.embed_to_store(
-                    self.model,
-                    proteins,
-                    path,
-                    pool=data.pool,
-                    progress=lambda residues, before: bar.update(residues),
-                )
-            if failed:
-                path.unlink()
-                raise SystemExit(
-                    f"expected memory for every sequence of {data.name}, got none for {len(failed):,}"
-                )
-        with rd_torch.open_store(path) as store:
-            rows = store.read(slice(None), as_torch=True)
-        return (
-            torch.cat([torch.as_tensor(each) for each in rows])
-            if isinstance(rows, list)
-            else torch.as_tensor(rows)
-        )
+    def _rows(self, sequences: Sequence[str], pool: str, bar: tqdm[NoReturn]) -> Tensor:
+        """Return raw embeddings of some sequences: their means, or all residues."""
+        path = self.folder / f"{pool}-{digest(sequences)}.pt"
+        if path.exists():
+            return torch.load(path)
+        found: dict[int, Tensor] = {}
+        budget, _ = self._candidates.plan(None)
+        for indices, rows, owners in self._candidates.embed(sequences, budget):
+            own = rows.cpu().split(owners.bincount(minlength=len(indices)).tolist())
+            found |= (
+                zip(indices, own, strict=True)
+                if pool == "none"
+                else zip(indices, map(_mean, own), strict=True)
+            )
+            bar.update(len(rows))
+        kept = torch.cat([found[number].float() for number in range(len(sequences))])
+        write_whole(path, partial(torch.save, kept))
+        return kept
 
     def moments(self, sequences: Sequence[str], name: str) -> rd_torch.RunningMoments:
         """Return joint moments of the residues of sequences, on the CPU."""
         path = self.folder / f"moments-{digest(sequences)}.pt"
         if not path.exists():
-            candidates = Candidates.of(self.model.family())
-            budget, device = candidates.plan(None)
+            budget, device = self._candidates.plan(None)
             moments = rd_torch.RunningMoments(sum(self.widths.values()), device)
             with _bar(sequences, f"moments of {name}") as bar:
-                candidates.add_moments(
-                    moments,
-                    sequences,
-                    budget,
-                    lambda residues, before: bar.update(residues),
+                self._candidates.add_moments(
+                    moments, sequences, budget, lambda residues, before: bar.update(residues)
                 )
             write_whole(path, partial(torch.save, moments.parts))
         return rd_torch.RunningMoments.of(*torch.load(path, map_location="cpu"))
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Return the `(1, width)` mean of rows, summed in float64."""
+    return rows.double().mean(0, keepdim=True)
 
 
 def _bar(sequences: Sequence[str], what: str) -> tqdm[NoReturn]:
@@ -108,8 +99,8 @@ def _bar(sequences: Sequence[str], what: str) -> tqdm[NoReturn]:
     return tqdm(total=sum(map(len, sequences)), unit="residue", unit_scale=True, desc=what, leave=False)
 
 
-class Scores:
-    """Scores by everything that they depend on, kept line by line as they come.
+class Kept:
+    """What was found, by everything that it depends on, kept line by line as it comes.
 
     Args:
         path: A file of JSON lines; one that was cut off in the middle of its last line is mended.
@@ -117,7 +108,7 @@ class Scores:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._scores: dict[str, dict[str, float]] = {}
+        self._found: dict[str, dict[str, Any]] = {}
         if not path.exists():
             return
         text = path.read_text()
@@ -126,19 +117,19 @@ class Scores:
             path.write_text(whole)
         for line in whole.splitlines():
             entry = json.loads(line)
-            self._scores[_name(entry["key"])] = entry["scores"]
+            self._found[_name(entry["key"])] = entry["found"]
 
     def __contains__(self, key: Mapping[str, Any]) -> bool:
-        return _name(key) in self._scores
+        return _name(key) in self._found
 
-    def __getitem__(self, key: Mapping[str, Any]) -> dict[str, float]:
-        return self._scores[_name(key)]
+    def __getitem__(self, key: Mapping[str, Any]) -> dict[str, Any]:
+        return self._found[_name(key)]
 
-    def add(self, key: Mapping[str, Any], scores: dict[str, float]) -> None:
-        """Keep the scores of a key."""
-        self._scores[_name(key)] = scores
+    def add(self, key: Mapping[str, Any], found: dict[str, Any]) -> None:
+        """Keep what was found for a key."""
+        self._found[_name(key)] = found
         with self.path.open("a") as handle:
-            handle.write(json.dumps({"key": dict(key), "scores": scores}) + "\n")
+            handle.write(json.dumps({"key": dict(key), "found": found}) + "\n")
 
 
 def _name(key: Mapping[str, Any]) -> str:

@@ -1,149 +1,151 @@
-"""The approaches as affine maps of all raw embeddings side by side, and angles between maps.
+"""Embeddings as affine maps of the raw embeddings of all layers side by side.
 
 Averaging over residues and every approach are affine, so raw embeddings are computed and averaged once; an
-approach at a level is then one matrix product.
+embedding is then one matrix product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.scaling.layers import Widths
 from rd_torch import RunningMoments, concat_pca, solve_stages
 from rd_torch.maps import Maps
 from rd_torch.modules import modules_of
-from rd_torch.solve import principal_directions
+from rd_torch.solve import Added, principal_directions
 from rd_torch.stage import nest
 
-PLAIN, ROTATED = "plain", "plain, rotated"
-PCR, OLS, ALL, CONCAT = "nested, PCR", "nested, OLS", "nested, OLS, all added", "concat + PCA"
-Widths = Mapping[str, int]
-
-SOLVERS: Mapping[str, Callable[[RunningMoments, Widths], Sequence[Maps]]] = {
-    PCR: solve_stages,
-    OLS: lambda moments, widths: solve_stages(moments, widths, regressor="ols"),
-    ALL: lambda moments, widths: solve_stages(moments, widths, regressor="ols", added="all"),
-    CONCAT: concat_pca,
-}
-APPROACHES = (PLAIN, ROTATED, *SOLVERS)
+PLAIN, PCA, NESTED, ALL, CONCAT = "plain", "PCA", "nested", "all directions", "concat + PCA"
+CENTRED, BY_FEATURE, BY_BLOCK = "centred", "centred, by feature", "centred, by block"
+"""Scales: each feature less its mean; then over its deviation, or over its block's."""
 
 
-class Place(NamedTuple):
-    """An approach at a level."""
+class Recipe(NamedTuple):
+    """What an embedding is made of, and how.
 
-    approach: str
-    level: str
+    Attributes:
+        kind: `PLAIN` or `PCA`, which take one layer, or `NESTED`, `ALL` or `CONCAT`.
+        layers: Names of the layers, one of each backbone that runs, smallest backbone first.
+        width: Number of features; of `NESTED` the last step adds as many directions as make it so wide.
+        scale: `CENTRED`, `BY_FEATURE` or `BY_BLOCK`; empty where features are left as they are.
+    """
+
+    kind: str
+    layers: tuple[str, ...]
+    width: int
+    scale: str = ""
 
 
 class Affine(NamedTuple):
-    """`rows matrix + offset`, in float64.
+    """`rows[:, columns] matrix + offset`, in float64.
 
     Attributes:
-        matrix: `(widths together, width)`.
+        columns: `(n,)` numbers of the features that are read, among those of all layers.
+        matrix: `(n, width)`.
         offset: `(width,)`.
     """
 
+    columns: Tensor
     matrix: Tensor
     offset: Tensor
 
-    @property
-    def width(self) -> int:
-        """Return the number of features that come out."""
-        return len(self.offset)
+    def __call__(
+        self, rows: Tensor, part: Tensor | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """Return `(rows, width)` features of raw embeddings side by side.
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return `(rows, width)` features of raw embeddings side by side."""
-        matrix, offset = self.matrix.to(rows.device), self.offset.to(rows.device)
-        return torch.addmm(offset, rows.to(matrix.dtype), matrix)
-
-
-def places(widths: Widths) -> list[Place]:
-    """Return every approach at every level, each embedding once."""
-    return list(
-        dict.fromkeys(place_of(approach, level, widths) for approach in APPROACHES for level in widths)
-    )
+        Args:
+            rows: `(rows, widths together)`.
+            part: Numbers of the rows to take, by default all.
+            device: Device that computes, by default that of the rows.
+        """
+        chosen = rows[:, self.columns] if part is None else rows[part[:, None], self.columns]
+        chosen = chosen.to(device or rows.device).to(self.matrix.dtype)
+        return torch.addmm(self.offset.to(chosen.device), chosen, self.matrix.to(chosen.device))
 
 
-def place_of(approach: str, level: str, widths: Widths) -> Place:
-    """Return where an approach's embedding of a level is found.
+class Solver:
+    """Maps of recipes from joint moments, each solved once.
 
-    What is solved begins with the plain backbone.
+    Args:
+        moments: Joint moments of the raw embeddings of all layers side by side.
+        widths: Widths of these by layer.
     """
-    return Place(PLAIN if approach in SOLVERS and level == next(iter(widths)) else approach, level)
+
+    def __init__(self, moments: RunningMoments, widths: Widths) -> None:
+        self.moments = moments
+        self.widths = widths
+        self.covariance = moments.covariance()
+        self.map_of = cache(self._map_of)
+        every = torch.arange(sum(widths.values())).split(list(widths.values()))
+        self._columns = dict(zip(widths, every, strict=True))
+
+    def recipe(self, kind: str, layers: Sequence[str], scale: str = "") -> Recipe:
+        """Return a recipe of its default width: that of the last layer, or with all directions the sum."""
+        widths = [self.widths[layer] for layer in layers]
+        return Recipe(kind, tuple(layers), sum(widths) if kind == ALL else widths[-1], scale)
+
+    def columns(self, layers: Sequence[str]) -> Tensor:
+        """Return the numbers of the features of layers."""
+        return torch.cat([self._columns[layer] for layer in layers])
+
+    def stages(self, recipe: Recipe) -> Sequence[Maps]:
+        """Return the stages of a nested embedding or of a concatenation."""
+        layers = recipe.layers
+        if recipe.kind == CONCAT:
+            return concat_pca(self.moments, self.widths, levels=layers)
+        widths = [self.widths[layer] for layer in layers[:-1]]
+        counts = [q - p for p, q in pairwise((*widths, recipe.width))]
+        added: Added = "all" if recipe.kind == ALL else counts
+        return solve_stages(self.moments, self.widths, levels=layers, added=added)
+
+    def _map_of(self, recipe: Recipe) -> Affine:
+        """Return the map of a recipe."""
+        columns = self.columns(recipe.layers)
+        inside = self.covariance[columns[:, None], columns]
+        if recipe.kind == PLAIN:
+            matrix = torch.eye(len(columns), dtype=torch.float64)
+            offset = matrix.new_zeros(len(columns))
+        elif recipe.kind == PCA:
+            _, matrix = principal_directions(inside, recipe.width)
+            offset = matrix.new_zeros(recipe.width)
+        else:
+            widths = {layer: self.widths[layer] for layer in recipe.layers}
+            matrix, offset = affine_of(self.stages(recipe), widths)
+        if recipe.scale:
+            factors = self._factors(recipe, torch.einsum("iw,ij,jw->w", matrix, inside, matrix))
+            matrix = matrix * factors
+            offset = -self.moments.mean[columns] @ matrix
+        return Affine(columns, matrix, offset)
+
+    def _factors(self, recipe: Recipe, variances: Tensor) -> Tensor:
+        """Return what the scale multiplies features of these variances by."""
+        if recipe.scale == CENTRED:
+            return torch.ones_like(variances)
+        if recipe.scale == BY_BLOCK:
+            ends = [self.recipe(recipe.kind, recipe.layers[: k + 1]).width for k in range(len(recipe.layers))]
+            blocks = variances.tensor_split(ends[:-1])
+            variances = torch.cat([block.mean().expand(len(block)) for block in blocks])
+        return variances.rsqrt()
 
 
-def plain_maps(widths: Widths) -> dict[Place, Affine]:
-    """Return the map to each backbone's own embedding."""
-    identity = torch.eye(sum(widths.values()), dtype=torch.float64)
-    blocks = identity.split(list(widths.values()), dim=1)
-    return {
-        Place(PLAIN, level): Affine(block, block.new_zeros(block.shape[1]))
-        for level, block in zip(widths, blocks, strict=True)
-    }
+def affine_of(stages: Sequence[Maps], widths: Widths) -> tuple[Tensor, Tensor]:
+    """Return matrix and offset of what stages do to the raw embeddings of their layers side by side.
 
-
-def rotated_maps(moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
-    """Return the map to each backbone's own embedding in the coordinates of all its principal components.
-
-    Nothing is added and nothing lost: what a head gains by it, it gains by coordinates alone. Added features
-    and those of concatenation are components too, so this is what they are to be held against.
-    """
-    covariance = moments.covariance()
-    maps = {}
-    for (_, level), (block, offset) in plain_maps(widths).items():
-        _, components = principal_directions(block.T @ covariance @ block, block.shape[1])
-        maps[Place(ROTATED, level)] = Affine(block @ components, offset)
-    return maps
-
-
-def solved_maps(approach: str, moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
-    """Return the maps of an approach at every level but the first, from joint moments."""
-    return affine_maps(approach, SOLVERS[approach](moments, widths), widths)
-
-
-def affine_maps(approach: str, stages: Sequence[Maps], widths: Widths) -> dict[Place, Affine]:
-    """Return what stages do to raw embeddings.
-
-    It is read off what they make of nothing and of each feature alone.
+    They are read off what stages make of nothing and of each feature alone.
     """
     total = sum(widths.values())
     probes = torch.cat((torch.zeros(1, total, dtype=torch.float64), torch.eye(total, dtype=torch.float64)))
     raw = dict(zip(widths, probes.split(list(widths.values()), dim=1), strict=True))
     _, *rest = widths
-    levels = nest(raw, modules_of(dict(zip(rest, stages, strict=True))), "nested")
-    return {
-        Place(approach, level): Affine(levels[level][1:] - levels[level][0], levels[level][0])
-        for level in rest
-    }
-
-
-def all_maps(moments: RunningMoments, widths: Widths) -> dict[Place, Affine]:
-    """Return the map of every place."""
-    maps = plain_maps(widths) | rotated_maps(moments, widths)
-    for approach in SOLVERS:
-        maps |= solved_maps(approach, moments, widths)
-    return {place: maps[place] for place in places(widths)}
-
-
-def principal_angles(one: Tensor, other: Tensor) -> Tensor:
-    """Return the principal angles in degrees, rising, between the spans of orthonormal columns."""
-    return torch.linalg.svdvals(one.T @ other).clamp(max=1).acos().rad2deg()
-
-
-def angles_between(spans: Sequence[Tensor]) -> Tensor:
-    """Return `(pairs, directions)` principal angles of all pairs."""
-    return torch.stack([principal_angles(one, other) for one, other in combinations(spans, 2)])
-
-
-def angles_at_random(directions: int, width: int) -> Tensor:
-    """Return such angles between random subspaces of these sizes, which know nothing of each other."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(5, width, directions, dtype=torch.float64, generator=generator)
-    return angles_between(list(torch.linalg.qr(drawn).Q))
+    *_, made = nest(raw, modules_of(dict(zip(rest, stages, strict=True))), "nested").values()
+    return made[1:] - made[0], made[0]
 
 
 def explained_by_prefix(features: Tensor, covariance: Tensor) -> Tensor:

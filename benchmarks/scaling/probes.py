@@ -1,12 +1,14 @@
-"""The heads: ridge, logistic regression and a small MLP, all taught by training rows alone.
+"""The heads: ridge, logistic regression, a small MLP and neighbours, all taught by training rows alone.
 
     linear    Numbers are predicted by ridge; generalised cross-validation (Golub, Heath and Wahba 1979)
               chooses the penalty. Classes are predicted by multinomial logistic regression with a penalty
               of 1/2 on the squared weights.
+    nearest   The mean of the labels of the ten rows of largest cosine, of features as they are. No other
+              head sees scales.
     MLP       One hidden layer of 64 GELUs is trained by AdamW and stopped early by the last fifth of the
               training rows. Residues stand protein by protein, so these are of other proteins.
 
-Features are standardised by the training rows' means and deviations.
+For all but the neighbours, features are standardised by the training rows' means and deviations.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ CONSTANT = 1e-9
 """Features whose deviation is at most this share of their mean's size count as constant: rounding."""
 
 HIDDEN, RATE, DECAY, BATCH, EPOCHS, PATIENCE = 64, 1e-3, 0.01, 256, 200, 20
-LINEAR, MLP = "linear", "MLP"
+NEIGHBOURS = 10
+LINEAR, MLP, NEAREST = "linear", "MLP", "nearest"
 Scores = dict[str, float]
 
 
@@ -66,11 +69,56 @@ class Ridge:
         return features @ self.weights + self.intercept
 
 
+class Squares(NamedTuple):
+    """Centred features in the coordinates of their principal directions, as ridge regression needs them.
+
+    Attributes:
+        squares: `(n,)` sums of squares along the directions.
+        V: `(width, n)` directions.
+        cross: `(n, targets)` products of these coordinates with the centred targets.
+        total: Sum of squares of the centred targets.
+        rows: Number of rows.
+    """
+
+    squares: Tensor
+    V: Tensor
+    cross: Tensor
+    total: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, X: Tensor, Y: Tensor) -> Squares:
+        """Decompose centred `(rows, width)` features beside centred `(rows, targets)` targets."""
+        if len(X) >= X.shape[1]:
+            squares, V = torch.linalg.eigh(X.T @ X)
+            there = squares > ABSENT * squares[-1]
+            squares, V = squares[there], V[:, there]
+        else:
+            squares, U = torch.linalg.eigh(X @ X.T)
+            there = squares > ABSENT * squares[-1]
+            squares = squares[there]
+            V = X.T @ U[:, there] / squares.sqrt()
+        return cls(squares, V, V.T @ (X.T @ Y), Y.square().sum(), len(X))
+
+    def errors(self, alphas: Tensor) -> Tensor:
+        """Return the generalised cross-validation error of each penalty, summed over targets.
+
+        It is `n RSS / (n - 1 - d)^2`, with d the effective degrees of freedom and 1 for the intercept.
+
+        Args:
+            alphas: `(penalties, 1)`.
+        """
+        shrunk = self.squares + alphas
+        explained = (self.cross.square().sum(1) * (self.squares + 2 * alphas) / shrunk.square()).sum(1)
+        freedom = self.rows - 1 - (self.squares / shrunk).sum(1)
+        errors = self.rows * (self.total - explained) / freedom.square()
+        return torch.where(freedom > 0, errors, math.inf)
+
+
 def fit_ridge(features: Tensor, labels: Tensor, penalties: Sequence[float] = PENALTIES) -> Ridge:
     """Fit ridge regression with the penalty of least generalised cross-validation error.
 
-    The error of a penalty is `n RSS / (n - 1 - d)^2`, with d the effective degrees of freedom and 1 for the
-    intercept. Nothing but these rows is seen.
+    Nothing but these rows is seen.
 
     Args:
         features: `(n, width)`.
@@ -78,24 +126,28 @@ def fit_ridge(features: Tensor, labels: Tensor, penalties: Sequence[float] = PEN
         penalties: Penalties to choose from; 0 gives the least-squares solution of minimum norm.
     """
     mean, centre = features.mean(0), labels.mean()
-    X, y = features - mean, labels - centre
-    if len(X) >= X.shape[1]:
-        squares, V = torch.linalg.eigh(X.T @ X)
-        there = squares > ABSENT * squares[-1]
-        squares, V = squares[there], V[:, there]
-    else:
-        squares, U = torch.linalg.eigh(X @ X.T)
-        there = squares > ABSENT * squares[-1]
-        squares = squares[there]
-        V = X.T @ U[:, there] / squares.sqrt()
-    cross = V.T @ (X.T @ y)
-    alphas = torch.tensor(penalties, dtype=X.dtype, device=X.device)[:, None]
-    missed = y.square().sum() - (cross.square() * (squares + 2 * alphas) / (squares + alphas).square()).sum(1)
-    freedom = len(X) - 1 - (squares / (squares + alphas)).sum(1)
-    errors = torch.where(freedom > 0, missed / freedom.square(), math.inf)
-    alpha = float(alphas[errors.argmin()])
-    weights = V @ (cross / (squares + alpha))
+    found = Squares.of(features - mean, (labels - centre)[:, None])
+    alphas = torch.tensor(penalties, dtype=features.dtype, device=features.device)[:, None]
+    alpha = float(alphas[found.errors(alphas).argmin()])
+    weights = found.V @ (found.cross[:, 0] / (found.squares + alpha))
     return Ridge(weights, float(centre - mean @ weights), alpha)
+
+
+def expected_error(taught: Rows, classes: int) -> float:
+    """Return the least generalised cross-validation error of ridge regression on rows that teach.
+
+    Layers are chosen by it. Nothing but these rows is seen. Classes are columns of zeros and ones.
+
+    Args:
+        taught: Features and labels.
+        classes: Number of classes; 0 where labels are numbers.
+    """
+    features, _ = standardise(taught.features, taught.features[:0])
+    labels = functional.one_hot(taught.labels, classes) if classes else taught.labels[:, None]
+    targets = labels.to(features.dtype)
+    found = Squares.of(features, targets - targets.mean(0))
+    alphas = torch.tensor(PENALTIES, dtype=features.dtype, device=features.device)[:, None]
+    return float(found.errors(alphas).min())
 
 
 def linear(known: Tensor, labels: Tensor, unknown: Tensor, classes: int, seed: int) -> tuple[Tensor, Scores]:
@@ -158,9 +210,18 @@ def _loss(predictions: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(predictions, targets)
 
 
+def nearest(known: Tensor, labels: Tensor, unknown: Tensor, classes: int, seed: int) -> tuple[Tensor, Scores]:
+    """Return the mean label of the nearest known rows, or their shares of the classes, for unknown rows."""
+    del seed  # nothing is drawn
+    targets = functional.one_hot(labels, classes).to(known.dtype) if classes else labels.to(known.dtype)
+    cosines = functional.normalize(unknown, dim=1) @ functional.normalize(known, dim=1).T
+    return targets[cosines.topk(min(NEIGHBOURS, len(known)), dim=1).indices].mean(1), {}
+
+
 HEADS: Mapping[str, Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Scores]]] = {
     LINEAR: linear,
     MLP: small_mlp,
+    NEAREST: nearest,
 }
 
 
@@ -178,7 +239,7 @@ def judge(head: str, taught: Rows, judged: Rows, classes: int, seed: int) -> Sco
     """Return the scores of a head on the rows that judge.
 
     Args:
-        head: `"linear"` or `"MLP"`.
+        head: Name of a head of `HEADS`.
         taught: What the head learns from; it sees no other labels.
         judged: What it is judged by.
         classes: Number of classes; 0 where labels are numbers.
@@ -188,7 +249,9 @@ def judge(head: str, taught: Rows, judged: Rows, classes: int, seed: int) -> Sco
         `"Spearman"` for numbers, `"accuracy"` and `"macro AUPR"` for classes, with the penalty of ridge
         and the epochs of the MLP.
     """
-    known, unknown = standardise(taught.features, judged.features)
+    known, unknown = taught.features, judged.features
+    if head != NEAREST:
+        known, unknown = standardise(known, unknown)
     predictions, facts = HEADS[head](known, taught.labels, unknown, classes, seed)
     return {**_scores(predictions.cpu(), judged.labels.cpu(), classes), **facts}
 

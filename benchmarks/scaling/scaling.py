@@ -1,22 +1,27 @@
-"""What does nesting buy, and what does it cost? Scores of every approach at every level of a family.
+"""What does nesting buy, and what does it cost, against what one would take in its place?
 
     python -m benchmarks.scaling.scaling --output FOLDER
 
-The script compares embeddings of equal width: the backbone's own embedding, as it is and rotated to its
-principal components; nested ones whose stages predict by principal component regression or by least squares;
-and concatenation with principal components. Beside them stands the nested embedding that keeps every added
-direction, which is wider. All maps come from the same moments.
+The script compares embeddings by their width and by their compute, which is the number of parameters in the
+layers that run for each token: the backbone's own embedding, of its last layer and of its best; principal
+components of the largest backbone alone, at every width; concatenation with principal components; and nested
+embeddings, of last layers and of chosen ones, with as many directions as the default adds and with all. All
+maps come from the same moments of natural proteins.
+
+Layers are chosen for each data set and split by the generalised cross-validation error of ridge regression on
+the half that teaches, so no choice sees the half that judges. Criteria that need no labels choose one chain
+for all data sets. Middle layers are taken with the backbone's last LayerNorm and without.
 
 Mean-pooled embeddings are asked for the effects of mutations (each assay's variants with 1, 2, and 3 or more
 mutations apart; five random halves) and for melting temperature (the published split). Embeddings of residues
 are asked for three-state secondary structure (five sets of training proteins, one of test proteins).
 `benchmarks/scaling/probes.py` says what the heads are.
 
-Stability is measured by the same from five disjoint samples of 200, 1,000 and 5,000 training proteins. The
-main maps are those of all five together. None of these proteins is among those that are asked about.
+Stability is measured by the same from five disjoint samples of 200 and 1,000 training proteins. The main maps
+are those of all five together. None of these proteins is among those that are asked about.
 
-Embeddings, moments and scores are kept in `--cache`: the same command goes on where it was, and a second run
-takes what is there. `--output` receives three tables, every score, and three plots.
+Embeddings, moments, choices and scores are kept in `--cache`: the same command goes on where it was, and a
+second run takes what is there. `--output` receives the tables, every score, and three plots.
 """
 
 from __future__ import annotations
@@ -24,8 +29,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -39,13 +46,39 @@ from benchmarks.options import (
     new_parser,
 )
 from benchmarks.result import Row, environment, write_result
+from benchmarks.scaling.approaches import (
+    BY_CRITERION,
+    NESTED_CHOSEN,
+    NESTED_LAST,
+    OF_MIDDLE,
+    PLAIN_LAST,
+    RIVALS,
+    SCALED,
+    SWEEP,
+    Approach,
+)
 from benchmarks.scaling.cache import Cache
 from benchmarks.scaling.data import read_sets
-from benchmarks.scaling.maps import PCR, affine_maps, all_maps
+from benchmarks.scaling.layers import last_layers, layers_by_level, level_of
+from benchmarks.scaling.maps import NESTED
 from benchmarks.scaling.plots import draw_all
-from benchmarks.scaling.probes import HEADS, LINEAR
+from benchmarks.scaling.probes import LINEAR
+from benchmarks.scaling.records import Record
 from benchmarks.scaling.study import Fit, Sample, Study, cut_at, disjoint_samples
-from benchmarks.scaling.tables import Record, all_win_rows, angle_row, score_rows, spread_row
+from benchmarks.scaling.tables import (
+    angle_row,
+    criterion_rows,
+    layer_rows,
+    norm_rows,
+    rival_rows,
+    score_rows,
+    spread_row,
+)
+from benchmarks.scaling.wins import all_win_rows
+
+LAST = next(approach for approach in RIVALS if approach.name == NESTED_LAST)
+Tables = dict[str, tuple[str, list[Row]]]
+"""What was measured, in words, and rows, by the name of the file."""
 
 
 def stability(
@@ -61,58 +94,122 @@ def stability(
         samples: Five disjoint samples of sequences.
         sizes: Numbers of sequences to take of each sample, rising.
     """
-    widths = study.cache.widths
+    _, *layers = last_layers(study.cache.widths)
+    approach = Approach(NESTED_LAST, NESTED)
     rows: list[Row] = []
     records: list[Record] = []
     for nth, size in enumerate(sizes, start=1):
         spans, fits = [], []
         for number, sequences in enumerate(samples, start=1):
             sample = Sample(f"sample {number}, {size:,} sequences", cut_at(sequences, sizes[:nth]))
-            stages = rd_torch.solve_stages(study.moments(sample), widths)
-            spans.append([stage.V for stage in stages])
-            fits.append(Fit(sample, affine_maps(PCR, stages, widths)))
-        scored = study.run(fits, [LINEAR])
-        for level, found in zip(list(widths)[1:], zip(*spans, strict=True), strict=True):
+            solver = study.solver(sample)
+            recipe = solver.recipe(NESTED, last_layers(solver.widths))
+            spans.append([stage.V for stage in solver.stages(recipe)])
+            fits.append(Fit(sample, solver, [approach]))
+        scored = study.run(fits)
+        for level, found in zip(map(level_of, layers), zip(*spans, strict=True), strict=True):
             of_level = [[each for each in one if each.level == level] for one in scored]
             rows.append({"sequences": size, "level": level, **angle_row(found), **spread_row(of_level)})
         records += [record for one in scored for record in one]
     return rows, records
 
 
+class Found(NamedTuple):
+    """Scores, by what they are for."""
+
+    rivals: list[Record]
+    scaled: list[Record]
+    sweep: list[Record]
+    criteria: list[Record]
+
+    def linear(self) -> list[Record]:
+        """Return the scores of rivals and criteria with the linear head."""
+        return [each for each in (*self.rivals, *self.criteria) if each.head == LINEAR]
+
+
+def measure(study: Study, sample: Sample, rivals: Sequence[Approach], scaled: Sequence[Approach]) -> Found:
+    """Return the scores of these rivals and scales, of every layer, and of every criterion."""
+    solver = study.solver(sample)
+    groups = (rivals, scaled, SWEEP, BY_CRITERION)
+    return Found(*study.run([Fit(sample, solver, approaches) for approaches in groups]))
+
+
+def tables_of(normed: Found, stream: Found, levels: Sequence[str], largest: int) -> Tables:
+    """Return the tables of embeddings, which is all but that of stability.
+
+    Args:
+        normed: The scores with the last LayerNorm on middle layers.
+        stream: Those without it.
+        levels: Levels of the family.
+        largest: Number of parameters that run in the largest backbone.
+    """
+    choices = [NESTED_CHOSEN, *(approach.name for approach in BY_CRITERION)]
+    criteria = [
+        row
+        for found, norm in ((normed, "yes"), (stream, "no"))
+        for row in criterion_rows(found.linear(), choices, largest, norm)
+    ]
+    middle = {approach.name for approach in OF_MIDDLE}
+    without = [record for record in stream.rivals if record.approach in middle]
+    scales = rival_rows(normed.scaled, largest, (SCALED[0].name, f"{NESTED}, as it is"))
+    interval = "[95 % bootstrap over data sets]"
+    return {
+        "scores": ("scores", score_rows(normed.rivals)),
+        "rivals": (
+            f"price and gain {interval}",
+            rival_rows(normed.rivals, largest, (PLAIN_LAST, NESTED_LAST)),
+        ),
+        "wins": (f"share of data sets where the first wins {interval}", all_win_rows(normed.rivals, levels)),
+        "layers": (
+            "each layer alone, linear head",
+            layer_rows(normed.sweep, stream.sweep, normed.rivals, largest),
+        ),
+        "criteria": ("ways to choose the layers of nested embeddings, linear head", criteria),
+        "norms": ("the last LayerNorm on chosen layers, linear head", norm_rows(normed.rivals, without)),
+        "scales": ("scales, nearest neighbours", scales),
+    }
+
+
 def run(
-    study: Study, samples: Sequence[Sequence[str]], sizes: Sequence[int], name: str, output: Path | None
+    studies: Sequence[Study],
+    samples: Sequence[Sequence[str]],
+    sizes: Sequence[int],
+    name: str,
+    output: Path | None,
 ) -> None:
     """Compute whatever is missing, print the tables, and write them, every score and the plots.
 
     Args:
-        study: The data sets and the cache.
+        studies: The data sets and the cache, with the last LayerNorm on middle layers and without.
         samples: Five disjoint samples of sequences.
         sizes: Numbers of sequences to take of each sample, rising.
         name: Name of the model in titles.
         output: Folder to write to; None writes nothing.
     """
-    widths = study.cache.widths
+    study, _ = studies
     parts = tuple(part for sequences in samples for part in cut_at(sequences, sizes))
-    everything = Sample(f"all {sum(map(len, parts)):,} sequences", parts)
-    moments = study.moments(everything)
-    maps = all_maps(moments, widths)
-    (records,) = study.run([Fit(everything, maps)], list(HEADS))
+    sample = Sample(f"all {sum(map(len, parts)):,} sequences", parts)
+    few = [replace(approach, heads=(LINEAR,)) for approach in (LAST, *OF_MIDDLE)]
+    normed, stream = measure(study, sample, RIVALS, SCALED), measure(studies[1], sample, few, ())
     rows, spread = stability(study, samples, sizes)
-    about = f"{name}, {len(study.sets)} data sets, maps from {everything.name}"
+    *_, last = last_layers(study.cache.widths)
+    largest = study.cache.costs[last]
+    about = f"{name}, {len(study.sets)} data sets, maps from {sample.name}"
+    levels = list(layers_by_level(study.cache.widths))
     tables = {
-        "scores": (f"Scaling, scores: {about}", score_rows(records, widths)),
-        "wins": (
-            f"Scaling, share of data sets where the first wins [95 % bootstrap]: {about}",
-            all_win_rows(records, widths),
-        ),
-        "stability": (f"Scaling, five disjoint samples, nested, PCR, linear head: {name}", rows),
+        **tables_of(normed, stream, levels, largest),
+        "stability": ("five disjoint samples, nested embeddings of last layers, linear head", rows),
     }
     for kind, (title, table) in tables.items():
-        write_result(title, table, environment(), output and output / f"scaling_{kind}.json")
+        path = output and output / f"scaling_{kind}.json"
+        write_result(f"Scaling, {title}: {about}", table, environment(), path)
     if output:
-        lines = [json.dumps(asdict(record)) for record in (*records, *spread)]
+        every = {"normed": chain(*normed, spread), "stream": chain(*stream)}
+        lines = [
+            json.dumps({"middle layers": norm, **asdict(each)}) for norm in every for each in every[norm]
+        ]
         (output / "scaling_every_score.jsonl").write_text("\n".join(lines) + "\n")
-        draw_all(records, maps, moments, widths, output)
+        draw_all(normed.rivals, study.solver(sample), largest, output)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -135,7 +232,7 @@ def read_arguments() -> argparse.Namespace:
         "--sizes",
         type=int,
         nargs="+",
-        default=[200, 1_000, 5_000],
+        default=[200, 1_000],
         help="Numbers of sequences in the five samples, rising.",
     )
     return parser.parse_args()
@@ -155,8 +252,8 @@ def main() -> None:
     )
     if len(model.family()) < 2:
         raise SystemExit(f"expected a chain of two levels or more, got {', '.join(model.family())} alone")
-    study = Study(Cache(arguments.cache, model), sets)
-    run(study, samples, sizes, arguments.model, arguments.output)
+    studies = [Study(Cache(arguments.cache, model, arguments.layers, norm), sets) for norm in (True, False)]
+    run(studies, samples, sizes, arguments.model, arguments.output)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ import numpy as np
 from scipy.stats import rankdata
 
 import rd_torch
-from benchmarks.options import add_data_option, add_model_option, data_folder, new_parser
+from benchmarks.options import LAYERS, add_data_option, add_model_option, data_folder, new_parser
 from benchmarks.result import Row, environment, write_result
 from benchmarks.scaling.cache import Cache
 from benchmarks.scaling.data import DataSet, melting_set, structure_set
+from benchmarks.scaling.layers import last_layers, level_of
 from rd_torch.reading import Fasta
 
 FASTA = Path(__file__).parents[1] / "demo.fasta"
@@ -159,7 +160,7 @@ def families(model: rd_torch.RDModel) -> Task:
 def nest(model: rd_torch.RDModel, cache: Cache, data: DataSet) -> np.ndarray:
     """Return `(rows, width)` nested vectors of a data set."""
     raw = dict(zip(cache.widths, cache.rows(data).split(list(cache.widths.values()), dim=1), strict=True))
-    return model.combine(raw).numpy()
+    return model.combine({level_of(layer): raw[layer] for layer in last_layers(raw)}).numpy()
 
 
 def melting(vectors: np.ndarray, data: DataSet) -> Task:
@@ -234,7 +235,7 @@ def main() -> None:
     arguments = read_arguments()
     data: Path = data_folder(arguments)
     model = rd_torch.RDModel.from_pretrained(arguments.model)
-    cache = Cache(arguments.cache, model)
+    cache = Cache(arguments.cache, model, LAYERS)
     melted, structured = melting_set(data), structure_set(data)
     tasks = [
         families(model),

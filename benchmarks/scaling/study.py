@@ -1,32 +1,35 @@
-"""The measurement itself: maps from samples of proteins are judged on data sets.
+"""The measurement itself: embeddings by maps from samples of proteins are judged on data sets.
 
-Scores are kept as they come.
+Choices and scores are kept as they come.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, groupby, pairwise, product
+from functools import cached_property, partial
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.proteins import MAX_RESIDUES
-from benchmarks.scaling.cache import Cache, Scores
+from benchmarks.scaling.approaches import EACH, LABELS, Approach, choose_without_labels
+from benchmarks.scaling.cache import Cache, Kept
+from benchmarks.scaling.criteria import Chosen, choose_apart, choose_greedily
 from benchmarks.scaling.data import DataSet, digest
-from benchmarks.scaling.maps import PLAIN, Affine, Place
-from benchmarks.scaling.probes import Rows, judge
-from benchmarks.scaling.tables import Record
+from benchmarks.scaling.maps import PLAIN, Recipe, Solver
+from benchmarks.scaling.probes import NEAREST, Rows, expected_error, judge
+from benchmarks.scaling.records import Record
 from rd_torch import RunningMoments
 from rd_torch.reading import Fasta
 from rd_torch.sequences import normalize_proteins
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Number to raise with every change that makes earlier scores incomparable."""
 
 SAMPLES = 5
@@ -47,86 +50,159 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Maps, and the sample that they come from."""
+    """Approaches, the sample that their maps come from, and what solves these."""
 
     sample: Sample
-    maps: Mapping[Place, Affine]
+    solver: Solver
+    approaches: Sequence[Approach]
 
 
 class Work(NamedTuple):
     """One score that is wanted."""
 
     fit: Fit
-    place: Place
+    approach: str
+    level: str
+    recipe: Recipe
     split: int
     head: str
 
 
 class Study:
-    """Scores of maps on all data sets, taken from the cache or computed."""
+    """Scores of approaches on all data sets, taken from the cache or computed."""
 
     def __init__(self, cache: Cache, sets: Sequence[DataSet]) -> None:
         self.cache = cache
         self.sets = sets
-        self.scores = Scores(cache.folder / "scores.jsonl")
+        self.scores = Kept(cache.folder / "scores.jsonl")
+        self.choices = Kept(cache.folder / "choices.jsonl")
 
-    def moments(self, sample: Sample) -> RunningMoments:
-        """Return the joint moments of a sample."""
+    def solver(self, sample: Sample) -> Solver:
+        """Return what solves maps from the joint moments of a sample."""
         moments = RunningMoments(sum(self.cache.widths.values()))
         for part in sample.parts:
             moments.merge(self.cache.moments(part, sample.name))
-        return moments
+        return Solver(moments, self.cache.widths)
 
-    def run(self, fits: Sequence[Fit], heads: Sequence[str]) -> list[list[Record]]:
-        """Return every score of the maps, fit by fit."""
+    def run(self, fits: Sequence[Fit]) -> list[list[Record]]:
+        """Return every score of the approaches, fit by fit."""
         records: list[list[Record]] = [[] for _ in fits]
         for data in self.sets:
-            wanted = [
-                [Work(fit, *rest) for rest in product(fit.maps, range(len(data.splits)), heads)]
-                for fit in fits
-            ]
+            known = _Known(partial(self.cache.rows, data), data, self.cache.device)
+            wanted = [list(self._works(fit, known)) for fit in fits]
             keys = [[self._key(data, work) for work in works] for works in wanted]
-            missing = [
-                (work, key)
+            missing = {
+                str(key): (work, key)
                 for work, key in zip(chain(*wanted), chain(*keys), strict=True)
                 if key not in self.scores
-            ]
-            if missing:
-                self._judge(data, missing)
+            }
+            self._judge(known, list(missing.values()))
             for found, works, its_keys in zip(records, wanted, keys, strict=True):
                 found += [self._record(data, work, key) for work, key in zip(works, its_keys, strict=True)]
         return records
 
-    def _key(self, data: DataSet, work: Work) -> dict[str, Any]:
-        """Return all that a score depends on; that of the plain backbone depends on no fit."""
+    def _works(self, fit: Fit, known: _Known) -> Iterator[Work]:
+        """Yield the scores that are wanted of a fit on a data set, recipe by recipe."""
+        for split in range(len(known.data.splits)):
+            for approach in fit.approaches:
+                chosen = () if approach.choice == EACH else self.chosen(fit, approach, known, split)
+                for level, recipe in approach.recipes(fit.solver, chosen).items():
+                    for head in approach.heads:
+                        if head != NEAREST or known.data.pool == "mean":  # residues are too many for it
+                            yield Work(fit, approach.name, level, recipe, split, head)
+
+    def chosen(self, fit: Fit, approach: Approach, known: _Known, split: int) -> Chosen:
+        """Return the layers that an approach takes; labels are seen of rows that teach alone."""
+        if approach.choice != LABELS:
+            return choose_without_labels(approach.choice, fit.solver)
+        kind = approach.kind if approach.greedy else PLAIN
+        key = {**self._about(fit, known.data, split), "kind": kind}
+        if key not in self.choices:
+            choose = choose_greedily if approach.greedy else choose_apart
+            taught, _ = known.data.splits[split]
+            worth = partial(self._worth, fit.solver, kind, known, torch.from_numpy(taught))
+            self.choices.add(key, {"layers": choose(fit.solver.widths, worth)})
+        return tuple(self.choices[key]["layers"])
+
+    @staticmethod
+    def _worth(solver: Solver, kind: str, known: _Known, taught: Tensor, chosen: Chosen) -> float:
+        """Return how small an error the rows that teach let expect of a chain of layers."""
+        recipe = solver.recipe(kind if len(chosen) > 1 else PLAIN, chosen)
+        return -expected_error(known.part(solver, recipe, taught), known.data.classes)
+
+    def _about(self, fit: Fit, data: DataSet, split: int) -> dict[str, Any]:
+        """Return what a choice and a score depend on."""
         return {
             "protocol": PROTOCOL,
-            "model": self.cache.fingerprint,
-            "fit": "" if work.place.approach == PLAIN else work.fit.sample.checksum,
-            **work.place._asdict(),
+            "fit": fit.sample.checksum,
             "data": data.name,
             "rows": data.checksum,
-            "head": work.head,
-            "split": work.split,
+            "split": split,
         }
+
+    def _key(self, data: DataSet, work: Work) -> dict[str, Any]:
+        """Return all that a score depends on; a plain backbone as it is depends on no fit."""
+        about = self._about(work.fit, data, work.split)
+        if work.recipe.kind == PLAIN and not work.recipe.scale:
+            about["fit"] = ""
+        recipe = {**work.recipe._asdict(), "layers": list(work.recipe.layers)}
+        return {**about, **recipe, "head": work.head}
 
     def _record(self, data: DataSet, work: Work, key: Mapping[str, Any]) -> Record:
         """Return a score that is kept, with what it is of."""
-        width = work.fit.maps[work.place].width
-        about = (work.fit.sample.name, *work.place, width, data.name, data.task, work.head, work.split)
-        return Record(*about, self.scores[key])
+        return Record(
+            fit=work.fit.sample.name,
+            approach=work.approach,
+            level=work.level,
+            width=work.recipe.width,
+            cost=sum(self.cache.costs[layer] for layer in work.recipe.layers),
+            layers=work.recipe.layers,
+            data=data.name,
+            task=data.task,
+            head=work.head,
+            split=work.split,
+            scores=self.scores[key],
+        )
 
-    def _judge(self, data: DataSet, missing: Sequence[tuple[Work, dict[str, Any]]]) -> None:
+    def _judge(self, known: _Known, missing: Sequence[tuple[Work, dict[str, Any]]]) -> None:
         """Compute scores of a data set, and keep them."""
-        rows, labels = self.cache.rows(data), torch.from_numpy(data.labels)
-        bar = tqdm(missing, desc=data.name, unit="score", leave=False)
-        for (fit, place, split), group in groupby(bar, key=lambda entry: entry[0][:3]):
-            taught, judged = (
-                Rows(fit.maps[place](rows[part].to(self.cache.device)), labels[part].to(self.cache.device))
-                for part in map(torch.from_numpy, data.splits[split])
-            )
-            for work, key in group:
-                self.scores.add(key, judge(work.head, taught, judged, data.classes, split))
+        if not missing:
+            return
+        ordered = sorted(missing, key=_embedding_of)
+        bar = tqdm(ordered, desc=known.data.name, unit="score", leave=False)
+        for _, group in groupby(bar, key=_embedding_of):
+            entries = list(group)
+            work = entries[0][0]
+            parts = map(torch.from_numpy, known.data.splits[work.split])
+            taught, judged = (known.part(work.fit.solver, work.recipe, part) for part in parts)
+            for each, key in entries:
+                self.scores.add(key, judge(each.head, taught, judged, known.data.classes, each.split))
+
+
+def _embedding_of(entry: tuple[Work, dict[str, Any]]) -> tuple[str, int, Recipe]:
+    """Return what embedding a score is of."""
+    work, _ = entry
+    return work.fit.sample.checksum, work.split, work.recipe
+
+
+class _Known:
+    """A data set with its raw embeddings, which are read when they are needed first."""
+
+    def __init__(self, read: Callable[[], Tensor], data: DataSet, device: torch.device) -> None:
+        self.data = data
+        self._read = read
+        self._device = device
+        self._labels = torch.from_numpy(data.labels)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Return raw embeddings of all layers side by side."""
+        return self._read()
+
+    def part(self, solver: Solver, recipe: Recipe, part: Tensor) -> Rows:
+        """Return features and labels of some rows."""
+        features = solver.map_of(recipe)(self.rows, part, self._device)
+        return Rows(features, self._labels[part].to(self._device))
 
 
 def disjoint_samples(path: Path, without: Collection[str], size: int) -> list[list[str]]:

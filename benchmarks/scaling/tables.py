@@ -1,107 +1,179 @@
-"""The tables: scores, wins, and stability."""
+"""The tables: scores by task, rivals, scales, layers, criteria, and stability."""
 
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from benchmarks.result import Row
-from benchmarks.scaling.data import MUTATIONS, TASKS
-from benchmarks.scaling.maps import ALL, APPROACHES, Place, angles_at_random, angles_between, place_of
-from benchmarks.scaling.probes import HEADS
-from benchmarks.scaling.wins import Means, win_rows
+from benchmarks.scaling.angles import angles_at_random, angles_between
+from benchmarks.scaling.approaches import NESTED_CHOSEN, NESTED_LAST, PLAIN_BEST, SWEEP
+from benchmarks.scaling.layers import last_layers, layers_by_level, level_of, number_of
+from benchmarks.scaling.records import Place, Record, column, costs_of_places, means_of, with_interval
 
-LEAST_SETS = 5
-"""Number of data sets below which a group of them has no row in the win table."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One score.
-
-    Attributes:
-        fit: What sequences the maps were fitted on, in words.
-        approach: How the embedding was made.
-        level: Level of the family.
-        width: Number of features.
-        data: Name of the data set.
-        task: What the data set asks.
-        head: What predicts.
-        split: Number of the data set's split, from 0.
-        scores: Scores by metric; the task's first metric stands first.
-    """
-
-    fit: str
-    approach: str
-    level: str
-    width: int
-    data: str
-    task: str
-    head: str
-    split: int
-    scores: dict[str, float]
-
-    @property
-    def place(self) -> Place:
-        """Return approach and level."""
-        return Place(self.approach, self.level)
-
-    @property
-    def first(self) -> float:
-        """Return the score in the task's first metric."""
-        return next(iter(self.scores.values()))
+METRICS = ("Spearman", "accuracy", "macro AUPR")
 
 
-def means_of(records: Iterable[Record]) -> Means:
-    """Return the mean over splits by data set and place."""
-    found: dict[str, dict[Place, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        found[record.data][record.place].append(record.first)
-    return {
-        data: {place: statistics.mean(scores) for place, scores in places.items()}
-        for data, places in found.items()
-    }
-
-
-def score_rows(records: Sequence[Record], widths: Mapping[str, int]) -> list[Row]:
+def score_rows(records: Sequence[Record]) -> list[Row]:
     """Return a row for each head, task, metric and approach: at each level the mean over sets and splits."""
-    found: dict[tuple[str, str, str, Place], list[float]] = defaultdict(list)
+    found: dict[tuple[str, str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     sets: dict[str, set[str]] = defaultdict(set)
     for record in records:
         sets[record.task].add(record.data)
-        for metric in ("Spearman", "accuracy", "macro AUPR"):
+        for metric in METRICS:
             if metric in record.scores:
-                found[record.head, record.task, metric, record.place].append(record.scores[metric])
-    ends = {(record.approach, record.level): record.width for record in records}
+                key = (record.head, record.task, metric, record.approach)
+                found[key][record.level].append(record.scores[metric])
+    return [
+        {
+            "head": head,
+            "task": task,
+            "data sets": len(sets[task]),
+            "metric": metric,
+            "approach": approach,
+            **{level: f"{statistics.mean(scores):.4f}" for level, scores in by_level.items()},
+        }
+        for (head, task, metric, approach), by_level in found.items()
+    ]
+
+
+def rival_rows(records: Sequence[Record], largest: int, rivals: Sequence[str]) -> list[Row]:
+    """Return a row for each head, approach and level, with its price and what it gains over rivals.
+
+    Args:
+        records: The scores.
+        largest: Number of parameters that run in the largest backbone.
+        rivals: Names of the approaches that each is held against at the same level, and the first of them
+            at the last level too, where it is dearest.
+    """
     rows = []
-    for head, task, metric in dict.fromkeys(key[:3] for key in found):
-        for approach in APPROACHES:
-            places = [place_of(approach, level, widths) for level in widths]
-            wide = f" ({', '.join(str(ends[place]) for place in places)} features)" if approach == ALL else ""
-            row = {"head": head, "task": task, "data sets": len(sets[task]), "metric": metric}
-            row["approach"] = approach + wide
-            for place, (level, width) in zip(places, widths.items(), strict=True):
-                row[f"{level}, {width}"] = f"{statistics.mean(found[head, task, metric, place]):.4f}"
-            rows.append(row)
+    for head in dict.fromkeys(record.head for record in records):
+        chosen = [record for record in records if record.head == head]
+        means, costs = means_of(chosen), costs_of_places(chosen)
+        *_, end = dict.fromkeys(record.level for record in chosen)
+        for place, width in {record.place: record.width for record in chosen}.items():
+            scores = column(means, place)
+            others = {f"over {rival}": Place(rival, place.level) for rival in rivals}
+            others[f"over {rivals[0]}, at {end}"] = Place(rivals[0], end)
+            gains = {name: scores - column(means, other) for name, other in others.items()}
+            rows.append(
+                {
+                    "head": head,
+                    "approach": place.approach,
+                    "level": place.level,
+                    "features": width,
+                    "compute": f"{costs[place] / largest:.3f}",
+                    "score, mean": f"{scores.mean():.4f}",
+                    **{name: with_interval(gain) for name, gain in gains.items()},
+                }
+            )
     return rows
 
 
-def all_win_rows(records: Sequence[Record], widths: Mapping[str, int]) -> list[Row]:
-    """Return the win table of each head: on the data sets of each task, on those of mutations, and on all.
-
-    Groups of fewer than `LEAST_SETS` are left out, for shares of them say next to nothing.
-    """
+def norm_rows(normed: Sequence[Record], stream: Sequence[Record]) -> list[Row]:
+    """Return a row for each approach and level: scores with the last LayerNorm and without."""
     rows = []
-    groups = {**{task: (task,) for task in TASKS}, "mutations": tuple(MUTATIONS.values()), "all": TASKS}
-    for head, (name, tasks) in product(HEADS, groups.items()):
-        means = means_of(each for each in records if each.head == head and each.task in tasks)
-        if len(means) >= LEAST_SETS or tasks == TASKS:
-            rows += win_rows(means, widths, head=head, **{"data sets": f"{name}, {len(means)}"})
+    for head in dict.fromkeys(record.head for record in stream):
+        one, other = (
+            means_of(record for record in records if record.head == head) for records in (normed, stream)
+        )
+        for place in next(iter(other.values())):
+            yes, no = column(one, place), column(other, place)
+            rows.append(
+                {
+                    "head": head,
+                    "approach": place.approach,
+                    "level": place.level,
+                    "with the norm": f"{yes.mean():.4f}",
+                    "without": f"{no.mean():.4f}",
+                    "with over without": with_interval(yes - no),
+                }
+            )
+    return rows
+
+
+def layer_rows(
+    normed: Sequence[Record], stream: Sequence[Record], rivals: Sequence[Record], largest: int
+) -> list[Row]:
+    """Return a row for each layer alone: its score, and how often labels of training rows choose it.
+
+    Args:
+        normed: The scores of layers alone, with the last LayerNorm on middle ones.
+        stream: Those without it.
+        rivals: The scores of rivals.
+        largest: Number of parameters that run in the largest backbone.
+    """
+    (name,) = (approach.name for approach in SWEEP)
+    one, other = means_of(normed), means_of(stream)
+    costs = costs_of_places(normed)
+    layers = list(dict.fromkeys(record.level for record in normed))
+    ends = dict(zip(layers_by_level(layers), last_layers(layers), strict=True))
+    taken = {approach: _shares_taken(rivals, approach) for approach in (PLAIN_BEST, NESTED_CHOSEN)}
+    rows = []
+    for layer in layers:
+        scores, last = column(one, Place(name, layer)), column(one, Place(name, ends[level_of(layer)]))
+        rows.append(
+            {
+                "layer": layer,
+                "compute": f"{costs[Place(name, layer)] / largest:.3f}",
+                "score, mean": f"{scores.mean():.4f}",
+                "over the last layer": with_interval(scores - last),
+                "without the norm": f"{column(other, Place(name, layer)).mean():.4f}",
+                "with over without the norm": with_interval(scores - column(other, Place(name, layer))),
+                **{
+                    f"share of {approach}": f"{shares.get(layer, 0):.2f}"
+                    for approach, shares in taken.items()
+                },
+            }
+        )
+    return rows
+
+
+def _shares_taken(records: Sequence[Record], approach: str) -> dict[str, float]:
+    """Return on what share of data sets and splits an approach takes a layer of its backbone."""
+    chosen = {
+        (each.data, each.split, each.level): each.layers[-1] for each in records if each.approach == approach
+    }
+    questions = len({key[:2] for key in chosen})
+    return {layer: count / questions for layer, count in Counter(chosen.values()).items()}
+
+
+def criterion_rows(records: Sequence[Record], names: Sequence[str], largest: int, norm: str) -> list[Row]:
+    """Return a row for each way to choose layers: nested embeddings, against those of last layers.
+
+    Args:
+        records: The scores with one head.
+        names: Names of the approaches.
+        largest: Number of parameters that run in the largest backbone.
+        norm: Whether the last LayerNorm acts on middle layers, in words.
+    """
+    means, costs = means_of(records), costs_of_places(records)
+    levels = list(dict.fromkeys(each.level for each in records if each.approach == NESTED_LAST))
+    chosen: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for record in records:
+        if record.level == levels[-1]:
+            chosen[record.approach].add(record.layers)
+    rows = []
+    for name in names:
+        gains = np.hstack(
+            [column(means, Place(name, level)) - column(means, Place(NESTED_LAST, level)) for level in levels]
+        )
+        layers = next(iter(chosen[name])) if len(chosen[name]) == 1 else ()
+        rows.append(
+            {
+                "choice": name,
+                "norm on middle layers": norm,
+                "layers": " ".join(str(number_of(each)) for each in layers) or "of each data set and split",
+                "compute": f"{costs[Place(name, levels[-1])] / largest:.3f}",
+                f"score at {levels[-1]}": f"{column(means, Place(name, levels[-1])).mean():.4f}",
+                f"over last layers at {levels[-1]}": with_interval(gains[:, -1:]),
+                "over last layers, all levels": with_interval(gains),
+            }
+        )
     return rows
 
 

@@ -2,48 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import pairwise, product
 
 import numpy as np
 
 from benchmarks.result import Row
-from benchmarks.scaling.maps import CONCAT, OLS, PCR, PLAIN, ROTATED, Place, Widths, place_of
+from benchmarks.scaling.approaches import (
+    ALL_LAST,
+    CONCAT_LAST,
+    NESTED_CHOSEN,
+    NESTED_LAST,
+    PCA_LAST,
+    PLAIN_BEST,
+    PLAIN_LAST,
+    PLAIN_ROTATED,
+)
+from benchmarks.scaling.data import MUTATIONS, TASKS
+from benchmarks.scaling.probes import LINEAR, MLP
+from benchmarks.scaling.records import Means, Place, Record, means_of, with_interval
 
-DRAWS = 10_000
-Means = Mapping[str, Mapping[Place, float]]
-"""Scores by data set and place, each the mean over splits of the task's first metric."""
+LEAST_SETS = 5
+"""Number of data sets below which a group of them has no row in the win table."""
 
-WIDER = {f"wider {name} over narrower": name for name in (PCR, OLS, PLAIN, ROTATED, CONCAT)}
-EQUAL = {
-    f"{one} over {other}, equal width": (one, other)
-    for one, other in (
-        (PCR, PLAIN),
-        (OLS, PLAIN),
-        (PCR, ROTATED),
-        (OLS, ROTATED),
-        (ROTATED, PLAIN),
-        (CONCAT, PCR),
-        (CONCAT, OLS),
-    )
-}
+WIDER = (PLAIN_LAST, PLAIN_BEST, NESTED_LAST, NESTED_CHOSEN, ALL_LAST, PCA_LAST, CONCAT_LAST)
+EQUAL = (
+    (NESTED_LAST, PLAIN_LAST),
+    (NESTED_LAST, PLAIN_ROTATED),
+    (NESTED_CHOSEN, PLAIN_BEST),
+    (NESTED_CHOSEN, NESTED_LAST),
+    (NESTED_LAST, PCA_LAST),
+    (NESTED_CHOSEN, PCA_LAST),
+    (CONCAT_LAST, NESTED_LAST),
+    (ALL_LAST, PLAIN_LAST),
+)
+Comparisons = dict[str, dict[str, tuple[Place, Place]]]
+"""The place that might win and the other, by name of the comparison and level."""
 
 
-def comparisons(widths: Widths) -> dict[str, dict[str, tuple[Place, Place]]]:
-    """Return what is compared: by name and level, the place that might win and the other.
+def comparisons(levels: Sequence[str]) -> Comparisons:
+    """Return what is compared.
 
-    A wider embedding is compared with that of the level before.
+    A wider embedding is compared with that of the level before, and approaches at each level but the first.
     """
-    steps = list(pairwise(widths))
-    found = {
-        name: {
-            wider: (place_of(approach, wider, widths), place_of(approach, narrower, widths))
-            for narrower, wider in steps
+    found: Comparisons = {
+        f"wider over narrower: {name}": {
+            wider: (Place(name, wider), Place(name, narrower)) for narrower, wider in pairwise(levels)
         }
-        for name, approach in WIDER.items()
+        for name in WIDER
     }
-    for name, (one, other) in EQUAL.items():
-        found[name] = {level: (Place(one, level), Place(other, level)) for _, level in steps}
+    for one, other in EQUAL:
+        found[f"{one} over {other}"] = {
+            level: (Place(one, level), Place(other, level)) for level in levels[1:]
+        }
     return found
 
 
@@ -52,27 +63,20 @@ def wins(differences: np.ndarray) -> np.ndarray:
     return (np.sign(differences) + 1) / 2
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of the mean when data sets are drawn again, all steps of one staying together.
-
-    Args:
-        values: `(data sets, steps)`.
-    """
-    drawn = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
-    low, high = np.quantile(values.mean(1)[drawn].mean(1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def win_rows(means: Means, widths: Widths, **about: str) -> list[Row]:
+def win_rows(means: Means, levels: Sequence[str], **about: str) -> list[Row]:
     """Return a row for each comparison: on what share of the data sets, at each level, does the first win?
+
+    Comparisons of places without scores are left out.
 
     Args:
         means: Scores by data set.
-        widths: Widths of the backbones by level.
+        levels: Levels of the family, smallest first.
         **about: What else a row says, ahead of the comparison.
     """
     rows = []
-    for name, steps in comparisons(widths).items():
+    for name, steps in comparisons(levels).items():
+        if any(place not in of_set for of_set in means.values() for pair in steps.values() for place in pair):
+            continue
         gains = np.array(
             [[means[data][one] - means[data][other] for one, other in steps.values()] for data in means]
         )
@@ -83,19 +87,21 @@ def win_rows(means: Means, widths: Widths, **about: str) -> list[Row]:
                 "comparison": name,
                 **{level: f"{share:.2f}" for level, share in zip(steps, won.mean(0), strict=True)},
                 "all levels": with_interval(won, "{:.2f}"),
-                "mean difference": with_interval(gains, "{:+.4f}"),
+                "mean difference": with_interval(gains),
             }
         )
     return rows
 
 
-def with_interval(values: np.ndarray, form: str) -> str:
-    """Return the mean of all values and its interval in words."""
-    low, high = interval(values)
-    return f"{form.format(values.mean())} [{form.format(low)}, {form.format(high)}]"
+def all_win_rows(records: Sequence[Record], levels: Sequence[str]) -> list[Row]:
+    """Return the win table of each head: on the data sets of each task, on those of mutations, and on all.
 
-
-def win_matrix(means: Means, places: Sequence[Place]) -> np.ndarray:
-    """Return the `(places, places)` share of the data sets where the row's place beats the column's."""
-    scores = np.array([[each[place] for place in places] for each in means.values()])
-    return wins(scores[:, :, None] - scores[:, None, :]).mean(0)
+    Groups of fewer than `LEAST_SETS` are left out, for shares of them say next to nothing.
+    """
+    rows = []
+    groups = {**{task: (task,) for task in TASKS}, "mutations": tuple(MUTATIONS.values()), "all": TASKS}
+    for head, (name, tasks) in product((LINEAR, MLP), groups.items()):
+        means = means_of(each for each in records if each.head == head and each.task in tasks)
+        if len(means) >= LEAST_SETS or tasks == TASKS:
+            rows += win_rows(means, levels, head=head, **{"data sets": f"{name}, {len(means)}"})
+    return rows
