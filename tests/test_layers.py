@@ -497,3 +497,21 @@ def test_verify_compares_hidden_layers_of_esmc(tmp_path):
     done = run("verify", "tiny@2", "--model", tmp_path / "tiny")
     assert done.exit_code == 0, done.output
     assert "pass  tiny@2 against transformers" in done.output
+
+
+def test_a_family_that_gives_its_last_layer_alone_says_so(tokens):
+    class Own(rd_torch.Backbone):
+        family, alphabet, embed_dim, num_layers, attention_heads = "own", ALPHABET, 4, 2, 1
+
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(33, 4)
+
+        def forward(self, tokens, packing, sink=None):
+            return self.table(packing.pack(tokens))
+
+    with pytest.raises(
+        ValueError, match="got one of own, which gives its last, 2, alone: it was asked for layer 1"
+    ):
+        RDModel({"x@1": Own()}, [])
+    assert RDModel({"x@2": Own()}, [])(tokens).embeddings.shape[-1] == 4

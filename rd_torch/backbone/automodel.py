@@ -165,19 +165,8 @@ class TransformersBackbone(Backbone):
         """Number of the last layer that is taken. The model runs as a whole, whichever that is."""
         return self._depth
 
-    def until(self, layer: int) -> Self:
-        """Return a backbone of the same model whose last hidden state is that of a layer.
-
-        Args:
-            layer: number of the layer, from 1 to `num_layers`.
-
-        Raises:
-            ValueError: for a layer that is not there.
-        """
-        if not 1 <= layer <= self.depth:
-            raise ValueError(f"expected a layer from 1 to {self.depth}, got {layer}")
-        if layer == self.depth:
-            return self
+    def _cut(self, layer: int) -> Self:
+        """Return a backbone of the same model whose last hidden state is that of a layer."""
         cut = type(self)(self.model, self.alphabet.tokenizer)
         cut._depth, cut.reference, cut.training = layer, self.reference, self.training
         cut._idle = find_idle(cut.model, cut.alphabet, cut.embed_dim, cut._run)

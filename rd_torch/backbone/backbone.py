@@ -157,16 +157,20 @@ class Backbone(nn.Module):
         return self.num_layers
 
     def until(self, layer: int) -> Self:
-        """Return a backbone that ends with a layer, and shares everything up to it.
+        """Return a backbone that ends with a layer, and shares everything up to it; a part has no heads.
 
         Args:
-            layer: number of the layer, from 1 to `num_layers`.
+            layer: number of the layer, from 1 to `depth`.
 
         Raises:
             ValueError: for a layer that is not there, or a family that gives its last layer alone.
         """
-        if layer == self.num_layers:
-            return self
+        if not 1 <= layer <= self.depth:
+            raise ValueError(f"expected a layer from 1 to {self.depth}, got {layer}")
+        return self if layer == self.depth else self._cut(layer)
+
+    def _cut(self, layer: int) -> Self:
+        """Return a backbone that ends with a layer before the last; a family that can do so replaces this."""
         raise ValueError(
             f"expected a backbone that gives hidden layers, got one of {self.family}, which gives its last, "
             f"{self.num_layers}, alone: it was asked for layer {layer}"

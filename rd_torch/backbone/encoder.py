@@ -57,19 +57,8 @@ class Encoder(Backbone):
         """Number of layers that are there, fewer than `num_layers` in a backbone that was cut."""
         return len(self.layers)
 
-    def until(self, layer: int) -> Self:
-        """Return a backbone of the same modules that ends with a layer; only a whole one has heads.
-
-        Args:
-            layer: number of the layer, from 1 to `num_layers`.
-
-        Raises:
-            ValueError: for a layer that is not there.
-        """
-        if not 1 <= layer <= self.depth:
-            raise ValueError(f"expected a layer from 1 to {self.depth}, got {layer}")
-        if layer == self.depth:
-            return self
+    def _cut(self, layer: int) -> Self:
+        """Return a backbone of the same modules as far as a layer; nothing is copied."""
         with torch.device("meta"):
             cut = self.of_level(self.level("cut"))
         for name, part in self.named_children():
