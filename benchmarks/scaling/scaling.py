@@ -58,7 +58,7 @@ from benchmarks.scaling.approaches import (
     Approach,
 )
 from benchmarks.scaling.cache import Cache
-from benchmarks.scaling.data import read_sets
+from benchmarks.scaling.data import TASKS, read_sets
 from benchmarks.scaling.layers import last_layers, layers_by_level, level_of
 from benchmarks.scaling.maps import NESTED
 from benchmarks.scaling.plots import draw_all
@@ -222,6 +222,9 @@ def read_arguments() -> argparse.Namespace:
         help="Folder of ProteinGym's files, which take the place of the data's assays.",
     )
     add_model_option(parser)
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=TASKS, help="Tasks to ask about, by default all."
+    )
     parser.add_argument("--level", help="Last level of the chain, by default the model's.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="Device that runs.")
     parser.add_argument(
@@ -244,8 +247,9 @@ def main() -> None:
     data, sizes = data_folder(arguments), arguments.sizes
     if sizes != sorted(set(sizes)) or sizes[0] < 1:
         raise SystemExit(f"expected rising --sizes, each at least 1, got {' '.join(map(str, sizes))}")
-    sets = read_sets(data, arguments.proteingym, arguments.variants)
-    asked = {sequence for each in sets for sequence in each.sequences}
+    every = read_sets(data, arguments.proteingym, arguments.variants)
+    asked = {sequence for each in every for sequence in each.sequences}
+    sets = [each for each in every if each.task in arguments.tasks]
     samples = disjoint_samples(data / "natural50_train.fasta.xz", asked, sizes[-1])
     model = rd_torch.RDModel.from_pretrained(
         arguments.model, arguments.level, getattr(torch, arguments.dtype), arguments.device
