@@ -42,6 +42,12 @@ class Reconstruction(NamedTuple):
         embedding: `(..., width of the backbone)` best linear estimate.
         r2: share of the raw embedding's variance that the estimate explains on the data that the chain was
             fitted on, from 0 to 1; None where the checkpoint does not hold what it follows from.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> found = model.reconstruct(torch.zeros(1, 32), "90K")  # what 90K says, from the features of 28K
+        >>> found.embedding.shape, f"{found.r2:.2f}"
+        (torch.Size([1, 48]), '0.90')
     """
 
     embedding: Tensor

@@ -230,7 +230,7 @@ def turn_to_nan(parts):
 def fail(error):
     """One that ends with an error."""
 
-    def ended(*_):
+    def ended(*_, **__):
         raise error
 
     return ended
