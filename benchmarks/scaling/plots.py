@@ -62,8 +62,10 @@ def draw_scores(records: Sequence[Record], title: str, along: str, ends: Ends) -
             ax.title.set_fontsize(SMALL + 0.5)
             ax.grid(color=GRID, linewidth=0.6)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    place, columns = "outside lower center", max(2, len(tasks))  # so that narrow pictures hold all names
-    figure.legend(handles, labels, loc=place, ncols=columns, frameon=False, fontsize=SMALL + 1)
+    columns = max(2, len(tasks))  # so that narrow pictures hold all names
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=SMALL + 1
+    )
     return figure
 
 
