@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Unpack
+from typing import Any, Final, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -114,16 +114,17 @@ class Candidates:
         Raises:
             MemoryError: for so many candidates that there is no memory for their moments.
         """
-        shapes = [backbone.level(name).architecture for name, backbone in self.family.items()]
+        levels = [backbone.level(name) for name, backbone in self.family.items()]
+        shapes: list[Any] = [level.architecture for level in levels]
+        if not self.final_norm and not all(level.is_last for level in levels):
+            shapes.append("without final norm")
         once = {split_level(name)[0]: backbone for name, backbone in self.family.items()}
-        hidden = not all(backbone.level(name).is_last for name, backbone in self.family.items())
-        facts = shapes if self.final_norm or not hidden else [*shapes, "without final norm"]
         alternatives = self._alternatives
         if alternatives is not None:
             self._require_memory()
         return Summands(
             self.widths,
-            lambda: digest_of(facts, {f"{name}.": each.embedding_tensors() for name, each in once.items()}),
+            lambda: digest_of(shapes, {f"{name}.": each.embedding_tensors() for name, each in once.items()}),
             alternatives=alternatives,
         )
 

@@ -63,9 +63,10 @@ def combine_stores(
     names_of_levels = nesting.config.first_levels(inputs, width)
     nesting = nesting.until(names_of_levels[-1])
     levels = {level.name: level for level in nesting.config.levels}
+    final_norm = nesting.config.final_norm
     needed = {level: path for level, path in inputs.items() if level in levels}
     with (
-        open_raw(needed, lambda level, store: require_level(levels[level], store)) as files,
+        open_raw(needed, lambda level, store: require_level(levels[level], store, final_norm)) as files,
         Work(Path(path), format_of(path, form), _facts(nesting, files, width, save_dtype)) as work,
     ):
         names = Names(work.format.key)
@@ -99,6 +100,7 @@ def _facts(nesting: Nesting, files: RawFiles, width: int | None, save_dtype: Sav
         save_dtype=save_dtype,
         tokens_per_batch=files.rows_per_batch,
         windows=files.windows,
+        final_norm=config.hidden_norm,
     )
 
 

@@ -131,6 +131,11 @@ class RDConfig:
         return self.method != "naive"
 
     @property
+    def hidden_norm(self) -> bool | None:
+        """Whether the final LayerNorm acts on levels of hidden layers; None where there are none."""
+        return None if all(level.is_last for level in self.levels) else self.final_norm
+
+    @property
     def basis(self) -> dict[str, Any]:
         """What was done to the features: `scale`, `centre` and `rotate_first`."""
         return {name: getattr(self, name) for name in _USUAL}

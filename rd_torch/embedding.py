@@ -283,15 +283,17 @@ def facts_of(
     pieces = None if windows is None else Pieces.of(windows, pool)
     require_tokens_for(model.alphabet, pool, pieces)
     prefixes = model.config.prefixes(options.get("width") or model.embed_dim)
+    config = model.config.until(list(prefixes)[-1])
     return Facts(
         model=name,
         fingerprint=model.fingerprint(),
         levels=tuple(prefixes),
         widths=tuple(prefixes.values()),
-        num_layers=model.config.level(list(prefixes)[-1]).depth,
+        num_layers=config.levels[-1].depth,
         pool=pool,
         backbone_dtype=str(model.dtype).removeprefix("torch."),
         save_dtype=save_dtype,
         tokens_per_batch=budget,
         windows=pieces,
+        final_norm=config.hidden_norm,
     )

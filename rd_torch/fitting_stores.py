@@ -86,6 +86,7 @@ def fit_stores(
             solved = sums.solve(**options)
             reconstructor = sums.solve_reconstruction(solved, predict_from)
             stages = [stage.to(torch.float32) for stage in solved]
+            final_norm = files.final_norm
             counts = {"sequences": sums.sequences, "rows": sums.moments.count, "pool": files.pool}
     basis = basis_in(stages)
     config = RDConfig(
@@ -93,6 +94,7 @@ def fit_stores(
         tuple(added),
         tuple(stage.explained for stage in stages[1 if basis else 0 :]),
         predict_from=predict_from,
+        final_norm=final_norm,
         provenance=record_fit(provenance, counts, options),
         **(basis.facts if basis else {}),
     )

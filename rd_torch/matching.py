@@ -20,6 +20,9 @@ _OTHER_FAMILIES: Final = {
 }
 """Parts of the names of models that are not of a family with published sizes."""
 
+_NORMS: Final = {True: "after", False: "without"}
+"""How hidden states lie to the final LayerNorm, in words, by whether it acted on them."""
+
 _SIZES: Final = {"esm2": ESM2_LEVELS, "esmc": ESMC_LEVELS}
 
 
@@ -52,18 +55,27 @@ def require_raw(name: str, store: Store) -> None:
         )
 
 
-def require_level(level: Level, store: Store) -> None:
+def require_level(level: Level, store: Store, final_norm: bool = True) -> None:
     """Require that a file can hold a level's raw embeddings, by all that it states of itself.
 
     Args:
         level: the level. If it is only a name and a width, the file must state no other model than the file
             that the maps were fitted to.
         store: the file.
+        final_norm: whether the maps were fitted to hidden layers after the backbone's final LayerNorm.
 
     Raises:
-        ValueError: as `require_raw`, and for another width, layer or model than the level's.
+        ValueError: as `require_raw`, and for another width, layer or model than the level's, or a hidden
+            layer after the final LayerNorm where the maps want it without, or the other way round.
     """
     require_raw(level.name, store)
+    stated = store.facts and store.facts.final_norm
+    if stated not in (None, final_norm):
+        raise ValueError(
+            f"expected hidden states {_NORMS[final_norm]} the final LayerNorm of the backbone at level "
+            f"{level.name}, got them {_NORMS[bool(stated)]} it in {store.path}: embed with "
+            f"final_norm={final_norm}, as the maps were fitted"
+        )
     cure = "name each file by the level of the backbone that made it"
     if store.width != level.width:
         raise ValueError(

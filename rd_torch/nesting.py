@@ -166,7 +166,7 @@ def fingerprint(config: RDConfig, tensors: Mapping[str, Mapping[str, Tensor]]) -
     """
     shapes = [level.architecture for level in config.levels]
     facts: list[Any] = [config.method, config.predict_from, config.special_rows, config.widths, shapes]
-    if not config.final_norm and not all(level.is_last for level in config.levels):
+    if config.hidden_norm is False:
         facts.append("without final norm")
     if config.has_basis:
         facts.append(config.basis)

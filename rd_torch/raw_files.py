@@ -44,6 +44,7 @@ class RawFiles:
         widths: width of the embeddings by level.
         pool: `"mean"` for files of means over residues, `"none"` for files of a row for each residue.
         windows: how all files cut long sequences into pieces, which is the option `windows` of `embed`.
+        final_norm: whether backbones' final LayerNorm acted on hidden layers, as files of ours state it.
         origins: by level, what the file states of the model that made it, as `origin_of` returns it.
 
     Raises:
@@ -62,6 +63,7 @@ class RawFiles:
         for other in others:
             self._require_same_records(other)
         self.windows = self._find_windows()
+        self.final_norm = self._find_norm()
 
     @property
     def rows_per_batch(self) -> int:
@@ -84,6 +86,19 @@ class RawFiles:
                 f"expected files of embeddings with the same --windows, got {listed}: embed with one choice"
             )
         return next(iter(by_level.values()), None)
+
+    def _find_norm(self) -> bool:
+        """Return whether the final LayerNorm acted on hidden layers; True where no file states it."""
+        facts = {level: store.facts for level, store in self._stores.items() if store.facts is not None}
+        norms = {level: each.final_norm for level, each in facts.items() if each.final_norm is not None}
+        if len(set(norms.values())) > 1:
+            listed = ", ".join(
+                f"{'with' if norm else 'without'} it at level {level}" for level, norm in norms.items()
+            )
+            raise ValueError(
+                f"expected hidden layers all with the final LayerNorm or all without it, got them {listed}"
+            )
+        return next(iter(norms.values()), True)
 
     def records(self) -> Iterator[Record[Raw]]:
         """Read all records.

@@ -410,6 +410,33 @@ def test_stores_of_layers_are_combined_to_what_the_chain_gives(final_norm, tmp_p
         rd_torch.combine_stores(nesting, {**files, "b": files["b@4"]}, tmp_path / "wrong.h5")
 
 
+def test_stores_with_and_without_the_final_norm_are_not_mixed(tmp_path):
+    """They look alike: the same layer, width and records."""
+    files = {}
+    for final_norm in (True, False):
+        model = chain(("a", "b@2"), final_norm=final_norm)
+        model.save_pretrained(tmp_path / f"chain-{final_norm}")
+        for level in model.config.widths:
+            alone = RDModel({level: model.family()[level]}, [], final_norm=final_norm).eval()
+            files[level, final_norm] = tmp_path / f"{level}-{final_norm}.h5"
+            rd_torch.embed_to_store(alone, PROTEINS, files[level, final_norm], pool="none")
+    normed, stream = ({level: files[level, norm] for level in ("a", "b@2")} for norm in (True, False))
+    for norm, wrong in ((True, stream), (False, normed)):
+        nesting = Nesting.from_pretrained(tmp_path / f"chain-{norm}")
+        with pytest.raises(ValueError, match="final LayerNorm .* at level b@2"):
+            rd_torch.combine_stores(nesting, wrong, tmp_path / "wrong.h5")
+    assert rd_torch.fit_stores(normed, added=4, regressor="ols").config.final_norm
+    fitted = rd_torch.fit_stores(stream, added=4, regressor="ols")
+    assert not fitted.config.final_norm
+    fitted.save_pretrained(tmp_path / "maps")
+    parts = dict(chain(("a", "b@2")).backbones.items())
+    loaded = RDModel.from_pretrained(tmp_path / "maps", backbones=parts).eval()
+    rd_torch.combine_stores(fitted, stream, tmp_path / "nested.h5")
+    expected = rd_torch.embed(loaded, [sequence for _, sequence in PROTEINS], pool="none")
+    for (name, _), rows in zip(PROTEINS, expected, strict=True):
+        np.testing.assert_allclose(rd_torch.open_store(tmp_path / "nested.h5")[name], rows, atol=1e-4)
+
+
 def test_commands_take_layers(tmp_path):
     fasta = tmp_path / "proteins.fasta"
     fasta.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS))

@@ -67,7 +67,7 @@ def info(model: str | None, level: str | None, trusted: tuple[str, ...], **optio
             click.echo(f"{name:14}{fact if isinstance(fact, str) else json.dumps(fact)}")
         first = config.levels[0].name
         click.echo(f"The first features are {first}'s in new coordinates, and not its own to the bit.")
-    if not all(level.is_last for level in config.levels):
+    if config.hidden_norm is not None:
         click.echo(f"final_norm    {'on hidden layers too' if config.final_norm else 'on last layers alone'}")
     for name, each in {level.backbone: level for level in config.levels}.items():
         if each.reference:

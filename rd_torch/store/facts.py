@@ -39,6 +39,8 @@ class Facts:
         windows: length of the pieces in which longer sequences were embedded, and of their overlap, in
             residues; None where all sequences stayed whole. These have nothing to do with the windows of
             records in which a store is written.
+        final_norm: whether the backbones' final LayerNorm acted on levels of hidden layers; None where there
+            are none.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Facts:
     tokens_per_batch: int
     rd_torch_version: str = version("rd_torch")
     windows: tuple[int, int] | None = None
+    final_norm: bool | None = None
 
     @property
     def width(self) -> int:

@@ -133,8 +133,8 @@ def _facts(config: RDConfig) -> list[tuple[str, object]]:
     """Return how the checkpoint was made: the choices that its config holds, and its provenance."""
     provenance = dict(config.provenance)
     fit = provenance.pop("fit", {})
-    hidden = not all(level.is_last for level in config.levels)
-    norms = [("hidden layers end with", _NORMS[config.final_norm])] if hidden else []
+    norm = config.hidden_norm
+    norms = [] if norm is None else [("hidden layers end with", _NORMS[norm])]
     inputs = [("the prediction is made from", _INPUTS[config.predict_from])] if config.is_nested else []
     return [
         ("method", _METHODS[config.method]),
