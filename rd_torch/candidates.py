@@ -53,6 +53,12 @@ def solve_options(options: FitOptions) -> SolveOptions:
     return {name: value for name, value in options.items() if name in SOLVE_DEFAULTS}  # type: ignore[return-value]  # names are the options'
 
 
+def summing_options(options: FitOptions) -> FitOptions:
+    """Return those options of a fit on which its sums depend, and no table of labels."""
+    names = ("layers", "final_norm")
+    return {name: value for name, value in options.items() if name in names}  # type: ignore[return-value]  # names are the options'
+
+
 @dataclass(frozen=True)
 class Candidates:
     """The levels that a chain may be fitted of.

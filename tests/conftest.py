@@ -66,6 +66,15 @@ LONGEST_FIRST = (
 """Files of tests that take long: no process is to work through one when the others have ended."""
 
 
+@pytest.fixture
+def one_thread():
+    """Small products take one thread, on a busy machine above all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(items):
     """Files that take long come first; tests marked `cuda` run wherever CUDA is."""
     order = {f"test_{name}": place for place, name in enumerate(LONGEST_FIRST)}

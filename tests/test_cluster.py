@@ -437,6 +437,26 @@ def test_a_fit_on_the_cluster_is_the_local_one(fasta, tmp_path, monkeypatch):
     assert there.config.provenance["fit"]["sequences"] == len(SEQUENCES) + 1
 
 
+def test_layers_are_chosen_and_embedded_on_the_cluster_as_locally(fasta, tmp_path):
+    arguments = ("--levels", "28K,90K", "--choose-layers", "added", "--no-final-norm", "--added", 16)
+    for name, more in (("local", ()), ("cluster", ON_ONE)):
+        result = run("fit", fasta, "-o", tmp_path / name, *arguments, "--tokens-per-batch", BUDGET, *more)
+        assert result.exit_code == 0, result.output
+    here, there = (rd_torch.RDModel.from_pretrained(tmp_path / name) for name in ("local", "cluster"))
+    assert there.config.widths == here.config.widths
+    assert not there.config.final_norm
+    scores = [each.config.provenance["fit"]["layers"]["scores"] for each in (here, there)]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)
+    assert set(scores[0]) == {"28K@1", "28K", "90K@1", "90K@2", "90K"}
+    for name, tensor in here.stages.named_buffers():
+        torch.testing.assert_close(there.stages.get_buffer(name), tensor, rtol=1e-6, atol=1e-7)
+    cut = tmp_path / "28K@1.parquet"
+    result = run("embed", fasta, "-o", cut, "--model", "esm2-rd-mini", "--level", "28K@1", *ON_ONE)
+    assert result.exit_code in {0, 3}, result.output
+    with rd_torch.open_store(cut) as store:
+        assert (store.layer, store.facts.final_norm) == (1, True)
+
+
 @pytest.fixture(scope="module")
 def esmc(tmp_path_factory):
     """A chain of ESM-C as a checkpoint."""

@@ -52,13 +52,7 @@ WIDTHS = {"a": 6, "b": 10, "c": 14}
 TOTAL = sum(WIDTHS.values())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small take one thread, on a busy machine above all."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw(rows, seed):

@@ -48,13 +48,7 @@ TOTAL = sum(WIDTHS.values())
 BLOCKS = dict(zip(WIDTHS, pairwise(np.cumsum([0, *WIDTHS.values()])), strict=True))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small take one thread, on a busy machine above all."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw(rows, seed):

@@ -169,6 +169,7 @@ class TransformersBackbone(Backbone):
         """Return a backbone of the same model whose last hidden state is that of a layer."""
         cut = type(self)(self.model, self.alphabet.tokenizer)
         cut._depth, cut.reference, cut.training = layer, self.reference, self.training
+        cut._checkpointing = self._checkpointing
         cut._idle = find_idle(cut.model, cut.alphabet, cut.embed_dim, cut._run)
         return cut
 

@@ -9,7 +9,7 @@ from typing import Any, Final, Unpack
 from torch import nn
 
 from rd_torch.batching import MOST_TOKENS
-from rd_torch.candidates import Candidates, FitOptions
+from rd_torch.candidates import Candidates, FitOptions, summing_options
 from rd_torch.cluster.steps import (
     ModelOrName,
     begin_adding_columns,
@@ -108,9 +108,8 @@ def fit_dataset(
     candidates = Candidates.of(load_backbones(backbones, None), **options)
     sums = Sums(candidates.summands(), MOST_TOKENS["cpu"])
     workers = workers.placed()
-    begin = partial(
-        begin_summing, partial(load_backbones, backbones), workers.device, column, tokens_per_batch, options
-    )
+    load, summing = partial(load_backbones, backbones), summing_options(options)
+    begin = partial(begin_summing, load, workers.device, column, tokens_per_batch, summing)
     for row in run(dataset, begin, workers, ROWS_PER_BATCH):
         merge_moments(sums, row)
     return make_chain(candidates, sums, provenance, **options)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, Unpack
 
 from rd_torch.batching import MOST_TOKENS
-from rd_torch.candidates import Candidates, FitOptions
+from rd_torch.candidates import Candidates, FitOptions, summing_options
 from rd_torch.choices import check_names
 from rd_torch.cluster.records import Records, read_for_fit, read_for_store
 from rd_torch.cluster.steps import (
@@ -197,7 +197,8 @@ def fit(  # noqa: PLR0913  # takes what `rd_torch.fit` takes, and what is the cl
     budget, is_given = tokens_per_batch or MOST_TOKENS[workers.device], tokens_per_batch is not None
     with Sums(candidates.summands(), budget, folder=work_folder, fixed_budget=is_given) as sums:
         read = partial(read_for_fit, records, sums.tokens_per_batch, sums.done)
-        begin = partial(begin_summing, load, workers.device, "contents", tokens_per_batch, options)
+        summing = summing_options(options)
+        begin = partial(begin_summing, load, workers.device, "contents", tokens_per_batch, summing)
         lost: list[Entry] = []
         last = _follow(run(stream(read), begin, workers), progress, partial(_add_window, sums, lost))
         if left_out is not None:

@@ -156,7 +156,7 @@ def begin_summing(
         column: name of the column that holds the letters.
         tokens_per_batch: number of tokens, padding included, that a batch holds at most; by default what half
             of the worker's free memory takes.
-        options: options of `rd_torch.fit`.
+        options: options of `rd_torch.fit` on which the sums depend.
 
     Returns:
         The step: it makes one row of moments of a table.
