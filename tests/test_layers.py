@@ -15,8 +15,8 @@ from helpers import random_esm2, random_sequence, random_stages, tokens_of
 from safetensors import safe_open
 
 import rd_torch
-from rd_torch import Level, Nesting, RDModel, TransformersBackbone, TransformersEncoder
-from rd_torch.backbone import ESM2, Packing, Taken, as_family, run_backbones
+from rd_torch import Level, Nesting, RDModel, TransformersBackbone, TransformersEncoder, hardware
+from rd_torch.backbone import ESM2, Packing, Taken, as_family, engine, run_backbones
 from rd_torch.backbone.engine import Engine
 from rd_torch.cli import main
 from rd_torch.levels import ALPHABET
@@ -120,16 +120,22 @@ def test_prefixes_are_equal_to_the_bit_whatever_runs(final_norm, tokens):
         assert torch.equal(model.truncate(level)(tokens).embeddings, prefix)
 
 
+@each_norm
 @torch.no_grad()
-def test_a_hidden_layer_is_what_the_formula_says(tokens):
-    """The chain of raw hidden states that the oracle computes, nested by hand in float64."""
-    model = chain(("a", "b@2"))
+def test_a_hidden_layer_is_what_the_formula_says(final_norm, tokens, monkeypatch):
+    """The chain of raw hidden states that the oracle computes, nested by hand in float64, by either path."""
+    model = chain(("a", "b@2"), final_norm=final_norm)
     a, b = random_esm2(2, 32, 4), random_esm2(5, 48, 4, seed=1)
     x = a(tokens, repr_layers=[2])["representations"][2].double()
-    y = b.emb_layer_norm_after(b(tokens, repr_layers=[2])["representations"][2]).double()
+    y = b(tokens, repr_layers=[2])["representations"][2]
+    y = (b.emb_layer_norm_after(y) if final_norm else y).double()
     stage = random_stages(widths={"a": 32, "b": 48}, added=16)[0]
     expected = torch.cat([x, (y - x @ stage.W - stage.b - stage.m) @ stage.V], -1)
     real = tokens != ALPHABET.padding_idx
+    assert (model(tokens).embeddings[real] - expected[real]).abs().max() <= 1e-4
+    monkeypatch.setattr(engine, "_compile_parts", lambda kind: (kind.begin, kind.finish))
+    monkeypatch.setattr(hardware, "has_engine", lambda device: True)
+    assert model.prepare_inference()._prepared._engine is not None
     assert (model(tokens).embeddings[real] - expected[real]).abs().max() <= 1e-4
 
 
@@ -324,8 +330,6 @@ def test_chains_without_hidden_layers_are_what_they_were():
 
 
 def test_the_engine_takes_hidden_layers_too(monkeypatch, tokens):
-    from rd_torch.backbone import engine
-
     monkeypatch.setattr(engine, "_compile_parts", lambda kind: (kind.begin, kind.finish))
     for final_norm in (True, False):
         model = chain(final_norm=final_norm)
