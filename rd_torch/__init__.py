@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from rd_torch.predictor import Predictor
     from rd_torch.reading import Fasta, Proteins
     from rd_torch.reconstruct import Reconstruction
+    from rd_torch.searching import build_index, open_index, search
     from rd_torch.solve import concat_pca, solve_stages
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
@@ -78,6 +79,7 @@ _HOMES = {
     "TransformersForSequenceClassification": "huggingface",
     "TransformersForTokenClassification": "huggingface",
     "align_labels": "heads",
+    "build_index": "searching",
     "change_basis": "basis",
     "choose_layers": "choosing",
     "cluster": "cluster",
@@ -88,9 +90,11 @@ _HOMES = {
     "export": "exporting",
     "fit": "fitting",
     "fit_stores": "fitting_stores",
+    "open_index": "searching",
     "open_store": "store",
     "plot_store": "plotting",
     "pretrained": "pretrained",
+    "search": "searching",
     "similarity": "comparing",
     "solve_stages": "solve",
 }
@@ -126,6 +130,7 @@ __all__ = [
     "TransformersForSequenceClassification",
     "TransformersForTokenClassification",
     "align_labels",
+    "build_index",
     "change_basis",
     "choose_layers",
     "cluster",
@@ -136,9 +141,11 @@ __all__ = [
     "export",
     "fit",
     "fit_stores",
+    "open_index",
     "open_store",
     "plot_store",
     "pretrained",
+    "search",
     "similarity",
     "solve_stages",
 ]

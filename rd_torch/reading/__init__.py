@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from rd_torch.reading.items import entries_of, sequences_of
 from rd_torch.reading.proteins import Fasta, Proteins
+from rd_torch.reading.rows import Cells, read_cells
 
-__all__ = ["Fasta", "Proteins", "entries_of", "sequences_of"]
+__all__ = ["Cells", "Fasta", "Proteins", "entries_of", "read_cells", "sequences_of"]

@@ -1,0 +1,222 @@
+"""The commands `rd-torch index` and `rd-torch search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rd_torch.cli.command import Command, option
+from rd_torch.cli.reading import proteins_argument, reading_options, report_failures, take_proteins
+from rd_torch.cli.shared import budget_option, device_option, find_device, load_model, model_option
+
+if TYPE_CHECKING:
+    from rd_torch.model import RDModel
+    from rd_torch.searching import Index
+
+
+@click.command(cls=Command)
+@click.argument("stores", nargs=-1, required=True, metavar="STORES...", type=click.Path(path_type=Path))
+@option(
+    "-o",
+    "--output",
+    group="Output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write, for example proteome.index.",
+)
+@option(
+    "--add",
+    group="Output",
+    is_flag=True,
+    help="Add the proteins to the index that is at OUTPUT already. The mean that similarities are taken from "
+    "stays what it was.",
+)
+@option(
+    "--width",
+    group="Model",
+    type=int,
+    metavar="K",
+    show_default="width of the first level",
+    help="Number of first features that the first stage of a search compares.",
+)
+@option(
+    "--model",
+    group="Model",
+    metavar="MODEL",
+    show_default="the one that the stores name",
+    help="Model that made the stores. It does not run: the index notes which part the first stage needs.",
+)
+def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None, model: str | None) -> None:
+    """Index the proteins of embedding files for rd-torch search.
+
+    \b
+      rd-torch embed proteome.fasta -o proteome.parquet
+      rd-torch index proteome.parquet -o proteome.index
+      rd-torch index more.parquet -o proteome.index --add
+
+    STORES are files or folders that rd-torch embed wrote with one model and one way to pool. They stay where
+    they are, because a search reads the best candidates' whole vectors from them.
+
+    Up to a million proteins, a search compares each query with every one of them. Beyond, proteins lie in
+    clusters, and a search looks at the nearest clusters alone.
+    """
+    from rd_torch.searching import add_to_index, build_index
+
+    if add:
+        if width is not None or model is not None:
+            raise ValueError("expected --width and --model when an index is made, got them with --add")
+        for store in stores:
+            with add_to_index(output, store) as made:
+                count = len(made)
+    else:
+        with build_index(stores, output, width=width, model=_load(model, stores[0])) as made:
+            count = len(made)
+    click.echo(f"Indexed {count:,} proteins in {output}.", err=True)
+
+
+def _load(name: str | None, store: Path) -> RDModel | None:
+    """Load the model that made a store; None where the store names one that cannot be had."""
+    from rd_torch.store import open_store
+
+    with open_store(store) as opened:
+        facts = opened.facts
+    if facts is None or (name is None and not facts.model):
+        return None
+    try:
+        return load_model(name or facts.model, facts.levels[-1], facts.backbone_dtype, "cpu")
+    except (OSError, ValueError):
+        if name is not None:
+            raise
+        click.echo(
+            f"The model {facts.model} is not here. A search by the first stage alone will load all of it; "
+            "--model names it here.",
+            err=True,
+        )
+        return None
+
+
+@click.command(cls=Command)
+@proteins_argument
+@click.argument("index", metavar="INDEX", type=click.Path(path_type=Path))
+@option(
+    "-o",
+    "--output",
+    group="Output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Table to write: .tsv with a header row, or .jsonl with an object in each line.",
+)
+@option(
+    "--format",
+    "columns",
+    group="Output",
+    metavar="COLUMN,...",
+    show_default="query,target,rank,similarity,first_similarity",
+    help="Columns of the table of hits. There is query_length, too.",
+)
+@option("-k", "k", group="Search", type=click.IntRange(min=1), default=10, help="Hits for each query.")
+@option(
+    "--candidates",
+    group="Search",
+    type=click.IntRange(min=1),
+    default=300,
+    help="Proteins that the first stage hands to the second.",
+)
+@option(
+    "--first-stage-only",
+    group="Search",
+    is_flag=True,
+    help="Compare the first features alone. Larger backbones do not run then.",
+)
+@option(
+    "--labels",
+    "table",
+    group="Labels",
+    type=click.Path(path_type=Path),
+    help="Table of labels of indexed proteins, identifiers in its first column. Then only these proteins are "
+    "searched, and the output has the labels of each query.",
+)
+@option(
+    "--label-column",
+    group="Labels",
+    metavar="NAME",
+    show_default="the second of two",
+    help="Column of the labels.",
+)
+@option(
+    "--reliability",
+    "least",
+    group="Labels",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    help="Give no label that is less reliable, which is the share of labelled neighbours as near that have a "
+    "label in common.",
+)
+@model_option
+@reading_options
+@device_option
+@budget_option
+def search(
+    paths: tuple[str, ...],
+    index: Path,
+    output: Path,
+    table: Path | None,
+    label_column: str | None,
+    **options: Any,
+) -> None:
+    """Find proteins that are near others by their embeddings.
+
+    \b
+      rd-torch search queries.fasta proteome.index -o hits.tsv
+      rd-torch search queries.fasta proteome.index -o hits.jsonl --first-stage-only
+      rd-torch search queries.fasta proteome.index -o labels.tsv --labels families.tsv
+
+    INDEX is a folder that rd-torch index wrote. The queries are embedded by its model on the way. A first
+    stage compares their first features with those of all indexed proteins, and a second one compares the
+    whole vectors of the best candidates. Similarities are cosines, from -1 to 1, of distances from the mean
+    of the indexed proteins.
+
+    With --labels a query takes the labels of the proteins near it. The reliability of a label is the share
+    of labelled proteins of the index as near as these that have a label in common. Where nothing is near
+    enough, the label is empty.
+
+    If the command is interrupted, run it again: it continues where it stopped.
+    """
+    from rd_torch.cli.progress import ResidueBar
+    from rd_torch.searching import columns_of, open_index, read_labels, search_to_file
+    from rd_torch.store import failure_list
+
+    columns = columns_of(options.pop("columns"))
+    labels = None if table is None else read_labels(table, label_column)
+    model, device = options.pop("model"), options.pop("device")
+    proteins = take_proteins(paths, options | {"cluster": None})
+    for rule in ("identifier", "sequence_column", "identifier_column"):
+        options.pop(rule)
+    find_device(device)
+    with open_index(index) as opened, ResidueBar(proteins) as bar:
+        chain = _load_for(opened, model, device, options["first_stage_only"])
+        failures = search_to_file(
+            chain,
+            bar.count_read(proteins.entries("word")),
+            opened,
+            output,
+            columns=columns,
+            labels=labels,
+            progress=bar,
+            **options,
+        )
+    click.echo(f"Wrote {'the labels' if labels else 'the hits'} to {output}.", err=True)
+    report_failures(failure_list(output), len(failures))
+
+
+def _load_for(opened: Index, name: str | None, device: str | None, first_alone: bool) -> RDModel:
+    """Load the model of an index, or what the first stage needs of it where the index knows that part."""
+    facts, parts = opened.config.facts, opened.config.parts
+    level = next(iter(parts)) if first_alone and parts else facts.levels[-1]
+    name = name or facts.model
+    if not name:
+        raise ValueError(f"expected --model, because {opened.path} does not name its model, got none")
+    click.echo(f"Model {name}, level {level}", err=True)
+    return load_model(name, level, facts.backbone_dtype, device)

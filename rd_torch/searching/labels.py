@@ -1,0 +1,170 @@
+"""Label transfer: labels of the proteins near a query, and how reliable they are at that distance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from rd_torch.reading import read_cells
+from rd_torch.searching.finding import Finder, Near
+from rd_torch.searching.hits import Transferred
+
+PROTEINS_COMPARED: Final = 2_000
+"""Number of labelled proteins, evenly spread, by whose neighbours reliability is known."""
+
+LEAST_LABELLED: Final = 20
+"""Number of labelled proteins below which nothing can be said of reliability."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of proteins.
+
+    Attributes:
+        by_name: the labels of each protein, by its identifier.
+        name: what the labels are called.
+    """
+
+    by_name: Mapping[str, frozenset[str]]
+    name: str
+
+
+def read_labels(path: str | Path, column: str | None = None) -> Labels:
+    """Read a table of labels: identifiers in the first column, labels in another one.
+
+    A protein may stand in several rows, and then has several labels. Rows without a label are left out.
+
+    Args:
+        path: the table, as `read_cells` reads it.
+        column: name of the column with the labels; by default the second one of two.
+
+    Raises:
+        FileNotFoundError: where there is no table.
+        ValueError: for a table without such columns, without labels, or that does not read.
+    """
+    cells = read_cells(path)
+    place = _label_place(cells.header, column, path)
+    found: dict[str, set[str]] = {}
+    for row in cells.rows:
+        if row[place]:
+            found.setdefault(row[0], set()).add(row[place])
+    if not found:
+        raise ValueError(f"expected labels in {path}, got none")
+    return Labels({name: frozenset(labels) for name, labels in found.items()}, cells.header[place])
+
+
+def _label_place(header: Sequence[str], column: str | None, path: str | Path) -> int:
+    """Return the place of the column with the labels."""
+    listed = ", ".join(map(repr, header)) or "none"
+    if column is None:
+        if len(header) != 2:
+            raise ValueError(
+                f"expected two columns, identifiers and labels, got {listed} in {path}: name that of the "
+                "labels with --label-column"
+            )
+        return 1
+    if column not in header[1:]:
+        raise ValueError(f"expected a column {column!r} behind the first, got {listed} in {path}")
+    return header.index(column)
+
+
+class LabelTransfer:
+    """Gives queries the labels of labelled proteins near them, with a reliability.
+
+    The reliability of a similarity is the share of labelled neighbours as near as this that have a label in
+    common. It is known from the index's own labelled proteins: each of up to 2,000 is compared with its own
+    neighbours, by the search that serves queries, and isotonic regression makes a curve of it that never
+    falls. So it holds for queries that resemble the labelled proteins as these resemble each other.
+
+    Args:
+        finder: finds neighbours.
+        labels: labels of proteins in the index; others are of no use.
+        least: reliability below which nothing counts as near.
+
+    Attributes:
+        known: number of proteins in the index that have a label.
+        threshold: smallest similarity whose reliability is at least `least`; infinite where there is none.
+
+    Raises:
+        ValueError: for fewer than 20 labelled proteins in the index, or a reliability that is no share.
+        ModuleNotFoundError: where scikit-learn is not installed.
+    """
+
+    def __init__(self, finder: Finder, labels: Labels, least: float = 0.5) -> None:
+        if not 0 <= least <= 1:
+            raise ValueError(f"expected a reliability from 0 to 1, got {least}")
+        self._finder, self._least = finder, least
+        self._of = {
+            place: labels.by_name[name]
+            for place, name in enumerate(finder.index.identifiers)
+            if name in labels.by_name
+        }
+        self.known = len(self._of)
+        if self.known < LEAST_LABELLED:
+            raise ValueError(
+                f"expected labels of {LEAST_LABELLED} proteins or more of {finder.index.path}, got "
+                f"{self.known} of {len(labels.by_name):,} identifiers that it has"
+            )
+        self._places = np.fromiter(self._of, np.int64)
+        self._curve = self._calibrate()
+        grid = self._curve.X_thresholds_[self._curve.y_thresholds_ >= least]
+        self.threshold = float(grid.min()) if len(grid) else float("inf")
+
+    def _calibrate(self) -> Any:
+        """Return the curve from similarity to reliability."""
+        try:
+            from sklearn.isotonic import IsotonicRegression
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "expected scikit-learn to tell how reliable labels are, got none: pip install "
+                "rd_torch[search]"
+            ) from error
+        chosen = self._places[:: max(1, self.known // PROTEINS_COMPARED)]
+        pairs = [
+            pair for places, rows in self._finder.index.rows(chosen) for pair in self._pairs(places, rows)
+        ]
+        similarities, shared = zip(*pairs, strict=True)
+        return IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(similarities, shared)
+
+    def _pairs(self, places: np.ndarray, rows: np.ndarray) -> Iterator[tuple[float, bool]]:
+        """Yield similarities of proteins to their labelled neighbours, and whether these share a label."""
+        neighbours = self._finder.near(np.asarray(rows, np.float32), self._places, self._finder.k + 1)
+        for place, near in zip(map(int, places), neighbours, strict=True):
+            for other, similarity in zip(map(int, near.places), near.similarities, strict=True):
+                if other != place:
+                    yield float(similarity), bool(self._of[place] & self._of[other])
+
+    def of(self, query: str, near: Near) -> Iterator[Transferred]:
+        """Yield the labels of a query, most reliable first; one without a label where nothing is near.
+
+        Args:
+            query: name of the query.
+            near: the labelled proteins near it.
+        """
+        reliabilities = self._curve.predict(near.similarities) if len(near.places) else np.zeros(0)
+        best: dict[str, Transferred] = {}
+        for place, similarity, reliability in zip(near.places, near.similarities, reliabilities, strict=True):
+            if reliability < self._least:
+                continue
+            for label in sorted(self._of[int(place)]):
+                first = best.get(label)
+                if first is None:
+                    name = self._finder.index.identifiers[place]
+                    best[label] = Transferred(query, label, float(reliability), float(similarity), name, 1)
+                else:
+                    best[label] = first._replace(support=first.support + 1)
+        if best:
+            yield from sorted(best.values(), key=lambda each: (-each.similarity, -each.support, each.label))
+            return
+        nearest = self._finder.index.identifiers[near.places[0]] if len(near.places) else ""
+        similarity = float(near.similarities[0]) if len(near.places) else 0.0
+        reliability = float(reliabilities[0]) if len(near.places) else 0.0
+        yield Transferred(query, "", reliability, similarity, nearest, 0)
+
+    def near(self, vectors: np.ndarray) -> list[Near]:
+        """Return the labelled proteins near vectors."""
+        return self._finder.near(vectors, self._places)
