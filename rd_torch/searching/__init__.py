@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rd_torch.searching.building import add_to_index, build_index
+    from rd_torch.searching.filing import search_to_file
     from rd_torch.searching.finding import Finder
     from rd_torch.searching.hits import COLUMNS, Hit, Transferred, columns_of
     from rd_torch.searching.index import Index, open_index
-    from rd_torch.searching.jobs import search, search_to_file, transfer_labels
+    from rd_torch.searching.jobs import search, transfer_labels
     from rd_torch.searching.labels import Labels, read_labels
 
 _HOMES = {
@@ -29,7 +30,7 @@ _HOMES = {
     "open_index": "index",
     "read_labels": "labels",
     "search": "jobs",
-    "search_to_file": "jobs",
+    "search_to_file": "filing",
     "transfer_labels": "jobs",
 }
 

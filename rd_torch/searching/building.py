@@ -14,13 +14,12 @@ from safetensors.numpy import save_file
 from rd_torch.disk import require_folder, write_whole
 from rd_torch.model import RDModel
 from rd_torch.pooling import pools_of
+from rd_torch.searching.config import IndexConfig, Source
 from rd_torch.searching.index import (
     MEAN,
     MEAN_FILE,
     ROWS_READ,
     Index,
-    IndexConfig,
-    Source,
     load_faiss,
     read_vectors,
     to_units,
