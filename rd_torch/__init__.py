@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rd_torch import cluster, pretrained
+    from rd_torch import cluster, pretrained, variants
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
     from rd_torch.basis import change_basis
     from rd_torch.choosing import choose_layers
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from rd_torch.solve import concat_pca, solve_stages
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
+    from rd_torch.variants import embed_variants, plot_variants, score_variants
 
 # The module in which each public name lives.
 _HOMES = {
@@ -85,14 +86,18 @@ _HOMES = {
     "concat_pca": "solve",
     "embed": "embedding",
     "embed_to_store": "embedding",
+    "embed_variants": "variants",
     "export": "exporting",
     "fit": "fitting",
     "fit_stores": "fitting_stores",
     "open_store": "store",
     "plot_store": "plotting",
+    "plot_variants": "variants",
     "pretrained": "pretrained",
+    "score_variants": "variants",
     "similarity": "comparing",
     "solve_stages": "solve",
+    "variants": "variants",
 }
 
 __all__ = [
@@ -133,14 +138,18 @@ __all__ = [
     "concat_pca",
     "embed",
     "embed_to_store",
+    "embed_variants",
     "export",
     "fit",
     "fit_stores",
     "open_store",
     "plot_store",
+    "plot_variants",
     "pretrained",
+    "score_variants",
     "similarity",
     "solve_stages",
+    "variants",
 ]
 
 

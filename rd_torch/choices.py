@@ -12,6 +12,7 @@ SpecialRows: TypeAlias = Literal["maps", "larger"]
 Criterion: TypeAlias = Literal["rank", "added", "labels"]
 Method: TypeAlias = Literal["rd", "naive"]
 Storage: TypeAlias = Literal["included", "referenced"]
+Scoring: TypeAlias = Literal["wild-type", "masked", "masked-jointly", "pseudo-likelihood"]
 
 FloatType: TypeAlias = Literal["float32", "float16", "bfloat16"]
 """The types of number that backbones compute in and stores hold, as PyTorch names them."""

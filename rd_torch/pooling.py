@@ -23,6 +23,9 @@ Pools: TypeAlias = str | Sequence[str]
 
 POOLS: Final[tuple[Pool, ...]] = get_args(Pool)
 
+VARIANT_POOLS: Final = ("sites", "mean-difference", "sites-difference")
+"""Ways to pool that only variants of a wild type have; `rd_torch.embed_variants` describes them."""
+
 
 def pool_name(pools: Pools) -> str:
     """Join ways to pool to the name that stores have for them, such as `mean`, `mean+max` or `none`.

@@ -12,6 +12,7 @@ from rd_torch.cli.embedding import embed
 from rd_torch.cli.environment import env
 from rd_torch.cli.fitting import fit
 from rd_torch.cli.plotting import plot
+from rd_torch.cli.variants import variants
 
 
 @click.group(
@@ -28,5 +29,5 @@ def main() -> None:
     """
 
 
-for command in (embed, combine, plot, fit, info, export, download, verify, convert, env):
+for command in (embed, combine, plot, variants, fit, info, export, download, verify, convert, env):
     main.add_command(command)

@@ -4,5 +4,14 @@ from __future__ import annotations
 
 from rd_torch.reading.items import entries_of, sequences_of
 from rd_torch.reading.proteins import Fasta, Proteins
+from rd_torch.reading.tables import delimiter_of
+from rd_torch.reading.text import open_source
 
-__all__ = ["Fasta", "Proteins", "entries_of", "sequences_of"]
+__all__ = [
+    "Fasta",
+    "Proteins",
+    "delimiter_of",
+    "entries_of",
+    "open_source",
+    "sequences_of",
+]
