@@ -141,7 +141,7 @@ def plot_landscapes(landscape: Landscape, output: Path, title: str = "") -> None
     longest = ceil((stop - start) / ceil((stop - start) / POSITIONS_IN_A_ROW))
     pieces = [(begin, min(begin + longest, stop)) for begin in range(start, stop, longest)]
     rows = len(pieces) * len(landscape.levels)
-    figure = Figure(figsize=(2.2 + 0.15 * max(longest, 24), 1.0 + 3.3 * rows), facecolor="white")
+    figure = Figure(figsize=(1.6 + 0.15 * max(longest, 24), 1.0 + 3.3 * rows), facecolor="white")
     figure.set_layout_engine("constrained")
     figure.suptitle(title, fontsize=LARGE, color=INK, fontweight="bold")
     grid = figure.add_gridspec(rows, 1)
@@ -166,10 +166,12 @@ def _draw(
 
     start, stop = piece
     colours = colormaps["RdBu"].with_extremes(bad=MISSING)
-    values = landscape.scores[level, start:stop].T
-    drawn = ax.imshow(values, cmap=colours, vmin=-limit, vmax=limit, aspect="equal", interpolation="nearest")
+    values = landscape.scores[level, start:stop].T.copy()
     letters = landscape.wild_type[start:stop]
     known = [(place, ORDER.index(letter)) for place, letter in enumerate(letters) if letter in ORDER]
+    for place, row in known:
+        values[row, place] = 0  # the wild type against itself
+    drawn = ax.imshow(values, cmap=colours, vmin=-limit, vmax=limit, aspect="equal", interpolation="nearest")
     ax.scatter([place for place, _ in known], [row for _, row in known], s=5, color=INK, linewidths=0)
     numbers = range(start + landscape.first, stop + landscape.first)
     marked = [place for place, number in enumerate(numbers) if number % 10 == 0 or place == 0]

@@ -26,7 +26,12 @@ _WILD_TYPES: Final = frozenset(
 
 _MISSING: Final = frozenset(("", "na", "n/a", "nan", "none", "null", "<na>", "#n/a", "-"))
 
-_REFERENCE: Final = re.compile(r"(?P<reference>[^\s:]+):(?=[a-z]\.)")
+# Accessions of RefSeq, Ensembl, LRG and UniProt, and no other word: a variant before `:p.` must not be lost.
+_REFERENCE: Final = re.compile(
+    r"(?P<reference>(?:[NXYWA][PMRCG]_\d+(?:\.\d+)?|ENS[A-Z]*\d+(?:\.\d+)?|LRG_\d+(?:[pt]\d+)?"
+    r"|[OPQ]\d[A-Z0-9]{3}\d(?:-\d+)?|[A-NR-Z]\d(?:[A-Z][A-Z0-9]{2}\d){1,2}(?:-\d+)?)"
+    r"(?:\([\w-]+\))?):(?=[a-z]\.)"
+)
 _OTHER_MOLECULE: Final = re.compile(r"[cgmnor]\.")
 _SEPARATOR: Final = re.compile(r"\s*[:,;/_+]\s*|\s+")
 _CHANGE: Final = re.compile(
@@ -64,7 +69,7 @@ class Written(NamedTuple):
 
     Attributes:
         changes: its substitutions, in the order of the text; none for the wild type.
-        reference: the accession before `:p.`, in HGVS; empty where there is none.
+        reference: the accession before `:p.` in HGVS; empty where there is none.
     """
 
     changes: tuple[Change, ...]
@@ -96,8 +101,7 @@ def read_notation(text: str) -> Written:
     if inner.lower() in _WILD_TYPES:
         return Written(())
     reference = ""
-    found = _REFERENCE.match(inner)
-    if found and not any(map(_CHANGE.fullmatch, _SEPARATOR.split(found["reference"]))):
+    if found := _REFERENCE.match(inner):
         reference, inner = found["reference"], inner[found.end() :]
         if inner.lower() in _WILD_TYPES:
             return Written((), reference)
