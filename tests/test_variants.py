@@ -232,6 +232,31 @@ def test_one_string_is_not_several_variants(shipped):
         rd_torch.score_variants(shipped, "MKV", "K2R")
 
 
+def test_one_string_is_not_several_levels(shipped):
+    with pytest.raises(TypeError, match=r"put it in a list, \['1M'\]"):
+        rd_torch.score_variants(shipped, "MKV", ["K2R"], levels="1M")
+
+
+def test_numbers_that_are_none_are_refused():
+    model = small_model()
+    with torch.no_grad():
+        model.backbones["c"].lm_head.bias[5] = torch.nan
+    with pytest.raises(ValueError, match="expected finite probabilities of level c, got NaN or infinity"):
+        rd_torch.score_variants(model, "MKV", ["K2R"])
+
+
+def test_unknown_letters_count_for_nothing_in_a_pseudo_likelihood(shipped):
+    plain = rd_torch.score_variants(shipped, "MKVX", ["K2R"], scoring="pseudo-likelihood")["1M"][0]
+    rows = {
+        text: [
+            log_probabilities(shipped, "1M", text, [site])[site, ALPHABET.get_idx(text[site])]
+            for site in range(3)
+        ]
+        for text in ("MRVX", "MKVX")
+    }
+    assert abs(plain - float(sum(rows["MRVX"]) - sum(rows["MKVX"]))) < TOLERANCE
+
+
 def test_levels_without_a_head_are_refused():
     with pytest.raises(ValueError, match="expected a level that is the last layer of its backbone.*got b@2"):
         rd_torch.score_variants(layered_model(), "MKV", ["K2R"], levels=["b@2"])

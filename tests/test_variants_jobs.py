@@ -69,7 +69,7 @@ def test_rows_without_a_score_stay_and_are_listed(tmp_path):
     path.write_text(f"mutant,score\n{SINGLE[0]},1\nW999A,2\nK2del,3\nonly\nWT,5\n")
     result = run(path, "--sequence", WILD, "-o", output)
     assert result.exit_code == 3
-    assert "3 rows have no score." in result.stderr
+    assert "Rows without a score: 3." in result.stderr
     assert column(output, "mutant") == [SINGLE[0], "W999A", "K2del", "WT"]
     scores = column(output, "masked_1M")
     assert scores[1:] == ["", "", "0.000000"]
@@ -99,12 +99,24 @@ def test_a_table_of_which_nothing_fits_is_an_error_with_the_offset_that_would(tm
     path.write_text("mutant\n" + "".join(f"{each.name}\n" for each in all_single(WILD, 101)))
     result = run(path, "--sequence", WILD, "-o", tmp_path / "scores.csv")
     assert result.exit_code == 1
-    assert (
-        "got 456 rows without one, of which the first says: expected a position from 1 to 24" in result.stderr
-    )
-    assert "number 101 (--offset 100)" in result.stderr
+    assert "got 0 in 456 rows; the first without says: expected a position from 1 to 24" in result.stderr
+    assert "number 101, which is --offset 100" in result.stderr
     assert not (tmp_path / "scores.csv").exists()
     assert run(path, "--sequence", WILD, "-o", tmp_path / "scores.csv", "--offset", "100").exit_code == 0
+
+
+def test_letters_that_fit_by_chance_are_not_scored(tmp_path):
+    path, variants = tmp_path / "a.csv", [each.name for each in all_single(WILD, 2)]
+    path.write_text("\n".join(["mutant", *variants]))
+    fitting = [each for each in variants if WILD[int(each[1:-1]) - 1 :][:1] == each[0]]
+    assert fitting
+    result = run(path, "--sequence", WILD, "-o", tmp_path / "scores.csv")
+    assert result.exit_code == 1
+    assert f"got {len(fitting)} in 456 rows" in result.stderr
+    assert "--offset 1 without" in result.stderr
+    result = run(path, "--sequence", WILD, "--embeddings", tmp_path / "v.h5")
+    assert result.exit_code == 1
+    assert f"got {len(fitting)} in 456 rows" in result.stderr
 
 
 def test_zero_based_positions_are_those_of_one_less(tmp_path):
@@ -139,6 +151,8 @@ def test_the_wild_type_is_one_record_of_a_file(tmp_path, table):
         (("-o", "scores.xlsx"), "expected a table that ends in .csv or .tsv, got 'scores.xlsx'"),
         (("-o", "nowhere/scores.csv"), "expected a folder nowhere to write to"),
         (("-o", "scores.csv", "--level", "650M"), "expected level to be one of '28K'"),
+        (("-o", "scores.csv", "--level", "28K,28K"), "each level once, or as all, got '28K,28K'"),
+        (("-o", "assay.csv"), "expected another output than the table of variants, got assay.csv for both"),
         (("-o", "scores.csv", "--all-single"), "expected TABLE or --all-single, got both"),
         (("-o", "scores.csv", "--wild-type", "x.fasta"), "FASTA or --sequence, got both"),
         (("-o", "scores.csv", "--heat-map", "m.gif"), "expected a picture that ends in .png"),
@@ -345,7 +359,7 @@ def test_the_command_embeds_and_lists_what_it_cannot(tmp_path, shipped):
         path, "--sequence", WILD, "--embeddings", store, "--pool", "mean,sites-difference", "--width", 48
     )
     assert result.exit_code == 3
-    assert "1 variants were left out." in result.stderr
+    assert "Left out 1 of the variants." in result.stderr
     rd_torch.embed_variants(
         shipped, WILD, SINGLE[:2], tmp_path / "p.parquet", pool=["mean", "sites-difference"], width=48
     )

@@ -121,6 +121,7 @@ def test_what_is_no_substitution_is_refused_with_the_reason(text, reason):
         ("K-1R", 1, "got -1"),
         ("K2R:K2I", 1, "expected each position once, got 2 twice: 'K2R:K2I'"),
         ("K2R:K2R", 1, "expected each position once, got 2 twice"),
+        ("A21X", 1, "got X, which is unknown"),
     ],
 )
 def test_what_does_not_fit_the_wild_type_is_refused_by_the_users_own_numbers(text, first, reason):
@@ -135,6 +136,17 @@ def test_an_earlier_variant_is_never_taken_for_an_accession():
     for text in ("K2R:A:p.V3I", "K2:p.V3I", "Lys2:p.V3I", "P2:p.V3I", "PTEN:p.V3I"):
         with pytest.raises(ValueError, match="expected substitutions such as"):
             read_notation(text)
+
+
+@pytest.mark.parametrize("letter", ["X", "B", "Z"])
+def test_an_unknown_letter_of_the_wild_type_is_nothing_to_compare_with(letter):
+    message = f"expected an amino acid of the wild type at position 24, got {letter}"
+    with pytest.raises(ValueError, match=message):
+        read_variant(f"{letter}24A", f"{letter}KV", 24)
+    with pytest.raises(ValueError, match=message):
+        compare_sequence("AKV", f"{letter}KV", "", 24)
+    assert read_variant(f"{letter}24=", f"{letter}KV", 24).substitutions == ()
+    assert read_variant("K2U", "MKV").substitutions == ((1, "K", "U"),)
 
 
 @pytest.mark.parametrize(("first", "text"), [(0, "K1R"), (1, "K2R"), (24, "K25R"), (-3, "K-2R")])
@@ -186,7 +198,7 @@ def test_a_wild_type_is_read_as_people_write_it():
 
 def test_all_single_is_every_substitution_once():
     found = list(all_single("MKX", first=24))
-    assert len(found) == len({each.name for each in found}) == 19 + 19 + 20
+    assert len(found) == len({each.name for each in found}) == 19 + 19
     assert [each.mutate("MKX") for each in found] == [
         compare_sequence(each.mutate("MKX"), "MKX", "").mutate("MKX") for each in found
     ]
@@ -332,13 +344,22 @@ def test_the_offset_that_fits_all_rows_is_found(tmp_path, first):
     rows = [each.name for each in all_single(WILD, first)][::7]
     table = VariantTable(write(tmp_path / "a.csv", "mutant", *rows), WILD)
     assert table.hint() == (
-        f": they fit where the wild type's first residue has number {first} (--offset {first - 1})"
+        f": they fit where the wild type's first residue has number {first}, which is --offset {first - 1} "
+        "without --zero-based"
     )
 
 
 def test_no_offset_is_named_where_none_or_several_fit(tmp_path):
     assert VariantTable(write(tmp_path / "a.csv", "mutant", "A5G"), "AAAA").hint() == ""
     assert VariantTable(write(tmp_path / "b.csv", "mutant", "W5G", "K6R"), "MKV").hint() == ""
+
+
+@pytest.mark.parametrize(("wrong", "found"), [(1, True), (3, False)])
+def test_the_offset_is_found_although_some_letters_are_wrong_and_others_fit_by_chance(tmp_path, wrong, found):
+    rows = [each.name for each in all_single(WILD, 3)][::19][:10]
+    rows[:wrong] = [f"{'A' if each[0] != 'A' else 'C'}{each[1:-1]}D" for each in rows[:wrong]]
+    assert bool(VariantTable(write(tmp_path / "a.csv", "mutant", *rows), WILD).hint()) is found
+    assert VariantTable(tmp_path / "a.csv", WILD, first=3).hint() == ""
 
 
 def test_the_data_at_hand_fit_their_wild_types(data):

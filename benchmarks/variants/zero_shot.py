@@ -31,6 +31,7 @@ from scipy.stats import rankdata
 import rd_torch
 from benchmarks.options import add_data_option, add_model_option, data_folder, new_parser
 from benchmarks.result import ROOT, Row, environment, report_progress, write_result
+from rd_torch.choices import Scoring
 from rd_torch.letters import Corrections, read_residues
 from rd_torch.variants import SCORINGS, Variant, VariantTable
 
@@ -137,7 +138,7 @@ def row_of(assay: Assay, scoring: str, scores: Mapping[str, np.ndarray], seconds
     }
 
 
-def measure(model: rd_torch.RDModel, assay: Assay, scorings: Sequence[str]) -> Iterator[Row]:
+def measure(model: rd_torch.RDModel, assay: Assay, scorings: Sequence[Scoring]) -> Iterator[Row]:
     """Yield the row of each way to score an assay's variants."""
     for scoring in scorings:
         start = time.perf_counter()
@@ -165,7 +166,8 @@ def main() -> None:
     known = supervised_scores()
     for assay in read_assays(data, arguments.variants):
         several = max(len(each.sites) for each in assay.variants) > 1
-        asked = [(assay, [each for each in SCORINGS[:3] if several or each != "masked-jointly"])]
+        ways = [each for each in SCORINGS[:3] if several or each != "masked-jointly"]
+        asked: list[tuple[Assay, list[Scoring]]] = [(assay, ways)]
         if len(assay.wild_type) <= LONGEST_FOR_ALL_SITES and arguments.few:
             asked.append((assay.few(arguments.few), ["masked", "pseudo-likelihood"]))
         for part, scorings in asked:

@@ -158,12 +158,12 @@ def variants(
     rows = open_rows(table, wild_type_of(fasta, record, sequence), options)
     _require_outputs(output, embeddings, options)
     name, published = options.pop("model"), take_published(options)
-    levels = options.pop("levels")
-    last = None if levels in (None, "all") else levels.split(",")[-1]
+    named = _levels_of(options.pop("levels"))
+    last = None if named in ([], ["all"]) else named[-1]
     published["trust_remote_code"] = [*map(absolute_name, options.pop("trusted"))]
     chain = load_model(name or DEFAULT_MODEL, last, options.pop("dtype"), options.pop("device"), **published)
     every = list(chain.config.widths)
-    chosen = every if levels == "all" else levels.split(",") if levels else every[-1:]
+    chosen = every if named == ["all"] else named or every[-1:]
     left_out = 0
     if output is not None:
         click.echo(f"Model {model_title(name)}, level {', '.join(chosen)}", err=True)
@@ -172,6 +172,14 @@ def variants(
         left_out += _embed(chain, rows, embeddings, name or DEFAULT_MODEL, options)
     if left_out:
         raise SystemExit(INCOMPLETE)
+
+
+def _levels_of(text: str | None) -> list[str]:
+    """Return the levels that `--level` names; raise a ValueError for one that comes twice or has no name."""
+    named = [] if text is None else [each.strip() for each in text.split(",")]
+    if "" in named or len(set(named)) < len(named):
+        raise ValueError(f"expected --level as NAME,... with each level once, or as all, got {text!r}")
+    return named
 
 
 def _require_outputs(output: Path | None, embeddings: Path | None, options: dict[str, Any]) -> None:
@@ -216,7 +224,7 @@ def _score(
     click.echo(f"Wrote the scores to {output}.", err=True)
     if left_out:
         path = failure_list(output)
-        click.echo(f"{left_out:,} rows have no score. {path} lists them with the reasons.", err=True)
+        click.echo(f"Rows without a score: {left_out:,}. {path} lists them with the reasons.", err=True)
     return left_out
 
 
@@ -247,5 +255,7 @@ def _embed(
     click.echo(f"Wrote the embeddings to {store}.", err=True)
     if failures:
         path = failure_list(store)
-        click.echo(f"{len(failures):,} variants were left out. {path} lists them with the reasons.", err=True)
+        click.echo(
+            f"Left out {len(failures):,} of the variants. {path} lists them with the reasons.", err=True
+        )
     return len(failures)

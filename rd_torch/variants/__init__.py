@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rd_torch.variants.embedding import Target, embed_table, embed_variants, variant_pool_name
-    from rd_torch.variants.filing import Request, score_table, variants_in
+    from rd_torch.variants.filing import Request, score_table
     from rd_torch.variants.heatmap import plot_variants, require_picture
     from rd_torch.variants.notation import read_notation
     from rd_torch.variants.scoring import SCORINGS, score_variants
@@ -52,7 +52,6 @@ _HOMES = {
     "score_table": "filing",
     "score_variants": "scoring",
     "variant_pool_name": "embedding",
-    "variants_in": "filing",
     "view_of": "view",
 }
 
@@ -77,7 +76,6 @@ __all__ = [
     "score_table",
     "score_variants",
     "variant_pool_name",
-    "variants_in",
     "view_of",
 ]
 

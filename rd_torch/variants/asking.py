@@ -57,8 +57,7 @@ class LanguageModel:
         level: name of the level.
 
     Raises:
-        ValueError: for a level that the chain does not have, one of a hidden layer, and a backbone without a
-            language-model head.
+        ValueError: for a level that the chain does not have, and one of a hidden layer.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class LanguageModel:
         self._folder, self._asked_budget, self._progress = folder, tokens_per_batch, progress
         self._alphabet = _with_hidden(model.alphabet)
         self._facts: bytes = b""
-        self._require_head()
 
     def letters(self, text: str) -> list[int]:
         """Return the ids of letters, by which answers are indexed."""
@@ -95,6 +93,9 @@ class LanguageModel:
             The number of each question, in any order, and `(sites, tokens)` log probabilities, of each token
             of the alphabet at each hidden site, or at each residue where none is hidden. They are float64
             numbers with the precision of the model, float32 at the least.
+
+        Raises:
+            ValueError: for a backbone without a language-model head, and one that gives no numbers.
         """
         budget, device = plan_batches(self._model.family().values(), self._asked_budget)
         start = 0
@@ -125,21 +126,21 @@ class LanguageModel:
         """Return the answer of each row of a batch."""
         require_memory(self._model.family().values(), tokens)
         logits = self._model(tokens).logits
+        if logits is None:
+            raise ValueError(
+                f"expected a backbone with a language-model head at level {self.level}, got one without: "
+                "take the model's own file, which has the head"
+            )
         hidden = tokens == self._alphabet.mask_idx
         asked = torch.where(hidden.any(1, keepdim=True), hidden, is_residue(tokens, self._alphabet))
         scores = logits[asked]
         answers = scores.to(at_least_float32(scores.dtype)).log_softmax(-1).double().cpu().numpy()
-        return np.split(answers, asked.sum(1).cumsum(0).cpu()[:-1].numpy())
-
-    def _require_head(self) -> None:
-        """Raise a ValueError where the backbone has no language-model head."""
-        (backbone,) = self._model.family().values()
-        none = backbone.logits(torch.zeros(1, backbone.embed_dim, device=backbone.device)) is None
-        if none:
+        if not np.isfinite(answers).all():
             raise ValueError(
-                f"expected a backbone with a language-model head at level {self.level}, got one of family "
-                f"{backbone.family} without: take the model's own file, which has the head"
+                f"expected finite probabilities of level {self.level}, got NaN or infinity: compute in "
+                "float32"
             )
+        return np.split(answers, asked.sum(1).cumsum(0).cpu()[:-1].numpy())
 
     def _key(self, chunk: Sequence[str]) -> str:
         """Return a name for the answers to some questions, by all that they depend on."""

@@ -32,7 +32,7 @@ from rd_torch.store import (
     format_of,
     gather,
 )
-from rd_torch.variants.tables import AllSingle, VariantTable
+from rd_torch.variants.tables import AllSingle, VariantTable, variants_in
 from rd_torch.variants.variant import Variant, read_variants, read_wild_type
 
 DIFFERENCE: Final = "-difference"
@@ -157,7 +157,14 @@ def embed_table(
     width: int | None = None,
     progress: ProgressCallback = lambda residues, before: None,
 ) -> dict[str, Failure]:
-    """Embed the variants of a table, row by row; see `embed_entries`."""
+    """Embed the variants of a table, row by row; see `embed_entries`.
+
+    Raises:
+        ValueError: for a table without a variant that can be read, or whose rows fit another numbering.
+    """
+    variant_pool_name(pool)
+    for _ in variants_in(table, table):
+        pass
 
     def entries() -> Iterator[Entry]:
         """Yield the mutated sequence of each row."""

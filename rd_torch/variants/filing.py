@@ -17,8 +17,7 @@ from rd_torch.store import Failure, failure_list, write_failures
 from rd_torch.variants.asking import LanguageModel, Progress
 from rd_torch.variants.heatmap import Landscape, plot_landscapes, require_picture
 from rd_torch.variants.scoring import Score, ask_for_scores, count_questions, groups_of, needs_of
-from rd_torch.variants.tables import AllSingle, VariantRow, VariantTable
-from rd_torch.variants.variant import Variant
+from rd_torch.variants.tables import AllSingle, VariantRow, VariantTable, variants_in
 from rd_torch.variants.view import View
 
 DELIMITERS: Final = {".csv": ",", ".tsv": "\t"}
@@ -44,10 +43,10 @@ class Request(NamedTuple):
     tokens_per_batch: int | None = None
 
 
-def sound_rows(table: VariantTable | AllSingle, request: Request | None = None) -> Iterator[VariantRow]:
+def sound_rows(table: VariantTable | AllSingle, request: Request) -> Iterator[VariantRow]:
     """Yield the rows of a table, with a fault where a request cannot score the variant."""
     for row in table:
-        if row.variant is None or request is None:
+        if row.variant is None:
             yield row
             continue
         try:
@@ -56,26 +55,6 @@ def sound_rows(table: VariantTable | AllSingle, request: Request | None = None) 
         except ValueError as error:
             row = row._replace(variant=None, fault=str(error))  # noqa: PLW2901
         yield row
-
-
-def variants_in(table: VariantTable | AllSingle, request: Request | None = None) -> Iterator[Variant]:
-    """Yield the variants of a table that can be read.
-
-    Raises:
-        ValueError: at the end, where there was none; it says why the first could not be read, and by which
-            offset they would all fit.
-    """
-    rows, sound, first = 0, 0, ""
-    for row in sound_rows(table, request):
-        rows += 1
-        if row.variant is None:
-            first = first or f"{row.fault} (line {row.line:,})"
-        else:
-            sound += 1
-            yield row.variant
-    if not sound:
-        got = f"got {rows:,} rows without one, of which the first says: {first}" if rows else "got no row"
-        raise ValueError(f"expected variants of the wild type in {table.path}, {got}{table.hint()}")
 
 
 def score_table(
@@ -113,9 +92,11 @@ def score_table(
     """
     columns = [f"{request.scoring}_{level}" for level in request.levels]
     delimiter = require_table(output, table.header, columns)
+    if table.path is not None and output.resolve() == table.path.resolve():
+        raise ValueError(f"expected another output than the table of variants, got {output} for both")
     if heat_map is not None:
         require_picture(heat_map)
-    needs = needs_of(variants_in(table, request), request.scoring)
+    needs = needs_of(variants_in(table, sound_rows(table, request)), request.scoring)
     questions = count_questions(table.wild_type, needs, request.scoring, request.view)
     report = progress(questions * len(request.levels))
     with _work_folder(output) as folder:

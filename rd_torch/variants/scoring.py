@@ -21,7 +21,7 @@ import numpy as np
 from rd_torch.choices import Scoring, check_choice
 from rd_torch.model import RDModel
 from rd_torch.variants.asking import LanguageModel
-from rd_torch.variants.variant import Substitution, Variant, read_variants, read_wild_type
+from rd_torch.variants.variant import KNOWN, Substitution, Variant, read_variants, read_wild_type
 from rd_torch.variants.view import STEPS_OF_A_WINDOW, Sites, View, view_of
 
 Score: TypeAlias = Callable[[Variant], float]
@@ -66,7 +66,7 @@ def score_variants(  # noqa: PLR0913
         The scores of each level, `(variants,)` float64 numbers in the order of the variants.
 
     Raises:
-        TypeError: for one string in place of several variants.
+        TypeError: for one string in place of several variants or levels.
         ValueError: for a variant that cannot be read or does not fit the wild type, a level that is not there
             or has no language-model head, a scoring that does not exist, and sites that a window cannot show
             together.
@@ -77,6 +77,8 @@ def score_variants(  # noqa: PLR0913
         >>> scores["1M"].shape, float(scores["1M"][2])
         ((3,), 0.0)
     """
+    if isinstance(levels, str):
+        raise TypeError(f"expected several levels, got one string: put it in a list, [{levels!r}]")
     residues, view = read_wild_type(wild_type), view_of(window)
     read = read_variants(variants, residues, first)
     needs = needs_of(read, scoring)
@@ -211,7 +213,8 @@ def _pseudo_likelihoods(
     for number, answer in language.ask(questions()):
         place, site = divmod(number, residues)
         letter = next((each.mutant for each in sequences[place] if each.site == site), wild_type[site])
-        sums[place] += answer[0, language.letters(letter)[0]]
+        if letter in KNOWN:  # how likely an X is says nothing
+            sums[place] += answer[0, language.letters(letter)[0]]
     own = sums[sequences.index(())]
     by_variant = dict(zip(sequences, (sums - own).tolist(), strict=True))
     return lambda variant: by_variant[variant.substitutions]

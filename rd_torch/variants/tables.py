@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Final, NamedTuple
@@ -14,7 +14,7 @@ from rd_torch.variants.variant import (
     Variant,
     all_single,
     compare_sequence,
-    find_offset,
+    find_numbering,
     name_of,
     place_variant,
 )
@@ -182,17 +182,20 @@ class VariantTable:
         return variant
 
     def hint(self) -> str:
-        """Return by which offset the first rows would all fit the wild type; empty where there is none."""
+        """Return by which numbering the first rows fit, where they do not fit by the given one; else ""."""
         written = []
-        for row in islice(self, _ROWS_FOR_HINT):
+        for row in islice(self, 0 if self._by_sequence else _ROWS_FOR_HINT):
             try:
                 written.append(read_notation(row.cells[self._place]).changes)
             except (ValueError, IndexError):
                 continue
-        first = None if self._by_sequence else find_offset(written, self.wild_type)
-        if first is None or first == self.first:
+        first = find_numbering(written, self.wild_type, self.first)
+        if first is None:
             return ""
-        return f": they fit where the wild type's first residue has number {first} (--offset {first - 1})"
+        return (
+            f": they fit where the wild type's first residue has number {first}, which is --offset "
+            f"{first - 1} without --zero-based"
+        )
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield line and cells of each row, the header first."""
@@ -262,3 +265,28 @@ class AllSingle:
     def hint(self) -> str:
         """Return an empty string, because all rows fit."""
         return ""
+
+
+def variants_in(table: VariantTable | AllSingle, rows: Iterable[VariantRow]) -> Iterator[Variant]:
+    """Yield the variants of a table that can be read.
+
+    Args:
+        table: the table.
+        rows: its rows.
+
+    Raises:
+        ValueError: at the end, where there was none, or where rows fit by another numbering and not by the
+            given one, by which some letters fit by chance alone.
+    """
+    count, sound, first = 0, 0, ""
+    for row in rows:
+        count += 1
+        if row.variant is None:
+            first = first or f"{row.fault} (line {row.line:,})"
+        else:
+            sound += 1
+            yield row.variant
+    hint = table.hint() if sound < count else ""
+    if hint or not sound:
+        got = f"got {sound:,} in {count:,} rows; the first without says: {first}" if count else "got no row"
+        raise ValueError(f"expected variants of the wild type in {table.path}, {got}{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -11,7 +12,8 @@ from rd_torch.variants.notation import Change, Written, read_notation
 AMINO_ACIDS: Final = "ACDEFGHIKLMNPQRSTVWY"
 """The twenty amino acids, to which `all_single` mutates."""
 
-_NEW_LETTERS: Final = frozenset(f"{AMINO_ACIDS}UO")
+KNOWN: Final = frozenset(f"{AMINO_ACIDS}UO")
+"""Letters that stand for one amino acid; selenocysteine and pyrrolysine are rare, but no guess."""
 
 
 class Substitution(NamedTuple):
@@ -83,7 +85,7 @@ def read_variant(text: str, wild_type: str, first: int = 1) -> Variant:
 
     Raises:
         ValueError: for a text that cannot be read, a position that the wild type does not have, a letter that
-            it does not have there, and two substitutions at one position.
+            it does not have there or that is no amino acid, and two substitutions at one position.
     """
     return place_variant(text, read_notation(text), wild_type, first)
 
@@ -105,9 +107,17 @@ def place_variant(text: str, written: Written, wild_type: str, first: int = 1) -
             )
         if site in found:
             raise ValueError(f"expected each position once, got {number} twice: {text!r}")
+        if mutant != wild:
+            _require_known(wild, number)
         found[site] = Substitution(site, wild, mutant)
     changed = (found[site] for site in sorted(found))
     return Variant(text, tuple(each for each in changed if each.mutant != each.wild))
+
+
+def _require_known(wild: str, number: int) -> None:
+    """Raise a ValueError where the wild type has no amino acid that a new one could be compared with."""
+    if wild not in KNOWN:
+        raise ValueError(f"expected an amino acid of the wild type at position {number}, got {wild}")
 
 
 def read_variants(variants: Iterable[str | Variant], wild_type: str, first: int = 1) -> list[Variant]:
@@ -159,9 +169,10 @@ def compare_sequence(sequence: str, wild_type: str, name: str, first: int = 1) -
         )
     pairs = enumerate(zip(wild_type, residues, strict=True))
     substitutions = tuple(Substitution(site, *letters) for site, letters in pairs if letters[0] != letters[1])
-    for site, _, mutant in substitutions:
-        if mutant not in _NEW_LETTERS:
+    for site, wild, mutant in substitutions:
+        if mutant not in KNOWN:
             raise ValueError(f"expected an amino acid at position {site + first}, got {mutant}")
+        _require_known(wild, site + first)
     return Variant(name, substitutions)
 
 
@@ -179,36 +190,40 @@ def all_single(wild_type: str, first: int = 1) -> Iterator[Variant]:
         first: number of its first residue.
 
     Yields:
-        The variants, site after site.
+        The variants, site after site; sites of X and the like are left out.
 
     Examples:
         >>> [variant.name for variant in rd_torch.variants.all_single("MK")][:3]
         ['M1A', 'M1C', 'M1D']
     """
     for site, wild in enumerate(wild_type):
-        for mutant in AMINO_ACIDS:
+        for mutant in AMINO_ACIDS if wild in KNOWN else "":
             if mutant != wild:
                 change = (Substitution(site, wild, mutant),)
                 yield Variant(name_of(change, first), change)
 
 
-def find_offset(written: Sequence[Sequence[Change]], wild_type: str) -> int | None:
-    """Find the one number for the first residue with which all substitutions fit the wild type.
+def find_numbering(written: Sequence[Sequence[Change]], wild_type: str, first: int) -> int | None:
+    """Find the number of the first residue by which substitutions fit, if it is not the given one.
+
+    With a wrong number, one letter in twenty fits by chance. So letters that fit do not say that the number
+    is right, and those that do not fit do not say that it is wrong.
 
     Args:
         written: substitutions of several variants.
         wild_type: residues of the wild type.
+        first: the number that was given.
 
     Returns:
-        The number; None where there is none, or several.
+        The only number by which nine letters in ten fit, where fewer than half fit by the given one; else
+        None.
     """
     letters = {(each.number, each.wild) for changes in written for each in changes}
-    if not letters:
+    sites: dict[str, list[int]] = {}
+    for site, wild in enumerate(wild_type):
+        sites.setdefault(wild, []).append(site)
+    fits = Counter(number - site for number, wild in letters for site in sites.get(wild, ()))
+    (best, most), (_, second) = [*fits.most_common(2), (0, 0), (0, 0)][:2]
+    if most < 0.9 * len(letters) or most == second or fits[first] >= 0.5 * len(letters):
         return None
-    lowest, highest = min(letters)[0], max(letters)[0]
-    fitting = [
-        first
-        for first in range(highest - len(wild_type) + 1, lowest + 1)
-        if all(wild_type[number - first] == wild for number, wild in letters)
-    ]
-    return fitting[0] if len(fitting) == 1 else None
+    return best
