@@ -232,6 +232,11 @@ def test_one_string_is_not_several_variants(shipped):
         rd_torch.score_variants(shipped, "MKV", "K2R")
 
 
+def test_a_missing_variant_is_named_by_its_number(shipped):
+    with pytest.raises(TypeError, match="expected variants as text, got float as item number 2"):
+        rd_torch.score_variants(shipped, "MKV", ["K2R", float("nan")])
+
+
 def test_one_string_is_not_several_levels(shipped):
     with pytest.raises(TypeError, match=r"put it in a list, \['1M'\]"):
         rd_torch.score_variants(shipped, "MKV", ["K2R"], levels="1M")

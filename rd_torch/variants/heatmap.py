@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 import numpy as np
 
 from rd_torch.disk import require_folder, write_whole
-from rd_torch.plotting import FAINT, INK, LARGE, MEDIUM, SMALL, SUFFIXES, TINY, dress, require_matplotlib
+from rd_torch.plotting import FAINT, INK, LARGE, SMALL, SUFFIXES, TINY, dress, require_matplotlib
 from rd_torch.variants.variant import Variant, read_variants, read_wild_type
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ POSITIONS_IN_A_ROW: Final = 80
 
 SHARE_SHOWN: Final = 98
 """Percentile of the absolute scores at which colours are at their strongest."""
+
+MOST_PIXELS: Final = 60_000
+"""Height of a picture at the most; matplotlib draws none that is higher than 65,535 pixels."""
 
 MISSING: Final = "#D9D9D9"
 
@@ -155,7 +158,8 @@ def plot_landscapes(landscape: Landscape, output: Path, title: str = "") -> None
     )
     bar.set_label("score: log odds against the wild type, nats", fontsize=SMALL, color=FAINT)
     bar.ax.tick_params(labelsize=SMALL, colors=FAINT, length=3)
-    write_whole(output, partial(figure.savefig, format=output.suffix[1:], dpi=130), durable=False)
+    dpi = min(130, MOST_PIXELS / figure.get_figheight())
+    write_whole(output, partial(figure.savefig, format=output.suffix[1:], dpi=dpi), durable=False)
 
 
 def _draw(
@@ -174,9 +178,12 @@ def _draw(
     drawn = ax.imshow(values, cmap=colours, vmin=-limit, vmax=limit, aspect="equal", interpolation="nearest")
     ax.scatter([place for place, _ in known], [row for _, row in known], s=5, color=INK, linewidths=0)
     numbers = range(start + landscape.first, stop + landscape.first)
-    marked = [place for place, number in enumerate(numbers) if number % 10 == 0 or place == 0]
+    marked = [
+        place
+        for place, number in enumerate(numbers)
+        if number % 10 == 0 or (place == 0 and number % 10 < 8)  # 9 would touch 10
+    ]
     dress(ax, f"{landscape.levels[level]}: positions {numbers[0]} to {numbers[-1]}", "", "")
-    ax.title.set_fontsize(MEDIUM)
     ax.set_xticks(range(len(letters)), letters, fontsize=TINY)
     ax.set_yticks(range(len(ORDER)), ORDER, fontsize=TINY)
     ax.set_xlim(-0.5, longest - 0.5)

@@ -129,18 +129,20 @@ def read_variants(variants: Iterable[str | Variant], wild_type: str, first: int 
         first: the number that the texts have for its first residue.
 
     Raises:
-        TypeError: for one string in place of several variants.
+        TypeError: for one string in place of several variants, and for an item that is no text.
         ValueError: for a variant that cannot be read or does not fit the wild type.
     """
     if isinstance(variants, str):
         raise TypeError(f"expected several variants, got one string: put it in a list, [{variants!r}]")
     found = []
-    for each in variants:
+    for number, each in enumerate(variants, start=1):
         if isinstance(each, Variant):
             changes = (Change(wild, site + first, mutant) for site, wild, mutant in each.substitutions)
             found.append(place_variant(each.name, Written(tuple(changes)), wild_type, first))
-        else:
+        elif isinstance(each, str):
             found.append(read_variant(each, wild_type, first))
+        else:
+            raise TypeError(f"expected variants as text, got {type(each).__name__} as item number {number:,}")
     return found
 
 
