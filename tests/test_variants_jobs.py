@@ -259,6 +259,11 @@ def test_the_heat_map_shows_each_score_where_it_belongs(monkeypatch, tmp_path, s
 
 
 def test_a_heat_map_needs_single_substitutions(tmp_path):
+    path, output = tmp_path / "a.csv", tmp_path / "s.csv"
+    path.write_text(f"mutant\n{SEVERAL[0]}\n")
+    result = run(path, "--sequence", WILD, "-o", output, "--heat-map", tmp_path / "m.png")
+    assert "expected single substitutions for a heat map, got none in" in result.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["a.csv"]
     with pytest.raises(ValueError, match="expected at least one single substitution"):
         rd_torch.plot_variants("MKV", ["M1A:K2R", "WT"], {"1M": [1.0, 0.0]}, tmp_path / "m.png")
     with pytest.raises(ValueError, match="expected 1 scores of level 1M, got 2"):

@@ -49,7 +49,8 @@ class HDF5(Format):
 
     name = "h5"
     dtypes = ("float32", "float16")
-    pools = (*POOLS, *VARIANT_POOLS, "none")
+    pools = (*POOLS, "none")
+    variant_pools = VARIANT_POOLS
 
     @staticmethod
     def key(name: str) -> str:

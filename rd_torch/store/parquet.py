@@ -37,7 +37,8 @@ class Parquet(Format):
 
     name = "parquet"
     dtypes = ("float32", "float16")
-    pools = (*POOLS, *VARIANT_POOLS)
+    pools = POOLS
+    variant_pools = VARIANT_POOLS
     in_parts = True
 
     @staticmethod

@@ -96,6 +96,8 @@ def score_table(
         raise ValueError(f"expected another output than the table of variants, got {output} for both")
     if heat_map is not None:
         require_picture(heat_map)
+        if not any(row.variant and len(row.variant.sites) == 1 for row in table):
+            raise ValueError(f"expected single substitutions for a heat map, got none in {table.path}")
     needs = needs_of(variants_in(table, sound_rows(table, request)), request.scoring)
     questions = count_questions(table.wild_type, needs, request.scoring, request.view)
     report = progress(questions * len(request.levels))
