@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rd_torch import cluster, pretrained
+    from rd_torch import cluster, pretrained, sklearn
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
     from rd_torch.basis import change_basis
     from rd_torch.choosing import choose_layers
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         TransformersForTokenClassification,
     )
     from rd_torch.labelled import Labelled
+    from rd_torch.learning import Learned, learn
     from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level, Reference
     from rd_torch.maps import Basis
     from rd_torch.model import RDModel
@@ -58,6 +59,7 @@ _HOMES = {
     "Explained": "config",
     "Fasta": "reading",
     "Labelled": "labelled",
+    "Learned": "learning",
     "Level": "levels",
     "MatryoshkaHead": "heads",
     "Nesting": "nesting",
@@ -88,10 +90,12 @@ _HOMES = {
     "export": "exporting",
     "fit": "fitting",
     "fit_stores": "fitting_stores",
+    "learn": "learning",
     "open_store": "store",
     "plot_store": "plotting",
     "pretrained": "pretrained",
     "similarity": "comparing",
+    "sklearn": "sklearn",
     "solve_stages": "solve",
 }
 
@@ -106,6 +110,7 @@ __all__ = [
     "Explained",
     "Fasta",
     "Labelled",
+    "Learned",
     "Level",
     "MatryoshkaHead",
     "Nesting",
@@ -136,10 +141,12 @@ __all__ = [
     "export",
     "fit",
     "fit_stores",
+    "learn",
     "open_store",
     "plot_store",
     "pretrained",
     "similarity",
+    "sklearn",
     "solve_stages",
 ]
 

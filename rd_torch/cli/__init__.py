@@ -11,6 +11,7 @@ from rd_torch.cli.command import Group
 from rd_torch.cli.embedding import embed
 from rd_torch.cli.environment import env
 from rd_torch.cli.fitting import fit
+from rd_torch.cli.learning import learn, predict
 from rd_torch.cli.plotting import plot
 
 
@@ -28,5 +29,5 @@ def main() -> None:
     """
 
 
-for command in (embed, combine, plot, fit, info, export, download, verify, convert, env):
+for command in (embed, combine, plot, learn, predict, fit, info, export, download, verify, convert, env):
     main.add_command(command)

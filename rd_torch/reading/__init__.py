@@ -4,5 +4,15 @@ from __future__ import annotations
 
 from rd_torch.reading.items import entries_of, sequences_of
 from rd_torch.reading.proteins import Fasta, Proteins
+from rd_torch.reading.rows import Cells, read_cells
+from rd_torch.reading.tables import find_sequence_column
 
-__all__ = ["Fasta", "Proteins", "entries_of", "sequences_of"]
+__all__ = [
+    "Cells",
+    "Fasta",
+    "Proteins",
+    "entries_of",
+    "find_sequence_column",
+    "read_cells",
+    "sequences_of",
+]
