@@ -36,8 +36,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     Embeddings are kept in memory by model and sequence, so that no backbone runs twice on a sequence that it
     has seen at this width or a wider one. A clone shares the model and what is kept, and remembers the
     widest width of what it was cloned from. So a search over `width` that begins with `Embedder()` embeds
-    each sequence that a head is fitted on once, by all backbones, and cuts it to every width. `transform` runs
-    the backbones that `width` needs and no others, on sequences that are not kept.
+    each sequence that a head is fitted on once, by all backbones, and cuts it to every width. On sequences
+    that are not kept, `transform` runs the backbones that `width` needs and no others.
 
     Nothing is learnt from sequences or labels, so that cross-validation around it is honest. Processes that
     joblib starts load a model that was given by name themselves, and embed for themselves; threads share.

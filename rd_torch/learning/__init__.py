@@ -1,4 +1,4 @@
-"""What is learnt from labels: a head on the narrowest nested embedding that is not worse, and its predictions.
+"""What is learnt from labels: a head on the narrowest embedding that is not worse, and its predictions.
 
 Names load on first use, as those of `rd_torch` do.
 """
@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from rd_torch.learning.estimators import HEADS_OF, SETTINGS, FittedHead, fit_heads
     from rd_torch.learning.examples import Examples, read_examples
     from rd_torch.learning.findings import Findings, WidthRow
-    from rd_torch.learning.learned import Learned, Prediction
+    from rd_torch.learning.learned import Learned
     from rd_torch.learning.predicting import predict_to_table
+    from rd_torch.learning.prediction import Prediction
     from rd_torch.learning.scoring import Judge, Score
     from rd_torch.learning.selecting import Found, Rows, select
     from rd_torch.learning.similar import Groups, group_similar
     from rd_torch.learning.splitting import Split, split_sequences
-    from rd_torch.learning.teaching import LearnOptions, learn
+    from rd_torch.learning.teaching import learn
+    from rd_torch.learning.vectors import LearnOptions
 
 _HOMES = {
     "Examples": "examples",
@@ -30,9 +32,9 @@ _HOMES = {
     "Groups": "similar",
     "HEADS_OF": "estimators",
     "Judge": "scoring",
-    "LearnOptions": "teaching",
+    "LearnOptions": "vectors",
     "Learned": "learned",
-    "Prediction": "learned",
+    "Prediction": "prediction",
     "Rows": "selecting",
     "SETTINGS": "estimators",
     "Score": "scoring",

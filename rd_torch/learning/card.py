@@ -7,16 +7,17 @@ from rd_torch.learning.findings import Findings
 
 _TEXT = """# {name}
 
-This predicts {target} of {what} by {head} on the first {width:,} features of a nested protein embedding, up to the
-level {level} of {model}. Backbones beyond that level do not run.
+This predicts {target} of {what} by {head} on the first {width:,} features of a nested
+embedding, up to the level {level} of {model}. Backbones beyond that level do not run.
 
-Cross-validated {score_name} of the whole procedure, with its choice of the width: **{score:.3f}** (95 % interval
-{low:.3f} to {high:.3f}). No label of what is predicted was seen, not even by a choice.
+Cross-validated {score_name} of the whole procedure, with its choice of the width: **{score:.3f}** (95 %
+interval {low:.3f} to {high:.3f}). No label of what is predicted was seen, not even by a choice.
 
 {table}
 
-The {score_name} at each width is cross-validated too; its interval comes from drawing groups of similar sequences
-anew. The chosen width is the narrowest that scores less than the best by at most one standard error of the difference.
+The {score_name} at each width is cross-validated too; its interval comes from drawing groups of
+similar sequences anew. The chosen width is the narrowest that scores less than the best by at most
+one standard error of the difference.
 
 {spread}
 
@@ -69,14 +70,14 @@ def spread_of(findings: Findings) -> str:
     """Say in a sentence how far predictions may be off, and from what that is known."""
     if findings.spread is not None:
         return (
-            f"Intervals of predictions are {2 * findings.spread:.4g} wide: in cross-validation they had 90 % of the "
-            "labels of sequences whose group had not taught. They are as wide for every sequence, and wider errors "
-            "must be expected for proteins unlike those of the table."
+            f"Predictions have intervals of +- {findings.spread:.4g}, which held 90 % of the labels that "
+            "were predicted in cross-validation. The interval is the same for every sequence. Expect larger "
+            "errors for proteins unlike those of the table."
         )
     if findings.confidences:
         return (
-            "A prediction comes with the share of cross-validated predictions of about the same confidence that "
-            "were right."
+            "A prediction comes with the share of predictions of about the same confidence that were right "
+            "in cross-validation."
         )
     return "Probabilities are those of the head. They were not calibrated."
 

@@ -52,7 +52,7 @@ def _draw(findings: Findings) -> Figure:
         label="cross-validation, 95 % interval",
     )
     if rows[0].test is not None:
-        tests = [row.test for row in rows]
+        tests = [row.test for row in rows if row.test is not None]
         ax.plot(places, tests, color=COLOURS[1], marker="s", markersize=5, linewidth=1.4, label="test set")
     chosen = rows.index(findings.chosen)
     ax.axvline(chosen, color=INK, linewidth=1, linestyle=":", label="chosen")

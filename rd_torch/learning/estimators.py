@@ -169,7 +169,9 @@ def _fit_mlp(X: np.ndarray, y: np.ndarray, task: LearningTask, outputs: int) -> 
     kind = MLPRegressor if task == "regression" else MLPClassifier
     fitted = []
     for penalty in SETTINGS["mlp"]:
-        model = kind((64,), alpha=penalty, early_stopping=len(X) >= 50, random_state=0, max_iter=300)
+        model = kind(
+            hidden_layer_sizes=(64,), alpha=penalty, early_stopping=len(X) >= 50, random_state=0, max_iter=300
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.fit(X, targets)
@@ -208,7 +210,8 @@ def _fit_process(
 
     if len(X) > MOST_FOR_PROCESS:
         raise ValueError(
-            f"expected at most {MOST_FOR_PROCESS:,} rows for a Gaussian process, got {len(X):,}: take another head"
+            f"expected at most {MOST_FOR_PROCESS:,} rows for a Gaussian process, got {len(X):,}: take "
+            "another head"
         )
     kernel = ConstantKernel() * RBF(np.sqrt(X.shape[1]), (0.1, 1e4)) + WhiteKernel()
     model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)

@@ -41,8 +41,8 @@ class Examples:
         sequences: residues of each sequence.
         task: what is predicted.
         classes: names of the classes or labels; empty for numbers.
-        labels: for each sequence a number, the number of a class, or a truth value for each label; per residue
-            an array of them, NaN or -1 where there is no label.
+        labels: for each sequence a number, the number of a class, or a truth value for each label; per
+            residue an array of them, NaN or -1 where there is no label.
         per_residue: whether each residue has a label of its own.
         split: what the split column says of each sequence; None where there is none.
         source: name of the table.
@@ -220,12 +220,10 @@ def _read_labels(cells: Sequence[str], name: str) -> tuple[list[str], list[np.nd
     counts = Counter(each for labels in sets for each in labels)
     classes = sorted(each for each, count in counts.items() if FOLDS <= count < len(cells))
     if not classes:
-        raise ValueError(
-            f"expected a label that {FOLDS} sequences or more have, and not all, got none in {name}"
-        )
+        raise ValueError(f"expected a label that {FOLDS} sequences or more have, not all, got none in {name}")
     if len(classes) < len(counts):
         warnings.warn(
-            f"labels that fewer than {FOLDS} sequences have, or all, left out: {len(counts) - len(classes):,}",
+            f"labels of fewer than {FOLDS} sequences, or of all, left out: {len(counts) - len(classes):,}",
             stacklevel=4,
         )
     return classes, [np.array([each in labels for each in classes]) for labels in sets]
@@ -251,8 +249,11 @@ def _read_per_residue(
     if not flat:
         raise ValueError(f"expected a label at some residue in {name}, got none")
     if numeric:
+        wrong = [part for part in flat if _number_of(part) is None]
+        if wrong:
+            raise ValueError(f"expected numbers for residues in {name}, got {wrong[0]!r}")
         rows = [math.nan if part == UNLABELLED else float(part) for parts in parted for part in parts]
-        known = np.array([row for row in rows if not math.isnan(row)])
+        known = np.array([float(part) for part in flat])
         if not np.isfinite(known).all() or known.min() == known.max():
             raise ValueError(f"expected finite numbers that differ in {name}, got others")
         values = np.array(rows)

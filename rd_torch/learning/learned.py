@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from rd_torch.learning.card import card_of, table_of
 from rd_torch.learning.curve import can_draw, draw_widths
 from rd_torch.learning.estimators import FittedHead
 from rd_torch.learning.findings import Findings
+from rd_torch.learning.prediction import Prediction
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
 from rd_torch.pooling import cut_ways
@@ -37,29 +38,6 @@ RECORDS_AT_ONCE: Final = 512
 HALF: Final = 0.5
 
 
-class Prediction(NamedTuple):
-    """What is predicted of a protein, or of one of its residues.
-
-    Attributes:
-        identifier: identifier of the protein; its number, from 1, where it has none.
-        value: the number, the class, or the labels whose probability is one half or more, in a tuple.
-        position: position of the residue, from 1; None for a whole protein.
-        low: lower end of the interval that had 90 % of held-out labels; None where no number is predicted.
-        high: upper end of it.
-        right: share of held-out predictions of about this confidence that were right; None where no class is
-            predicted.
-        probabilities: probability of each class or label, as the head gives it; empty for numbers.
-    """
-
-    identifier: str
-    value: Any
-    position: int | None = None
-    low: float | None = None
-    high: float | None = None
-    right: float | None = None
-    probabilities: Mapping[str, float] = {}
-
-
 @dataclass(frozen=True)
 class Learned:
     """A predictor: a head that was learnt on nested embeddings, and what it must know to predict.
@@ -73,14 +51,14 @@ class Learned:
         head: the head.
 
     Examples:
-        >>> residues = "ACDEFGHIKLMNPQRSTVWY"
-        >>> sequences = [residues[k:] + residues[k % 7 :] for k in range(20)]
-        >>> table = {"sequence": sequences, "lysines": [each.count("K") + k / 9 for k, each in enumerate(sequences)]}
-        >>> learned = rd_torch.learn(table, "lysines", task="regression")
+        >>> import random
+        >>> draw = random.Random(0)
+        >>> sequences = ["".join(draw.choices("ACDEFGHIKLMNPQRSTVWY", k=30)) for _ in range(60)]
+        >>> table = {"sequence": sequences, "lysines": [each.count("K") for each in sequences]}
+        >>> learned = rd_torch.learn(table, "lysines")
         >>> learned.save("lysines")
-        >>> one, other = learned, rd_torch.Learned.load("lysines")
-        >>> [next(each.predict(["MKTAYIAKQR"])).value for each in (one, other)]  # doctest: +SKIP
-        [1.9, 1.9]
+        >>> list(rd_torch.Learned.load("lysines").predict(["MKV"])) == list(learned.predict(["MKV"]))
+        True
     """
 
     findings: Findings
@@ -189,8 +167,8 @@ class Learned:
         found = needed.fingerprint()
         if found != self.findings.fingerprint:
             raise ValueError(
-                f"expected the chain that the predictor was learnt on, {self.findings.model or 'without a name'} up "
-                f"to {level} (fingerprint {self.findings.fingerprint}), got another one ({found})"
+                f"expected the chain that was learnt on, {self.findings.model or 'which has no name'}, "
+                f"up to {level} (fingerprint {self.findings.fingerprint}), got another one ({found})"
             )
         return needed
 
@@ -200,7 +178,7 @@ class Learned:
         """Predict proteins as they come; only the backbones that the head needs run.
 
         Args:
-            proteins: sequences, as `rd_torch.embed` takes them, or records, as `rd_torch.embed_to_store` does.
+            proteins: sequences, as `rd_torch.embed` takes them, or records, as for `embed_to_store`.
             model: the chain; by default it is loaded by its name.
             tokens_per_batch: number of tokens that a batch holds at most, as in `rd_torch.embed`.
 
@@ -236,7 +214,7 @@ class Learned:
         """
         pool, width = self.findings.pool, self.findings.width
         if not self.findings.per_residue:
-            outputs = self.head(cut_ways(np.asarray(vectors), width, pool)) if len(vectors) else []
+            outputs = self.head(cut_ways(np.asarray(vectors), width, pool))
             for identifier, output in zip(identifiers, outputs, strict=True):
                 yield self._prediction(identifier, output, None)
             return
@@ -272,9 +250,7 @@ def require_free(place: Path) -> None:
     """
     require_folder(place)
     if place.exists():
-        raise FileExistsError(
-            f"expected nothing at {place}, got something there: remove it or take another name"
-        )
+        raise FileExistsError(f"expected nothing at {place}, got something: remove it or take another name")
 
 
 def work_folder(place: Path) -> Path:

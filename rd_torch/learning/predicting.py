@@ -6,12 +6,15 @@ import csv
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
+
+import numpy as np
 
 from rd_torch.disk import require_folder, write_whole
 from rd_torch.embedding import embed_to_store
 from rd_torch.learning.findings import Findings
-from rd_torch.learning.learned import Learned, Prediction, work_folder
+from rd_torch.learning.learned import Learned, work_folder
+from rd_torch.learning.prediction import Prediction
 from rd_torch.model import RDModel
 from rd_torch.store import Failure, ProgressCallback, Store, failure_list, open_store, write_failures
 
@@ -75,7 +78,8 @@ def _predictions(learned: Learned, store: Store) -> Iterator[Prediction]:
     """Predict from a store, part by part."""
     for start in range(0, len(store), RECORDS_AT_ONCE):
         part = slice(start, start + RECORDS_AT_ONCE)
-        yield from learned.of_vectors(store.identifiers[part], store.read(part))
+        vectors = cast(np.ndarray, store.read(part))
+        yield from learned.of_vectors(store.identifiers[part], vectors)
 
 
 def write_table(predictions: Iterable[Prediction], findings: Findings, path: Path) -> None:

@@ -88,7 +88,7 @@ class Judge:
         """Return what each row adds to the sums that a score is made of."""
         labels, found = self.labels[rows], predictions[rows]
         if self.task == "regression":
-            centred = labels - self.labels.mean()  # or sums of squares of large numbers would lose digits
+            centred = labels - labels.mean()  # or sums of squares of large numbers would lose digits
             return np.stack([np.ones(len(rows)), centred, centred**2, (labels - found[:, 0]) ** 2], 1)
         if self.task == "classification":
             own = labels[:, None] == np.arange(found.shape[1])

@@ -17,7 +17,7 @@ IDENTITY: Final = 0.45
 LEAST_SHARED: Final = 3
 """Number of words that similar sequences share at least, so that chance alone does not join them."""
 
-LONG: Final = 60
+LONG: Final = 25
 """Median number of residues from which on words have five residues, and not three."""
 
 MMSEQS: Final = ("--min-seq-id", "0.3", "-c", "0.5", "--cov-mode", "1", "--cluster-mode", "1", "-v", "1")

@@ -135,7 +135,7 @@ def _deal(groups: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
 
 
 def _over(groups: Groups) -> np.ndarray:
-    """Return the groups over which scores vary: those of similar sequences, or rows where there are too few."""
+    """Return the groups over which scores vary: of similar sequences, or each alone where these are few."""
     few = (groups.sizes > 0).sum() < 2 * FOLDS or groups.sizes.max() > LARGEST_GROUP * len(groups.numbers)
     return np.arange(len(groups.numbers)) if few else groups.numbers
 
@@ -151,8 +151,8 @@ def _require_apart(sequences: Sequence[str], names: Sequence[str]) -> None:
     if twice:
         place, other = twice[0]
         raise ValueError(
-            f"expected sequences that stand in one set or fold alone, got {len(twice):,} that stand in several, "
-            f"the first in {other} and {names[place]}: {sequences[place][:30]}: remove them from one"
+            f"expected sequences that stand in one set or fold alone, got {len(twice):,} that stand in "
+            f"several, the first in {other} and {names[place]} ({sequences[place][:20]}): keep one of each"
         )
 
 
@@ -160,8 +160,8 @@ def _warn_of_similar(groups: Groups, leaking: np.ndarray, which: str, other: str
     """Warn where sequences that are predicted are similar to others that teach."""
     if leaking.any():
         warnings.warn(
-            f"{leaking.sum():,} sequences{which} are similar to one {other} ({groups.how}): scores hold for such "
-            "proteins, and say little of others",
+            f"{leaking.sum():,} sequences{which} are similar to one {other} ({groups.how}): scores hold for "
+            "such proteins, and say little of others",
             stacklevel=4,
         )
 

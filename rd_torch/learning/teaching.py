@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypedDict, Unpack
+from typing import Any, Final, Unpack
 
 import numpy as np
 
-from rd_torch.choices import HeadName, LearningTask, check_choice, check_names
-from rd_torch.embedder import require_prefixes
-from rd_torch.embedding import embed, embed_to_store
+from rd_torch.choices import HeadName, check_choice, check_names
 from rd_torch.labelled import require_sklearn
 from rd_torch.learning.estimators import HEADS_OF, SETTINGS
 from rd_torch.learning.examples import Examples, Table, read_examples
@@ -22,14 +20,10 @@ from rd_torch.learning.learned import Learned, require_free, work_folder
 from rd_torch.learning.scoring import NAMES, Judge, chance
 from rd_torch.learning.selecting import LEAST_FOLDS, Found, Rows, fit_final, select
 from rd_torch.learning.splitting import Split, split_sequences
+from rd_torch.learning.vectors import LearnOptions, Source, embed_examples, labels_of
 from rd_torch.model import RDModel
-from rd_torch.pooling import Pools, cut_ways, pool_name
-from rd_torch.store import ProgressCallback, open_store
 
 DEFAULT_MODEL: Final = "esm2-rd-mini"
-
-MOST_ROWS: Final = 50_000
-"""Number of residues that teach at the most, and that judge; of more a part is drawn."""
 
 COVERED: Final = 0.9
 """Share of held-out labels that the intervals of predictions have."""
@@ -38,22 +32,6 @@ BINS: Final = 10
 """Number of parts, by confidence, in which held-out predictions of classes are counted."""
 
 LEAST_IN_BIN: Final = 20
-
-
-class LearnOptions(TypedDict, total=False):
-    """Options of `learn`, where they are described."""
-
-    task: LearningTask | None
-    head: HeadName | None
-    per_residue: bool
-    sequence_column: str | None
-    split_column: str | None
-    pool: Pools
-    widths: Sequence[int] | None
-    tokens_per_batch: int | None
-    name: str
-    loading: Mapping[str, Any]
-    progress: ProgressCallback
 
 
 def learn(
@@ -105,18 +83,19 @@ def learn(
             chain whose levels are no prefixes; and for an option that does not exist.
 
     Examples:
-        >>> letters = "ACDEFGHIKLMNPQRSTVWY"
-        >>> sequences = [letters[k:] + letters[: k % 7] + letters[::-1][: 3 * k % 11] for k in range(20)]
-        >>> table = {"sequence": sequences, "lysines": [float(len(each)) for each in sequences]}
-        >>> learned = rd_torch.learn(table, "lysines")
-        >>> learned.findings.score_name
-        'R^2'
+        >>> import random
+        >>> draw = random.Random(0)
+        >>> sequences = ["".join(draw.choices("ACDEFGHIKLMNPQRSTVWY", k=30)) for _ in range(60)]
+        >>> table = {"sequence": sequences, "lysines": [each.count("K") for each in sequences]}
+        >>> findings = rd_torch.learn(table, "lysines").findings
+        >>> findings.score_name, findings.width in (32, 48, 64, 128)
+        ('R^2', True)
     """
     check_names(options, LearnOptions.__annotations__)
     require_sklearn("to learn a predictor")
     if output is not None:
         require_free(Path(output))
-    source = _Source.of(model, options)
+    source = Source.of(model, options)
     examples = read_examples(
         table,
         target,
@@ -128,10 +107,11 @@ def learn(
     )
     kind = options.get("head") or HEADS_OF[examples.task][0]
     check_choice(f"the head for {examples.task}", kind, HEADS_OF[examples.task])
-    classes = np.array(examples.labels) if examples.task == "classification" else None
-    split = split_sequences(examples.sequences, examples.split, None if examples.per_residue else classes)
+    whole = examples.task == "classification" and not examples.per_residue
+    classes = np.array(examples.labels) if whole else None
+    split = split_sequences(examples.sequences, examples.split, classes)
     require_classes(examples, split)
-    vectors = _embed(source, examples.sequences, output, options)
+    vectors = embed_examples(source, examples.sequences, output, options)
     learned = _learn(source, examples, split, vectors, kind, target)
     _warn_of_nothing(learned.findings)
     if output is not None:
@@ -140,101 +120,8 @@ def learn(
     return learned
 
 
-class _Source(NamedTuple):
-    """What embeddings come from, and how they are cut."""
-
-    model: RDModel
-    name: str
-    loading: dict[str, Any]
-    pool: str
-    widths: list[int]
-
-    @classmethod
-    def of(cls, model: RDModel | str, options: LearnOptions) -> _Source:
-        """Load the chain, and check the pooling and the widths."""
-        name = options.get("name", model if isinstance(model, str) else "")
-        pool = "none" if options.get("per_residue") else pool_name(options.get("pool", "mean"))
-        if pool == "none" and not options.get("per_residue"):
-            raise ValueError(
-                "expected a pool that gives a vector a sequence, got 'none': or give per_residue"
-            )
-        chain = RDModel.from_pretrained(model) if isinstance(model, str) else model
-        require_prefixes(chain.config, pool)
-        widths = sorted(set(options.get("widths") or chain.config.widths.values()))
-        for width in widths:
-            chain.config.require_width(width)
-        return cls(chain, name, dict(options.get("loading", {})), pool, widths)
-
-    def level(self, width: int) -> str:
-        """Return the name of the last level that a width needs."""
-        return self.model.config.levels_for(width)[-1]
-
-
-def _embed(
-    source: _Source, sequences: Sequence[str], output: str | Path | None, options: LearnOptions
-) -> Sequence[np.ndarray]:
-    """Embed each different sequence once, at the widest width, and return the embedding of every one."""
-    distinct = list(dict.fromkeys(sequences))
-    width, budget = source.widths[-1], options.get("tokens_per_batch")
-    if output is None:
-        rows = embed(source.model, distinct, pool=source.pool, width=width, tokens_per_batch=budget)
-        places = {each: place for place, each in enumerate(distinct)}
-        return [rows[places[each]] for each in sequences]
-    path = work_folder(Path(output)) / ("embeddings.h5" if source.pool == "none" else "embeddings.parquet")
-    records = [(f"s{number}", each) for number, each in enumerate(distinct)]
-    names = {each: identifier for identifier, each in records}
-    progress = options.get("progress", lambda residues, before: None)
-    failures = embed_to_store(
-        source.model, records, path, pool=source.pool, width=width, tokens_per_batch=budget, progress=progress
-    )
-    for failure in failures.values():
-        raise ValueError(f"expected sequences that can be embedded, got one that cannot: {failure.reason}")
-    with open_store(path) as store:
-        found = store.read([names[each] for each in dict.fromkeys(sequences)])
-        rows_of = dict(zip(distinct, found, strict=True))
-    return [rows_of[each] for each in sequences]
-
-
-class _Taught(NamedTuple):
-    """Rows of labels, and the fold of each."""
-
-    rows: Rows
-    folds: np.ndarray
-    sequences: int
-
-
-def _rows(
-    source: _Source, examples: Examples, split: Split, vectors: Sequence[np.ndarray], chosen: np.ndarray
-) -> _Taught:
-    """Return the labelled rows of the chosen sequences: one for each, or for each of their residues."""
-    places = np.flatnonzero(chosen)
-    labels = [examples.labels[place] for place in places]
-    if examples.per_residue:
-        owners = np.repeat(places, [len(each) for each in labels])
-        flat = np.concatenate(labels)
-        known = np.flatnonzero(~np.isnan(flat) if examples.task == "regression" else flat >= 0)
-        if len(known) > MOST_ROWS:
-            known = np.sort(np.random.default_rng(0).choice(known, MOST_ROWS, replace=False))
-        ends = np.cumsum([0, *(len(each) for each in labels)])
-        parts = [
-            vectors[place][known[(known >= start) & (known < end)] - start]
-            for place, start, end in zip(places, ends, ends[1:], strict=False)
-        ]
-        matrix, values, owners = np.concatenate(parts), flat[known], owners[known]
-    else:
-        matrix, values, owners = np.stack([vectors[place] for place in places]), np.array(labels), places
-    rows = Rows(
-        examples.task,
-        values,
-        max(1, len(examples.classes)),
-        np.unique(split.groups[owners], return_inverse=True)[1],
-        lambda width: cut_ways(matrix, width, source.pool),
-    )
-    return _Taught(rows, split.folds[owners], len(places))
-
-
 def _learn(
-    source: _Source,
+    source: Source,
     examples: Examples,
     split: Split,
     vectors: Sequence[np.ndarray],
@@ -242,12 +129,12 @@ def _learn(
     target: str,
 ) -> Learned:
     """Choose the width and the setting, fit the head, and say what was found."""
-    taught = _rows(source, examples, split, vectors, split.folds >= 0)
+    taught = labels_of(source, examples, split, vectors, split.folds >= 0)
     found = select(taught.rows, taught.folds, kind, source.widths)
     heads = [fit_final(taught.rows, kind, each) for each in found.widths]
     tests: list[float | None] = [None] * len(heads)
     if (split.folds < 0).any():
-        judging = _rows(source, examples, split, vectors, split.folds < 0).rows
+        judging = labels_of(source, examples, split, vectors, split.folds < 0).rows
         judge, every = Judge(judging.task, judging.labels, judging.groups), np.arange(len(judging.labels))
         tests = [
             judge.value(head(judging.cut(each.width)), every)
@@ -332,8 +219,8 @@ def require_classes(examples: Examples, split: Split) -> None:
         }
         if len(there) < LEAST_FOLDS:
             raise ValueError(
-                f"expected each class in {LEAST_FOLDS} folds or more, got {name!r} in {len(there)}: its sequences "
-                "are similar to each other, or few; leave the class out, or give more of it"
+                f"expected each class in {LEAST_FOLDS} folds or more, got {name!r} in {len(there)}: its "
+                "sequences are similar to each other, or few; leave the class out, or give more of it"
             )
 
 

@@ -79,7 +79,8 @@ def _read_text(file: OpenFile) -> Cells:
                 header = [cell.strip("\ufeff \t") for cell in row]
     except csv.Error as error:
         raise ValueError(
-            f"expected a table, got one that does not read in line {reader.line_num:,} of {file.name}: {error}"
+            f"expected a table, got one that does not read in line {reader.line_num:,} of {file.name}: "
+            f"{error}"
         ) from error
     return Cells(header, lines, rows)
 
