@@ -59,10 +59,16 @@ def sequences_through(monkeypatch):
 
 
 CHECKS = [
-    "check_parameters_default_constructible", "check_no_attributes_set_in_init",
-    "check_get_params_invariance", "check_set_params", "check_estimator_cloneable", "check_estimator_repr", "check_valid_tag_types",
-    "check_estimator_tags_renamed", "check_mixin_order",
-]  # fmt: skip
+    "check_parameters_default_constructible",
+    "check_no_attributes_set_in_init",
+    "check_get_params_invariance",
+    "check_set_params",
+    "check_estimator_cloneable",
+    "check_estimator_repr",
+    "check_valid_tag_types",
+    "check_estimator_tags_renamed",
+    "check_mixin_order",
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)
