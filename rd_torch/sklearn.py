@@ -1,4 +1,10 @@
-"""`Embedder`: sequences to nested embeddings as a step of scikit-learn's pipelines."""
+"""Embed sequences as a step of scikit-learn's pipelines.
+
+Examples:
+    >>> from rd_torch.sklearn import Embedder
+    >>> Embedder(width=48).fit_transform(["MQIFVKTL", "MKV"]).shape
+    (2, 48)
+"""
 
 from __future__ import annotations
 

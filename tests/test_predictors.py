@@ -251,7 +251,7 @@ def test_peptides_that_differ_in_the_middle_are_similar():
 
 def test_folds_keep_groups_whole_and_are_of_equal_size():
     families = proteins(40, length=200, seed=3)
-    sequences = [mutate(each, 50, seed) for each in families for seed in range(3)]
+    sequences = [mutate(each, 30, seed) for each in families for seed in range(3)]
     split = split_sequences(sequences)
     assert "shared words of 5 residues" in split.how
     assert (split.folds.reshape(40, 3) == split.folds.reshape(40, 3)[:, :1]).all()
@@ -449,3 +449,34 @@ def test_the_commands_of_classes_and_residues(tmp_path, monkeypatch):
     assert "".join(row[2] for row in rows[1:]).count("H") > 10
     wrong = run("learn", "table.csv", "--target", "y", "--widths", "a", "-o", "other")
     assert "Error: expected --widths as numbers with commas between them, got 'a'" in wrong.output
+
+
+def test_unrelated_proteins_of_any_length_are_not_similar_by_chance():
+    sequences = [*proteins(150, length=300, seed=11), *proteins(5, length=9_000, seed=12)]
+    assert group_similar(sequences).sizes.max() == 1
+
+
+def test_a_higher_identity_is_taken_where_one_group_would_be_too_large():
+    near = [mutate(each, 20, seed) for each in proteins(2, 200, seed=3) for seed in range(10)]
+    bridge = near[0][:100] + near[10][100:]
+    assert group_similar([*near, bridge]).sizes.max() == 21
+    groups = group_similar([*near, bridge], 0.6)
+    assert groups.sizes.max() <= 11
+    assert "50%" not in groups.how
+
+
+def test_mmseqs_is_taken_where_it_is_installed(tmp_path, monkeypatch):
+    program = tmp_path / "mmseqs"
+    program.write_text(
+        "#!/bin/sh\n[ $1 = easy-cluster ] && [ $6 = 0.3 ] || exit 1\n"
+        "printf '1\\t0\\n1\\t1\\n2\\t2\\n' > out_cluster.tsv\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    groups = group_similar(["MKV", "AAA", "MKL", "MKV"])
+    assert groups.how == "by MMseqs2 at 30% identity"
+    by_sequence = dict(zip(["MKV", "AAA", "MKL", "MKV"], groups.numbers.tolist(), strict=True))
+    assert by_sequence["AAA"] == by_sequence["MKL"] != by_sequence["MKV"]  # numbers 0 and 1 of those in order
+    program.write_text("#!/bin/sh\necho broken >&2; exit 1\n")
+    with pytest.raises(RuntimeError, match="expected MMseqs2 to group the sequences, got: broken"):
+        group_similar(["MKV", "AAA"])

@@ -58,7 +58,7 @@ def tasks(data: Path, variants: int) -> Iterator[Task]:
     """
     with gzip.open(data / "sequence" / "meltome.csv.gz", "rt") as handle:
         rows = [row for row in csv.DictReader(handle) if len(row["sequence"]) <= LONGEST]
-    melting = {
+    melting: dict[str, list[Any]] = {
         "sequence": [row["sequence"] for row in rows],
         "y": [float(row["tm_mean"]) for row in rows],
         "set": [row["set"] for row in rows],
@@ -66,18 +66,24 @@ def tasks(data: Path, variants: int) -> Iterator[Task]:
     yield Task("melting temperature", melting, {"split_column": "set"})
     for name, found in data_assays(data):
         chosen = random.Random(0).sample(found, min(variants, len(found)))
-        table = {"sequence": [each[1] for each in chosen], "y": [each[2] for each in chosen]}
+        table: dict[str, list[Any]] = {
+            "sequence": [each[1] for each in chosen],
+            "y": [each[2] for each in chosen],
+        }
         yield Task(name, table, {})
     with gzip.open(data / "residue" / "ss3_train.csv.gz", "rt") as handle:
         rows = [row for row in csv.DictReader(handle) if len(row["sequence"]) <= LONGEST]
     rows = random.Random(0).sample(rows, min(STRUCTURES, len(rows)))
-    states = {"sequence": [row["sequence"] for row in rows], "y": [row["label"] for row in rows]}
+    states: dict[str, list[Any]] = {
+        "sequence": [row["sequence"] for row in rows],
+        "y": [row["label"] for row in rows],
+    }
     yield Task("secondary structure", states, {"per_residue": True})
 
 
 def rows_of(name: str, findings: Findings, seconds: float) -> list[Row]:
     """Return the rows of a data set: one for each width, and one for the whole procedure."""
-    common = {"data": name, "score": findings.score_name}
+    common: Row = {"data": name, "score": findings.score_name}
     found = [
         common
         | {

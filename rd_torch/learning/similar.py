@@ -11,17 +11,23 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-IDENTITY: Final = 0.45
-"""Identity, estimated from shared words, from which on two sequences are similar."""
+IDENTITIES: Final = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Identities, estimated from shared words, from which on two sequences are similar; the first that serves."""
 
 LEAST_SHARED: Final = 3
-"""Number of words that similar sequences share at least, so that chance alone does not join them."""
+"""Number of words that similar sequences share at least, beyond three times what chance lets them share."""
+
+KINDS: Final = 16
+"""Number of equally frequent residues among which two are as often the same as in proteins."""
 
 LONG: Final = 25
 """Median number of residues from which on words have five residues, and not three."""
 
-MMSEQS: Final = ("--min-seq-id", "0.3", "-c", "0.5", "--cov-mode", "1", "--cluster-mode", "1", "-v", "1")
-"""Options of MMseqs2: a group is everything that chains of hits of 30 % identity connect."""
+MMSEQS: Final = ("-c", "0.5", "--cov-mode", "1", "--cluster-mode", "1", "-v", "1")
+"""Options of MMseqs2: a group is everything that chains of hits connect."""
+
+MMSEQS_IDENTITIES: Final = (0.3, 0.5, 0.7, 0.9)
+"""Identities from which on two sequences are similar for MMseqs2; the first that serves."""
 
 
 class Groups(NamedTuple):
@@ -41,16 +47,19 @@ class Groups(NamedTuple):
         return np.bincount(self.numbers)
 
 
-def group_similar(sequences: Sequence[str]) -> Groups:
+def group_similar(sequences: Sequence[str], most: float = 1.0) -> Groups:
     """Group sequences, so that those in different groups are not similar.
 
     MMseqs2 does it where it is installed. Otherwise two sequences are similar where they share so many words
-    of `k` residues that their identity is estimated at 45 % or more: the shared share of the shorter one's
-    words, to the power of `1 / k`. Whatever a chain of similar sequences connects is one group. Homologs that
-    share fewer words can lie in different groups, which MMseqs2 would join.
+    of `k` residues that their identity is estimated at 50 % or more: the shared share of the shorter one's
+    words, to the power of `1 / k`, where what chance lets them share does not count. Whatever a chain of
+    similar sequences connects is one group. Homologs that share fewer words can lie in different groups,
+    which MMseqs2 would join.
 
     Args:
         sequences: residues of each sequence; equal ones are always in one group.
+        most: share of the sequences that one group may have. Where it has more, higher identities are tried;
+            if the highest does not serve either, its groups are returned.
 
     Returns:
         The groups, and how they were made.
@@ -60,20 +69,27 @@ def group_similar(sequences: Sequence[str]) -> Groups:
     """
     distinct, places = np.unique(np.asarray(sequences, dtype=object).astype(str), return_inverse=True)
     program = shutil.which("mmseqs")
-    if program is not None:
-        return Groups(_by_mmseqs(program, list(distinct))[places], "by MMseqs2 at 30 % identity")
     k = 5 if np.median([len(each) for each in sequences]) >= LONG else 3
-    numbers = _connect([_words(each, k) for each in distinct], k)[places]
-    return Groups(numbers, f"by shared words of {k} residues, at an estimated identity of {IDENTITY:.0%}")
+    words = [] if program else [_words(each, k) for each in distinct]
+    for identity in MMSEQS_IDENTITIES if program else IDENTITIES:
+        if program:
+            numbers, how = _by_mmseqs(program, list(distinct), identity), "MMseqs2 at"
+        else:
+            numbers, how = _connect(words, k, identity), f"shared words of {k} residues, at an estimated"
+        groups = Groups(numbers[places], f"by {how} {identity:.0%} identity")
+        if groups.sizes.max() <= most * len(sequences):
+            break
+    return groups
 
 
-def _by_mmseqs(program: str, sequences: Sequence[str]) -> np.ndarray:
+def _by_mmseqs(program: str, sequences: Sequence[str], identity: float) -> np.ndarray:
     """Return the number of each sequence's group, as MMseqs2 finds it."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         fasta = "".join(f">{number}\n{each}\n" for number, each in enumerate(sequences))
         (place / "in.fasta").write_text(fasta)
-        command = [program, "easy-cluster", "in.fasta", "out", "scratch", *MMSEQS]
+        options = ["--min-seq-id", str(identity), *MMSEQS]
+        command = [program, "easy-cluster", "in.fasta", "out", "scratch", *options]
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"expected MMseqs2 to group the sequences, got: {done.stderr or done.stdout}")
@@ -92,7 +108,7 @@ def _words(sequence: str, k: int) -> np.ndarray:
     return np.unique(words)
 
 
-def _connect(words: Sequence[np.ndarray], k: int) -> np.ndarray:
+def _connect(words: Sequence[np.ndarray], k: int, identity: float) -> np.ndarray:
     """Return the number of each sequence's group: what chains of similar sequences connect.
 
     Sequences that are in a group are taken out of the lists of who has which word, so that a family is
@@ -111,7 +127,9 @@ def _connect(words: Sequence[np.ndarray], k: int) -> np.ndarray:
             one = waiting.pop()
             shared = np.bincount(lists.holders(words[one]), minlength=len(words))
             smaller = np.minimum(sizes, sizes[one])
-            needed = np.maximum(np.minimum(LEAST_SHARED, smaller), IDENTITY**k * smaller)
+            by_chance = sizes * sizes[one] / float(KINDS) ** k
+            least = np.minimum(LEAST_SHARED, smaller) + np.where(smaller > LEAST_SHARED, 3 * by_chance, 0)
+            needed = np.maximum(least, identity**k * smaller)
             found = np.flatnonzero((shared >= needed) & (numbers < 0))
             numbers[found] = seed
             waiting.extend(found.tolist())

@@ -22,7 +22,7 @@ MOST_FOLDS: Final = 20
 """Number of folds beyond which a split column is taken for something else."""
 
 LARGEST_GROUP: Final = 0.5
-"""Share of the sequences that one group may have, if groups are to stay whole."""
+"""Share of the sequences beyond which one group is not kept whole, because it leaves too little to teach."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ def split_sequences(
         ValueError: for a split column that names neither sets nor folds, for a sequence that stands in
             several of them, and for too few sequences to split.
     """
-    groups = group_similar(sequences)
     if cells is None:
-        return _own_folds(sequences, groups, np.arange(len(sequences)), classes)
+        return _own_folds(sequences, np.arange(len(sequences)), classes)
     names = [cell.strip().lower() for cell in cells]
     if "" in names:
         raise ValueError(
@@ -70,7 +69,7 @@ def split_sequences(
         teaching = np.flatnonzero([name in TEACHING for name in names])
         if not 0 < len(teaching) < len(names):
             raise ValueError(f"expected sequences that teach and a test set, got {_counted(names)} alone")
-        split = _own_folds(sequences, groups, teaching, classes)
+        split, groups = _own_folds(sequences, teaching, classes), group_similar(sequences)
         judging = split.folds < 0
         leaking = judging & np.isin(groups.numbers, groups.numbers[~judging])
         _warn_of_similar(groups, leaking, " of the test set", "that teaches")
@@ -81,16 +80,15 @@ def split_sequences(
             f"expected train and test, or {LEAST_FOLDS} to {MOST_FOLDS} names of folds, in the split column, "
             f"got {_counted(names)}"
         )
-    folds = np.searchsorted(distinct, names)
+    folds, groups = np.searchsorted(distinct, names), group_similar(sequences)
     pairs = np.unique(np.stack([groups.numbers, folds]), axis=1)
     _warn_of_similar(groups, np.bincount(pairs[0])[groups.numbers] > 1, "", "in another fold")
     return Split(folds, _over(groups), "the folds are those of the split column")
 
 
-def _own_folds(
-    sequences: Sequence[str], groups: Groups, teaching: np.ndarray, classes: np.ndarray | None
-) -> Split:
+def _own_folds(sequences: Sequence[str], teaching: np.ndarray, classes: np.ndarray | None) -> Split:
     """Put groups of similar sequences into folds, or equal sequences where nearly all are similar."""
+    groups = group_similar(sequences, LARGEST_GROUP)
     numbers, how = groups.numbers, f"similar sequences, grouped {groups.how}, lie in one fold"
     sizes = np.bincount(numbers[teaching])
     if (sizes > 0).sum() < FOLDS or sizes.max() > LARGEST_GROUP * len(teaching):

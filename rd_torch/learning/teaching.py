@@ -151,22 +151,12 @@ def _learn(
         )
         for each, test in zip(found.widths, tests, strict=True)
     ]
-    chosen = rows[found.chosen]
     low, high = found.score.interval
     findings = Findings(
-        task=examples.task,
+        **_origin(source, examples, rows[found.chosen]),
+        **_spread(found, taught.rows),
         target=target,
-        classes=examples.classes,
-        per_residue=examples.per_residue,
         head=kind,
-        model=source.name,
-        loading=source.loading,
-        dtype=str(source.model.dtype).removeprefix("torch."),
-        level=chosen.level,
-        width=chosen.width,
-        pool=source.pool,
-        fingerprint=source.model.truncate(chosen.level).fingerprint(),
-        score_name=NAMES[examples.task],
         score=found.score.value,
         low=low,
         high=high,
@@ -174,11 +164,27 @@ def _learn(
         split=split.how,
         sequences=taught.sequences,
         rows=len(taught.folds),
-        source=examples.source,
-        checksum=examples.checksum,
-        **_spread(found, taught.rows),
     )
     return Learned(findings, heads[found.chosen])
+
+
+def _origin(source: Source, examples: Examples, chosen: WidthRow) -> dict[str, Any]:
+    """Return what the findings say of the table and of the chain."""
+    return {
+        "task": examples.task,
+        "classes": examples.classes,
+        "per_residue": examples.per_residue,
+        "model": source.name,
+        "loading": source.loading,
+        "dtype": str(source.model.dtype).removeprefix("torch."),
+        "level": chosen.level,
+        "width": chosen.width,
+        "pool": source.pool,
+        "fingerprint": source.model.truncate(chosen.level).fingerprint(),
+        "score_name": NAMES[examples.task],
+        "source": examples.source,
+        "checksum": examples.checksum,
+    }
 
 
 def _spread(found: Found, rows: Rows) -> dict[str, Any]:
