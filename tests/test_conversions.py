@@ -54,7 +54,6 @@ def test_frames_have_a_row_for_each_residue(residues):
 
 
 def test_anndata_says_what_a_row_and_a_column_is(pooled):
-    pytest.importorskip("anndata")
     found = pooled.to_anndata()
     assert list(found.obs_names) == ["one", "two", "three"]
     np.testing.assert_array_equal(found.X, pooled.read(slice(None)))

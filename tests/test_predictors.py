@@ -110,6 +110,7 @@ def test_only_backbones_that_the_width_needs_are_loaded_and_run(middle, mini, mo
 
 def test_predictions_are_those_of_the_embedding_and_have_intervals(middle, vectors):
     learned, labels = middle
+    assert learned.findings.spearman > 0.8
     found = list(learned.predict(SEQUENCES))
     expected = learned.head(vectors[:, :48].astype(np.float64))[:, 0]
     np.testing.assert_allclose([each.value for each in found], expected, atol=1e-4)
@@ -419,6 +420,7 @@ def test_the_commands_learn_and_predict(tmp_path, middle, monkeypatch):
     assert lines[0] == ["level", "width", "R^2", "from", "to", "penalty", "chosen"]
     assert [line[-1] for line in lines[1:]] == ["", "yes", "", ""]
     assert "backbones beyond 90K need not run" in result.stderr
+    assert f", Spearman's correlation {middle[0].findings.spearman:.3f}. Split" in result.stderr
     assert Learned.load("predictor").findings.score == middle[0].findings.score
     (tmp_path / "new.fasta").write_text(f">one\n{SEQUENCES[0]}\n>two\nM7\n>three\n{SEQUENCES[1]}\n")
     result = run("predict", "new.fasta", "--predictor", "predictor", "-o", "out.tsv")

@@ -91,6 +91,7 @@ def rows_of(name: str, findings: Findings, seconds: float) -> list[Row]:
             "value": f"{row.score:.3f}",
             "from": f"{row.low:.3f}",
             "to": f"{row.high:.3f}",
+            "Spearman": None,
             "test set": None if row.test is None else f"{row.test:.3f}",
             "chosen": "yes" if row.width == findings.width else None,
             "seconds": None,
@@ -98,7 +99,15 @@ def rows_of(name: str, findings: Findings, seconds: float) -> list[Row]:
         for row in findings.widths
     ]
     ends = {"value": f"{findings.score:.3f}", "from": f"{findings.low:.3f}", "to": f"{findings.high:.3f}"}
-    whole = {"width": "whole", **ends, "test set": None, "chosen": None, "seconds": f"{seconds:.0f}"}
+    ranks = None if findings.spearman is None else f"{findings.spearman:.3f}"
+    whole = {
+        "width": "whole",
+        **ends,
+        "Spearman": ranks,
+        "test set": None,
+        "chosen": None,
+        "seconds": f"{seconds:.0f}",
+    }
     return [*found, common | whole]
 
 

@@ -111,7 +111,7 @@ def learn(
     pool: str,
     **options: Any,
 ) -> None:
-    """Learn to predict a column of a table, at the narrowest width that is not worse.
+    """Learn to predict a column of a table of sequences.
 
     \b
       rd-torch learn proteins.csv --target Tm -o stability
@@ -122,10 +122,10 @@ def learn(
     TABLE has a header row and a column of sequences. It may be comma- or tab-separated text, packed or not,
     or Parquet.
 
-    Each sequence is embedded once. A head is fitted at every width. Cross-validation chooses its penalty and
-    the width. Similar sequences lie in one fold: they are grouped by MMseqs2 where it is installed, else by
-    shared words of residues. The scores are those of predictions that have seen no label of their fold, not
-    even by a choice.
+    Each sequence is embedded once. A head is fitted at every width. Cross-validation chooses its penalty, and
+    the narrowest width that is not worse than the best by more than a standard error. Similar sequences lie
+    in one fold: they are grouped by MMseqs2 where it is installed, else by shared words of residues. The
+    scores are those of predictions that have seen no label of their fold, not even by a choice.
 
     The predictor is a folder with the head, a card, and the score at every width as a table and a picture. It
     names the level beyond which no backbone need run.
@@ -134,7 +134,7 @@ def learn(
     """
     from rd_torch.cli.progress import Bar
     from rd_torch.learning import learn as learn_table
-    from rd_torch.learning import spread_of, table_of
+    from rd_torch.learning import spearman_of, spread_of, table_of
     from rd_torch.weights import DEFAULT_MODEL
 
     name, published = model or DEFAULT_MODEL, take_published(options)
@@ -150,7 +150,8 @@ def learn(
     click.echo(
         f"The width {findings.width:,} is chosen: backbones beyond {findings.level} need not run. The whole "
         f"procedure, with the choice of the width, has a cross-validated {findings.score_name} of "
-        f"{findings.score:.3f} ({findings.low:.3f} to {findings.high:.3f}). Split: {findings.split}.",
+        f"{findings.score:.3f} ({findings.low:.3f} to {findings.high:.3f}){spearman_of(findings)}. Split: "
+        f"{findings.split}.",
         err=True,
     )
     click.echo(spread_of(findings), err=True)

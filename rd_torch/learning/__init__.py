@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rd_torch.learning.card import spread_of, table_of
+    from rd_torch.learning.card import spearman_of, spread_of, table_of
     from rd_torch.learning.curve import draw_widths
     from rd_torch.learning.estimators import HEADS_OF, SETTINGS, FittedHead, fit_heads
     from rd_torch.learning.examples import Examples, read_examples
@@ -48,6 +48,7 @@ _HOMES = {
     "read_examples": "examples",
     "select": "selecting",
     "split_sequences": "splitting",
+    "spearman_of": "card",
     "spread_of": "card",
     "table_of": "card",
 }
@@ -75,6 +76,7 @@ __all__ = [
     "predict_to_table",
     "read_examples",
     "select",
+    "spearman_of",
     "split_sequences",
     "spread_of",
     "table_of",

@@ -11,7 +11,7 @@ This predicts {target} of {what} by {head} on the first {width:,} features of a 
 embedding, up to the level {level} of {model}. Backbones beyond that level do not run.
 
 Cross-validated {score_name} of the whole procedure, with its choice of the width: **{score:.3f}** (95 %
-interval {low:.3f} to {high:.3f}). No label of what is predicted was seen, not even by a choice.
+interval {low:.3f} to {high:.3f}){spearman}. No label of what is predicted was seen, not even by a choice.
 
 {table}
 
@@ -60,10 +60,16 @@ def card_of(findings: Findings, name: str) -> str:
         score=findings.score,
         low=findings.low,
         high=findings.high,
+        spearman=spearman_of(findings),
         table=_markdown(findings),
         spread=spread_of(findings),
         facts="\n".join(f"- {key}: {value}" for key, value in _facts(findings)),
     )
+
+
+def spearman_of(findings: Findings) -> str:
+    """Return what stands behind a score of numbers: the rank correlation of the same predictions."""
+    return "" if findings.spearman is None else f", Spearman's correlation {findings.spearman:.3f}"
 
 
 def spread_of(findings: Findings) -> str:

@@ -63,6 +63,7 @@ class Findings:
         rows: number of labels that taught.
         source: name of the table.
         checksum: SHA-256 of its sequences, labels and split.
+        spearman: for numbers, Spearman's rank correlation of the predictions that `score` is of.
         spread: for numbers, half of the width of intervals that have 90 % of the labels of held-out groups.
         confidences: for classes, confidences in rising order, from each of which on the share at the same
             place in `right` of held-out predictions was right.
@@ -92,6 +93,7 @@ class Findings:
     rows: int
     source: str
     checksum: str
+    spearman: float | None = None
     spread: float | None = None
     confidences: list[float] = field(default_factory=list)
     right: list[float] = field(default_factory=list)

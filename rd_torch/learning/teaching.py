@@ -189,10 +189,13 @@ def _origin(source: Source, examples: Examples, chosen: WidthRow) -> dict[str, A
 
 def _spread(found: Found, rows: Rows) -> dict[str, Any]:
     """Return how far predictions were off that were made without the labels of their fold."""
+    from scipy.stats import spearmanr  # comes with scikit-learn
+
     if rows.task == "regression":
         errors = np.sort(np.abs(rows.labels - found.predictions[:, 0]))
         place = min(math.ceil((len(errors) + 1) * COVERED), len(errors)) - 1
-        return {"spread": float(errors[place])}
+        correlation = spearmanr(rows.labels, found.predictions[:, 0]).statistic
+        return {"spread": float(errors[place]), "spearman": float(correlation)}
     if rows.task == "multilabel":
         return {}
     confidence = found.predictions.max(1)
