@@ -75,7 +75,7 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         type=int,
-        default=3_000,
+        default=1_000,
         help="Number of variants of a data set at the most, by default %(default)s.",
     )
     parser.add_argument(

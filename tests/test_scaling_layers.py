@@ -161,6 +161,17 @@ def test_a_signal_in_a_middle_layer_is_found_by_the_choice_and_by_nothing_else(t
     assert max(abs(average[name]) for name in (PLAIN_LAST, PCA_LAST, NESTED_LAST)) < 0.1
 
 
+def test_several_processes_give_the_scores_of_one(tmp_path):
+    approaches = [each for each in RIVALS if each.name in (PLAIN_LAST, NESTED_CHOSEN)]
+    found = []
+    for threads in (1, 2):
+        folder = tmp_path / str(threads)
+        folder.mkdir()
+        torch.set_num_threads(threads)
+        found.append(measured(folder, noise, approaches))
+    assert found[0] == found[1]
+
+
 def choices(folder, labels, classes=0, part="taught"):
     """What every approach that goes by labels takes, and what where labels of one half are noise."""
 

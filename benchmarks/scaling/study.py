@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from joblib import Parallel, delayed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ from benchmarks.scaling.cache import Cache, Kept
 from benchmarks.scaling.criteria import Chosen, choose_apart, choose_greedily
 from benchmarks.scaling.data import DataSet, digest
 from benchmarks.scaling.maps import PLAIN, Recipe, Solver
-from benchmarks.scaling.probes import NEAREST, Rows, expected_error, judge
+from benchmarks.scaling.probes import NEAREST, Rows, Scores, expected_error, judge
 from benchmarks.scaling.records import Record
 from rd_torch import RunningMoments
 from rd_torch.reading import Fasta
@@ -165,18 +166,35 @@ class Study:
         )
 
     def _judge(self, known: _Known, missing: Sequence[tuple[Work, dict[str, Any]]]) -> None:
-        """Compute scores of a data set, and keep them."""
+        """Compute scores of a data set, and keep them.
+
+        Small heads gain nothing from several threads: on CPUs as many processes judge, with one each.
+        """
         if not missing:
             return
-        ordered = sorted(missing, key=_embedding_of)
-        bar = tqdm(ordered, desc=known.data.name, unit="score", leave=False)
-        for _, group in groupby(bar, key=_embedding_of):
-            entries = list(group)
-            work = entries[0][0]
+        groups = [list(group) for _, group in groupby(sorted(missing, key=_embedding_of), key=_embedding_of)]
+        workers = torch.get_num_threads() if self.cache.device.type == "cpu" else 1
+        with tqdm(total=len(missing), desc=known.data.name, unit="score", leave=False) as bar:
+            found = Parallel(workers, return_as="generator")(self._tasks(known, groups))
+            for group, scores in zip(groups, found, strict=True):
+                for (_, key), each in zip(group, scores, strict=True):
+                    self.scores.add(key, each)
+                bar.update(len(group))
+
+    @staticmethod
+    def _tasks(known: _Known, groups: Sequence[Sequence[tuple[Work, dict[str, Any]]]]) -> Iterator[Any]:
+        """Yield what joblib is to call for each embedding: all heads that judge it."""
+        for group in groups:
+            work, _ = group[0]
             parts = map(torch.from_numpy, known.data.splits[work.split])
             taught, judged = (known.part(work.fit.solver, work.recipe, part) for part in parts)
-            for each, key in entries:
-                self.scores.add(key, judge(each.head, taught, judged, known.data.classes, each.split))
+            heads = [each.head for each, _ in group]
+            yield delayed(_judge_by)(heads, taught, judged, known.data.classes, work.split)
+
+
+def _judge_by(heads: Sequence[str], taught: Rows, judged: Rows, classes: int, seed: int) -> list[Scores]:
+    """Return the scores of several heads on the same rows."""
+    return [judge(head, taught, judged, classes, seed) for head in heads]
 
 
 def _embedding_of(entry: tuple[Work, dict[str, Any]]) -> tuple[str, int, Recipe]:
