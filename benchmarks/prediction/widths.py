@@ -114,7 +114,7 @@ def rows_of(name: str, findings: Findings, seconds: float) -> list[Row]:
 def draw(found: dict[str, Findings], path: Path) -> None:
     """Write a picture with a panel for each data set: the score at every width, the chosen one filled."""
     figure = Figure(figsize=(10, 5.2), layout="constrained", facecolor="white")
-    axes = figure.subplots(2, (len(found) + 1) // 2, squeeze=False).flat
+    axes = list(figure.subplots(2, (len(found) + 1) // 2, squeeze=False).flat)
     for ax, (name, findings) in zip(axes, found.items(), strict=False):
         rows, places = findings.widths, list(range(len(findings.widths)))
         scores = [row.score for row in rows]
@@ -130,7 +130,7 @@ def draw(found: dict[str, Findings], path: Path) -> None:
         ax.grid(axis="y", color=GRID, linewidth=0.6)
         short = name.replace("_", " ").split(" Ranganathan")[0]
         dress(ax, short[:28], "", findings.score_name)
-    for ax in axes:
+    for ax in axes[len(found) :]:
         ax.set_visible(False)
     note = "features; filled: the width that is chosen; squares: the test set; bars: 95 % intervals"
     figure.supxlabel(note, fontsize=SMALL, color=FAINT)
@@ -169,7 +169,7 @@ def main() -> None:
     write_result(
         title,
         rows,
-        environment() | {"splits": "; ".join({each.split for each in found.values()})},
+        environment() | {"splits": "; ".join(dict.fromkeys(each.split for each in found.values()))},
         arguments.output,
     )
 
