@@ -482,3 +482,21 @@ def test_mmseqs_is_taken_where_it_is_installed(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\necho broken >&2; exit 1\n")
     with pytest.raises(RuntimeError, match="expected MMseqs2 to group the sequences, got: broken"):
         group_similar(["MKV", "AAA"])
+
+
+def test_tables_of_proteingym_are_read_as_they_are(tmp_path, middle):
+    folds = [f"fold_{kind}_5" for kind in ("random", "modulo", "contiguous")]
+    frame = pd.DataFrame(
+        {
+            "mutant": [f"A{k}G" for k in range(1, COUNT + 1)],
+            "mutated_sequence": SEQUENCES,
+            "DMS_score": middle[1],
+            "DMS_score_bin": (middle[1] > 50).astype(int),
+        }
+        | {name: np.arange(COUNT) // 2 % 5 for name in folds}
+    )
+    frame.to_csv(tmp_path / "assay.csv", index=False)
+    examples = read_examples(tmp_path / "assay.csv", "DMS_score", split_column="fold_modulo_5")
+    assert examples.sequences == SEQUENCES
+    assert examples.split[:6] == ["0", "0", "1", "1", "2", "2"]
+    np.testing.assert_allclose(examples.labels, middle[1])

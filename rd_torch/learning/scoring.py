@@ -17,7 +17,12 @@ import numpy as np
 from rd_torch.choices import LearningTask
 
 DRAWS: Final = 500
-"""Number of times that groups are drawn anew."""
+"""Number of times that groups are drawn anew, unless there are very many groups."""
+
+MOST_DRAWN: Final = 20_000_000
+"""Number of groups times draws at the most; many groups need few draws, and memory holds them all."""
+
+LEAST_DRAWS: Final = 100
 
 LEAST_PROBABILITY: Final = 1e-6
 """Probabilities are held this far from 0 and 1, so that one wrong certainty has a finite loss."""
@@ -60,8 +65,11 @@ class Judge:
     def __init__(self, task: LearningTask, labels: np.ndarray, groups: np.ndarray) -> None:
         self.task, self.labels, self.groups = task, labels, groups
         count = int(groups.max()) + 1
-        draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS)
-        self._draws = draws.astype(np.float32)
+        number = max(LEAST_DRAWS, min(DRAWS, MOST_DRAWN // count))
+        generator = np.random.default_rng(0)
+        self._draws = np.empty((number, count), np.float32)
+        for row in self._draws:
+            row[:] = np.bincount(generator.integers(0, count, count), minlength=count)
 
     def value(self, predictions: np.ndarray, rows: np.ndarray) -> float:
         """Return the score of predictions.

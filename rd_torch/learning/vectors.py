@@ -88,10 +88,30 @@ def embed_examples(
     )
     for failure in failures.values():
         raise ValueError(f"expected sequences that can be embedded, got one that cannot: {failure.reason}")
+    if source.pool == "none":
+        return OnDisk(path, [names[each] for each in sequences])
     with open_store(path) as store:
-        found = store.read([names[each] for each in dict.fromkeys(sequences)])
+        found = store.read([names[each] for each in distinct])
         rows_of = dict(zip(distinct, found, strict=True))
     return [rows_of[each] for each in sequences]
+
+
+class OnDisk(Sequence[np.ndarray]):
+    """Embeddings of residues that are read from a store one sequence at a time, so that memory stays bounded.
+
+    Args:
+        path: the store.
+        identifiers: the record of each sequence.
+    """
+
+    def __init__(self, path: Path, identifiers: Sequence[str]) -> None:
+        self._store, self._identifiers = open_store(path), identifiers
+
+    def __len__(self) -> int:
+        return len(self._identifiers)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._store.read(self._identifiers[place])
 
 
 class Labels(NamedTuple):
