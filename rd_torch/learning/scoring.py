@@ -66,10 +66,10 @@ class Judge:
         self.task, self.labels, self.groups = task, labels, groups
         count = int(groups.max()) + 1
         number = max(LEAST_DRAWS, min(DRAWS, MOST_DRAWN // count))
-        generator = np.random.default_rng(0)
+        generator, shares = np.random.default_rng(0), np.full(count, 1 / count)
         self._draws = np.empty((number, count), np.float32)
         for row in self._draws:
-            row[:] = np.bincount(generator.integers(0, count, count), minlength=count)
+            row[:] = generator.multinomial(count, shares)
 
     def value(self, predictions: np.ndarray, rows: np.ndarray) -> float:
         """Return the score of predictions.
