@@ -234,3 +234,11 @@ def test_networks_and_processes_are_scikit_learns():
     assert r2_score(new[:, 0] ** 2 + 5, process(new)[:, 0]) > 0.5
     with pytest.raises(ValueError, match="expected at most 1,000 rows for a Gaussian process, got 1,001"):
         fit_heads("gp", "regression", np.zeros((1001, 2)), np.arange(1001.0), 1)
+
+
+@pytest.mark.parametrize("kind", HEADS_OF["classification"])
+def test_a_class_that_is_not_taught_is_refused(kind):
+    features, labels = planted(3, count=60)
+    classes = np.where(labels > 0, 2, 0)
+    with pytest.raises(ValueError, match="expected each of 3 classes among the labels that teach, got 2"):
+        fit_heads(kind, "classification", features, classes, 3)

@@ -23,6 +23,9 @@ CONSTANT: Final = 1e-9
 ABSENT: Final = 1e-12
 """Directions with at most this share of the largest one's squares count as absent."""
 
+LEAST_FOR_STOPPING: Final = 50
+"""Number of rows from which on a tenth of them stops the training of a network."""
+
 MOST_FOR_PROCESS: Final = 1_000
 """Number of rows to which a Gaussian process is fitted at the most; its time grows with their cube."""
 
@@ -92,7 +95,15 @@ def fit_heads(
 
     Returns:
         A head for each of `SETTINGS[kind]`.
+
+    Raises:
+        ValueError: for a class that no row has, and for too many rows for a Gaussian process.
     """
+    if task == "classification" and len(np.unique(labels)) < outputs:
+        raise ValueError(
+            f"expected each of {outputs} classes among the labels that teach, got {len(np.unique(labels))}: "
+            "leave rare classes out"
+        )
     exact = np.asarray(features, np.float64)
     mean, deviation = exact.mean(0), exact.std(0)
     varies = deviation > CONSTANT * np.abs(mean)
@@ -167,10 +178,11 @@ def _fit_mlp(X: np.ndarray, y: np.ndarray, task: LearningTask, outputs: int) -> 
     centre, scale = (y.mean(), y.std()) if task == "regression" else (0.0, 1.0)
     targets = (y - centre) / scale if task == "regression" else y.astype(int)
     kind = MLPRegressor if task == "regression" else MLPClassifier
+    early = len(X) >= LEAST_FOR_STOPPING and (task != "classification" or np.bincount(targets).min() > 1)
     fitted = []
     for penalty in SETTINGS["mlp"]:
         model = kind(
-            hidden_layer_sizes=(64,), alpha=penalty, early_stopping=len(X) >= 50, random_state=0, max_iter=300
+            hidden_layer_sizes=(64,), alpha=penalty, early_stopping=early, random_state=0, max_iter=300
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
