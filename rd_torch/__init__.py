@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rd_torch import cluster, pretrained, variants
+    from rd_torch import cluster, pretrained, sklearn, variants
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
     from rd_torch.basis import change_basis
     from rd_torch.choosing import choose_layers
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         TransformersForTokenClassification,
     )
     from rd_torch.labelled import Labelled
+    from rd_torch.learning import Learned, learn
     from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level, Reference
     from rd_torch.maps import Basis
     from rd_torch.model import RDModel
@@ -59,6 +60,7 @@ _HOMES = {
     "Explained": "config",
     "Fasta": "reading",
     "Labelled": "labelled",
+    "Learned": "learning",
     "Level": "levels",
     "MatryoshkaHead": "heads",
     "Nesting": "nesting",
@@ -90,12 +92,14 @@ _HOMES = {
     "export": "exporting",
     "fit": "fitting",
     "fit_stores": "fitting_stores",
+    "learn": "learning",
     "open_store": "store",
     "plot_store": "plotting",
     "plot_variants": "variants",
     "pretrained": "pretrained",
     "score_variants": "variants",
     "similarity": "comparing",
+    "sklearn": "sklearn",
     "solve_stages": "solve",
     "variants": "variants",
 }
@@ -111,6 +115,7 @@ __all__ = [
     "Explained",
     "Fasta",
     "Labelled",
+    "Learned",
     "Level",
     "MatryoshkaHead",
     "Nesting",
@@ -142,12 +147,14 @@ __all__ = [
     "export",
     "fit",
     "fit_stores",
+    "learn",
     "open_store",
     "plot_store",
     "plot_variants",
     "pretrained",
     "score_variants",
     "similarity",
+    "sklearn",
     "solve_stages",
     "variants",
 ]

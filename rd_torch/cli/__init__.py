@@ -11,6 +11,7 @@ from rd_torch.cli.command import Group
 from rd_torch.cli.embedding import embed
 from rd_torch.cli.environment import env
 from rd_torch.cli.fitting import fit
+from rd_torch.cli.learning import learn, predict
 from rd_torch.cli.plotting import plot
 from rd_torch.cli.variants import variants
 
@@ -29,5 +30,19 @@ def main() -> None:
     """
 
 
-for command in (embed, combine, plot, variants, fit, info, export, download, verify, convert, env):
+for command in (
+    embed,
+    combine,
+    plot,
+    variants,
+    learn,
+    predict,
+    fit,
+    info,
+    export,
+    download,
+    verify,
+    convert,
+    env,
+):
     main.add_command(command)
