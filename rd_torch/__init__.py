@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rd_torch import cluster, pretrained
+    from rd_torch import cluster, pretrained, sklearn, variants
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
     from rd_torch.basis import change_basis
     from rd_torch.choosing import choose_layers
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         TransformersForTokenClassification,
     )
     from rd_torch.labelled import Labelled
+    from rd_torch.learning import Learned, learn
     from rd_torch.levels import ESM2_LEVELS, ESMC_LEVELS, Level, Reference
     from rd_torch.maps import Basis
     from rd_torch.model import RDModel
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from rd_torch.solve import concat_pca, solve_stages
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
+    from rd_torch.variants import embed_variants, plot_variants, score_variants
 
 # The module in which each public name lives.
 _HOMES = {
@@ -59,6 +61,7 @@ _HOMES = {
     "Explained": "config",
     "Fasta": "reading",
     "Labelled": "labelled",
+    "Learned": "learning",
     "Level": "levels",
     "MatryoshkaHead": "heads",
     "Nesting": "nesting",
@@ -87,16 +90,22 @@ _HOMES = {
     "concat_pca": "solve",
     "embed": "embedding",
     "embed_to_store": "embedding",
+    "embed_variants": "variants",
     "export": "exporting",
     "fit": "fitting",
     "fit_stores": "fitting_stores",
+    "learn": "learning",
     "open_index": "searching",
     "open_store": "store",
     "plot_store": "plotting",
+    "plot_variants": "variants",
     "pretrained": "pretrained",
+    "score_variants": "variants",
     "search": "searching",
     "similarity": "comparing",
+    "sklearn": "sklearn",
     "solve_stages": "solve",
+    "variants": "variants",
 }
 
 __all__ = [
@@ -110,6 +119,7 @@ __all__ = [
     "Explained",
     "Fasta",
     "Labelled",
+    "Learned",
     "Level",
     "MatryoshkaHead",
     "Nesting",
@@ -138,16 +148,22 @@ __all__ = [
     "concat_pca",
     "embed",
     "embed_to_store",
+    "embed_variants",
     "export",
     "fit",
     "fit_stores",
+    "learn",
     "open_index",
     "open_store",
     "plot_store",
+    "plot_variants",
     "pretrained",
+    "score_variants",
     "search",
     "similarity",
+    "sklearn",
     "solve_stages",
+    "variants",
 ]
 
 

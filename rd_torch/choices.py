@@ -11,7 +11,10 @@ Scale: TypeAlias = Literal["none", "feature", "block"]
 SpecialRows: TypeAlias = Literal["maps", "larger"]
 Criterion: TypeAlias = Literal["rank", "added", "labels"]
 Method: TypeAlias = Literal["rd", "naive"]
+LearningTask: TypeAlias = Literal["regression", "classification", "multilabel"]
+HeadName: TypeAlias = Literal["ridge", "logistic", "mlp", "knn", "gp"]
 Storage: TypeAlias = Literal["included", "referenced"]
+Scoring: TypeAlias = Literal["wild-type", "masked", "masked-jointly", "pseudo-likelihood"]
 
 FloatType: TypeAlias = Literal["float32", "float16", "bfloat16"]
 """The types of number that backbones compute in and stores hold, as PyTorch names them."""

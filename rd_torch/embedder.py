@@ -11,6 +11,7 @@ from torch import Tensor
 from rd_torch.alphabet import Alphabet
 from rd_torch.backbone import is_residue, obstacle
 from rd_torch.batching import require_memory, run_batches
+from rd_torch.config import RDConfig
 from rd_torch.model import RDModel
 from rd_torch.pieces import Blend, Pieces
 from rd_torch.pooling import pool_residues, pools_of
@@ -128,6 +129,25 @@ def require_tokens_for(alphabet: Alphabet, pool: str, pieces: Pieces | None) -> 
         raise ValueError(
             "expected whole sequences, got windows, though the model's tokenizer makes tokens of several "
             "letters: cut long sequences (--max-length)"
+        )
+
+
+def require_prefixes(config: RDConfig, pool: str) -> None:
+    """Require that embeddings can be cut afterwards: their first features are those of a shorter chain.
+
+    Args:
+        config: config of the chain.
+        pool: ways to pool residues, as `pool_name` joins them.
+
+    Raises:
+        ValueError: for the baseline, and for `cls` where raw rows stand at `<cls>`.
+    """
+    if not config.is_nested:
+        raise ValueError("expected a nested chain, got the baseline, whose levels are no prefixes")
+    if "cls" in pools_of(pool) and config.special_rows == "larger":
+        raise ValueError(
+            "expected a pool over residues, got 'cls', where the largest backbone's own rows stand at <cls>, "
+            "so that no prefix is the embedding of a shorter chain"
         )
 
 

@@ -76,12 +76,7 @@ def require_labelled(labelled: Labelled | None) -> Labelled:
     """
     if labelled is None:
         raise ValueError("expected labelled sequences to choose layers by labels, got none: give `labelled`")
-    try:
-        import sklearn  # noqa: F401  # to see whether it is there
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "expected scikit-learn to choose layers by labels, got none: pip install rd_torch[learn]"
-        ) from error
+    require_sklearn("to choose layers by labels")
     labels = np.asarray(labelled.labels)
     if len(labels) != len(labelled.sequences) or len(labels) < 2 * FOLDS:
         raise ValueError(
@@ -96,6 +91,23 @@ def require_labelled(labelled: Labelled | None) -> Labelled:
         listed = ", ".join(f"{count:,} of {kind}" for kind, count in zip(kinds[:5], counts[:5], strict=True))
         raise ValueError(f"expected two classes or more, each of {FOLDS} sequences or more, got {listed}")
     return labelled
+
+
+def require_sklearn(purpose: str) -> None:
+    """Require scikit-learn.
+
+    Args:
+        purpose: what it is needed for, in words that begin with "to".
+
+    Raises:
+        ModuleNotFoundError: where it is not installed.
+    """
+    try:
+        import sklearn  # noqa: F401  # to see whether it is there
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"expected scikit-learn {purpose}, got none: pip install rd_torch[learn]"
+        ) from error
 
 
 def by_labels(

@@ -8,8 +8,9 @@ feature is pooled by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Final, Literal, TypeAlias, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,11 @@ Pools: TypeAlias = str | Sequence[str]
 """One way to pool, or several, whose vectors are joined end to end; `"none"` keeps a vector a residue."""
 
 POOLS: Final[tuple[Pool, ...]] = get_args(Pool)
+
+VARIANT_POOLS: Final = ("sites", "mean-difference", "sites-difference")
+"""Ways to pool that only variants of a wild type have; `rd_torch.embed_variants` describes them."""
+
+Vectors = TypeVar("Vectors", np.ndarray, Tensor)
 
 
 def pool_name(pools: Pools) -> str:
@@ -51,6 +57,22 @@ def pool_name(pools: Pools) -> str:
 def pools_of(pool: str) -> tuple[str, ...]:
     """Split a name into the ways that it joins, in their order; `none` joins no way."""
     return () if pool == "none" else tuple(pool.split("+"))
+
+
+def cut_ways(vectors: Vectors, width: int, pool: str) -> Vectors:
+    """Cut vectors to their first features, for each way to pool.
+
+    Args:
+        vectors: `(..., ways * features)` array or tensor, or `(..., features)` without pooling.
+        width: number of features to keep for each way.
+        pool: ways to pool, as `pool_name` joins them.
+
+    Returns:
+        `(..., ways * width)`, or `(..., width)`.
+    """
+    ways = max(1, len(pools_of(pool)))
+    parted = vectors.reshape(*vectors.shape[:-1], ways, vectors.shape[-1] // ways)
+    return parted[..., :width].reshape(*vectors.shape[:-1], ways * width)
 
 
 def pool_residues(rows: Tensor, counts: Tensor, cls: Tensor, pool: str) -> Tensor:

@@ -61,7 +61,7 @@ LONGEST_FIRST = (
     "cluster", "benchmarks", "docs", "resume", "tutorials", "esm2", "training", "scaling", "huggingface",
     "inputs", "family", "dataset", "structure", "finetuning", "model", "frameworks", "backbone_files",
     "automodel_jobs", "esmc_training", "esmc_jobs", "esmc", "processes", "shards", "engine", "soft_sequences",
-    "store", "reference",
+    "store", "reference", "variants",
 )  # fmt: skip
 """Files of tests that take long: no process is to work through one when the others have ended."""
 

@@ -11,8 +11,10 @@ from rd_torch.cli.command import Group
 from rd_torch.cli.embedding import embed
 from rd_torch.cli.environment import env
 from rd_torch.cli.fitting import fit
+from rd_torch.cli.learning import learn, predict
 from rd_torch.cli.plotting import plot
 from rd_torch.cli.searching import index, search
+from rd_torch.cli.variants import variants
 
 
 @click.group(
@@ -29,5 +31,21 @@ def main() -> None:
     """
 
 
-for command in (embed, combine, plot, index, search, fit, info, export, download, verify, convert, env):
+for command in (
+    embed,
+    combine,
+    plot,
+    index,
+    search,
+    variants,
+    learn,
+    predict,
+    fit,
+    info,
+    export,
+    download,
+    verify,
+    convert,
+    env,
+):
     main.add_command(command)

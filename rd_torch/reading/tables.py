@@ -231,6 +231,23 @@ def choose_columns(
     return Columns(sequence, identifier, f"guessed for {source}: {', '.join(guessed)}" if guessed else "")
 
 
+def find_sequence_column(samples: dict[str, list[str]], source: str) -> str:
+    """Find the only column of a table that can have the sequences.
+
+    Args:
+        samples: the first cells of each column, by the column's name.
+        source: name of the table in messages.
+
+    Returns:
+        The name of the column.
+
+    Raises:
+        ValueError: where several columns, or none, can be meant.
+    """
+    listed = ", ".join(map(repr, samples))
+    return _require_one(_sequence_columns(samples), "--sequence-column", "sequences", listed, source)
+
+
 def _sequence_columns(samples: dict[str, list[str]]) -> list[str]:
     """Return the columns that may have the sequences, by their names, or else by their cells."""
     return [each for each in samples if _spelled(each) in SEQUENCE_NAMES] or [

@@ -25,6 +25,7 @@ class Format(ABC):
         name: name of the format, and suffix of its stores without the dot.
         dtypes: types of number that it can hold.
         pools: ways to pool residues that it can hold, `"none"` among them if it holds a vector for each.
+        variant_pools: ways to pool that only variants have and that it can hold.
         identifier: the part of a FASTA header that becomes the identifier unless the user chooses another,
             as for `rd_torch.Proteins`.
         in_parts: whether the store is the folder of the windows' files, so that there is nothing to put
@@ -34,6 +35,7 @@ class Format(ABC):
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     pools: ClassVar[tuple[str, ...]]
+    variant_pools: ClassVar[tuple[str, ...]] = ()
     identifier: ClassVar[str] = "word"
     in_parts: ClassVar[bool] = False
 
@@ -88,7 +90,7 @@ def require_fitting(form: Format, facts: Facts) -> None:
     """
     pools = [("pool", way, form.pools) for way in pools_of(facts.pool) or ("none",)]
     for what, got, taken in [("save_dtype", facts.save_dtype, form.dtypes), *pools]:
-        if got not in taken:
+        if got not in taken and got not in form.variant_pools:
             raise ValueError(
                 f"expected {what} to be one of {', '.join(map(repr, taken))} in .{form.name}, got {got!r}"
             )

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from rd_torch.disk import write_whole
-from rd_torch.pooling import POOLS
+from rd_torch.pooling import POOLS, VARIANT_POOLS
 from rd_torch.store.facts import Facts
 from rd_torch.store.format import Format, Row
 from rd_torch.store.hdf5_store import LENGTH, MODEL_NAME, ORIGINAL_ID, HDF5Store
@@ -50,6 +50,7 @@ class HDF5(Format):
     name = "h5"
     dtypes = ("float32", "float16")
     pools = (*POOLS, "none")
+    variant_pools = VARIANT_POOLS
 
     @staticmethod
     def key(name: str) -> str:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from rd_torch.disk import write_whole
-from rd_torch.pooling import POOLS, pools_of
+from rd_torch.pooling import POOLS, VARIANT_POOLS, pools_of
 from rd_torch.store.facts import Facts
 from rd_torch.store.format import Format, Row
 from rd_torch.store.store import Array, Store, missing_message
@@ -38,6 +38,7 @@ class Parquet(Format):
     name = "parquet"
     dtypes = ("float32", "float16")
     pools = POOLS
+    variant_pools = VARIANT_POOLS
     in_parts = True
 
     @staticmethod

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rd_torch.pooling import pools_of
+from rd_torch.store.conversions import Conversions
 from rd_torch.store.facts import Facts
 from rd_torch.store.windows import Length
 
@@ -22,7 +23,7 @@ Array: TypeAlias = np.ndarray | Tensor
 """The embedding of a record as its format reads it."""
 
 
-class Store(ABC):
+class Store(Conversions, ABC):
     """Embeddings on disk, which are read when they are asked for.
 
     `store["P1"]`, `store[3]`, `store[10:20]` and `store[["P1", "P2"]]` read embeddings at full width, and

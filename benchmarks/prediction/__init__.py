@@ -1,0 +1,1 @@
+"""What `rd-torch learn` finds on the data at hand."""

@@ -1,0 +1,1 @@
+"""What scores of variants are worth on assays."""
