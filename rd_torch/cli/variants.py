@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from rd_torch.choices import FloatType, Scoring
+from rd_torch.choices import Scoring
 from rd_torch.cli.command import Command, option
 from rd_torch.cli.mutations import mutation_options, open_rows, wild_type_of
 from rd_torch.cli.reading import INCOMPLETE
@@ -16,6 +16,7 @@ from rd_torch.cli.shared import (
     absolute_name,
     budget_option,
     device_option,
+    dtype_option,
     load_model,
     model_option,
     model_title,
@@ -114,13 +115,7 @@ SAYINGS = {
 @model_option
 @trust_option
 @device_option
-@option(
-    "--dtype",
-    group="Speed",
-    type=click.Choice(get_args(FloatType)),
-    default="float32",
-    help="Type of number in which the backbones compute.",
-)
+@dtype_option
 @budget_option
 @published_options
 def variants(
