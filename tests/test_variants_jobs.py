@@ -140,6 +140,8 @@ def test_the_wild_type_is_one_record_of_a_file(tmp_path, table):
     )
     assert "called c, got none" in run(table, "--wild-type", fasta, "--record", "c", "-o", output).stderr
     assert run(table, "--wild-type", fasta, "--record", "b", "-o", output).exit_code == 0
+    result = run(table, "--sequence", WILD, "--record", "b", "-o", output)
+    assert "expected --record together with --wild-type FASTA" in result.stderr
 
 
 @pytest.mark.parametrize(
