@@ -341,6 +341,7 @@ GOOD = [f"{k / 7:.3f}" for k in range(30)]
         (GOOD[:9], {}, "expected 10 labelled sequences or more, got 9"),
         (GOOD, {"head": "logistic"}, "expected the head for regression to be one of 'ridge', 'mlp'"),
         (GOOD, {"task": "ranking"}, "expected task to be one of 'regression'"),
+        (GOOD, {"task": "ranking", "per_residue": True}, "expected task to be one of 'regression'"),
         (GOOD, {"widths": [200]}, "expected a width from 1 to 128"),
         (GOOD, {"pool": "none"}, "expected a pool that gives a vector a sequence, got 'none'"),
         (GOOD, {"sequence_column": "seq"}, "expected a column 'seq', got 'sequence', 'y' in the table"),
