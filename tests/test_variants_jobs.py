@@ -11,7 +11,7 @@ import rd_torch
 from rd_torch import RDModel, open_store
 from rd_torch.cli import main
 from rd_torch.disk import take_lock
-from rd_torch.variants import SCORINGS, all_single, asking, read_variant
+from rd_torch.variants import SCORINGS, Substitution, Variant, all_single, asking, read_variant
 from rd_torch.variants.heatmap import ORDER
 
 WILD = random_sequence(24, seed=3)
@@ -373,3 +373,14 @@ def test_the_command_embeds_and_lists_what_it_cannot(tmp_path, shipped):
     assert list(open_store(store)) == SINGLE[:2]
     assert np.abs(np.asarray(open_store(store)) - np.asarray(open_store(tmp_path / "p.parquet"))).max() < 1e-6
     assert "K2del" in (tmp_path / "v.parquet.failed.tsv").read_text()
+
+
+def test_another_wild_type_is_refused_though_its_variants_have_the_same_sequences(shipped, tmp_path):
+    other = f"A{WILD[1:]}"
+    variants = [Variant("v", (Substitution(0, sequence[0], "K"),)) for sequence in (WILD, other)]
+    assert variants[0].mutate(WILD) == variants[1].mutate(other)
+    for pool in ("mean-difference", "mean"):
+        path = tmp_path / f"{pool}.h5"
+        rd_torch.embed_variants(shipped, WILD, variants[:1], path, pool=pool)
+        with pytest.raises(ValueError, match="was made, got others"):
+            rd_torch.embed_variants(shipped, other, variants[1:], path, pool=pool)
