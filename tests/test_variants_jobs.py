@@ -57,11 +57,14 @@ def test_the_command_writes_what_python_gives(tmp_path, shipped, table, scoring)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["assay.csv", "scores.csv"]
 
 
-def test_named_levels_are_columns_in_their_order(tmp_path, table):
+@pytest.mark.parametrize("levels", [["28K", "207K"], ["207K", "28K"]])
+def test_named_levels_are_columns_in_their_order(tmp_path, table, levels):
     output = tmp_path / "scores.tsv"
-    assert run(table, "--sequence", WILD, "-o", output, "--level", "28K,207K").exit_code == 0
+    assert run(table, "--sequence", WILD, "-o", output, "--level", ",".join(levels)).exit_code == 0
     header = output.read_text().splitlines()[0]
-    assert header == "mutant\tscore\tmasked_28K\tmasked_207K"
+    assert header == f"mutant\tscore\tmasked_{levels[0]}\tmasked_{levels[1]}"
+    result = run(table, "--sequence", WILD, "-o", output, "--level", f"{levels[0]},5M")
+    assert "expected level to be one of '28K', '90K', '207K', '1M', got '5M'" in result.stderr
 
 
 def test_rows_without_a_score_stay_and_are_listed(tmp_path):
