@@ -237,8 +237,8 @@ def _warn_of_nothing(findings: Findings) -> None:
     nothing = chance(findings.task, len(findings.classes))
     if findings.low <= nothing:
         warnings.warn(
-            f"the embeddings predict little of {findings.target}, or nothing: a {findings.score_name} of "
-            f"{nothing:.2f} is that of guessing, and {findings.score:.3f} was found, with an interval from "
-            f"{findings.low:.3f} to {findings.high:.3f}",
+            f"the embeddings predict little of {findings.target}, or nothing: the {findings.score_name} is "
+            f"{findings.score:.3f}, with an interval from {findings.low:.3f} to {findings.high:.3f}, and that "
+            f"of guessing is {nothing:.2f}",
             stacklevel=3,
         )
