@@ -238,7 +238,7 @@ def _warn_of_nothing(findings: Findings) -> None:
     if findings.low <= nothing:
         warnings.warn(
             f"the embeddings predict little of {findings.target}, or nothing: the {findings.score_name} is "
-            f"{findings.score:.3f}, with an interval from {findings.low:.3f} to {findings.high:.3f}, and that "
-            f"of guessing is {nothing:.2f}",
+            f"{findings.score:.3f}, with an interval from {findings.low:.3f} to {findings.high:.3f}, and "
+            f"that of guessing is {nothing:.2f}",
             stacklevel=3,
         )
