@@ -11,8 +11,11 @@ from sklearn.neural_network import MLPRegressor
 from sklearn.preprocessing import StandardScaler
 
 from rd_torch.learning import HEADS_OF, SETTINGS, Judge, Rows, Score, fit_heads, select
+from rd_torch.learning.examples import Examples
 from rd_torch.learning.scoring import NAMES
 from rd_torch.learning.selecting import narrowest
+from rd_torch.learning.splitting import Split
+from rd_torch.learning.vectors import Source, labels_of
 
 WIDTHS = [8, 16, 32]
 
@@ -242,3 +245,30 @@ def test_a_class_that_is_not_taught_is_refused(kind):
     classes = np.where(labels > 0, 2, 0)
     with pytest.raises(ValueError, match="expected each of 3 classes among the labels that teach, got 2"):
         fit_heads(kind, "classification", features, classes, 3)
+
+
+@pytest.mark.parametrize("most", [7, 1_000])
+def test_every_label_of_a_residue_stands_beside_the_embedding_of_that_residue(monkeypatch, most):
+    monkeypatch.setattr("rd_torch.learning.vectors.MOST_ROWS", most)
+    labels = [np.array(each) for each in ([-1, 0, 1], [1], [-1, -1], [0, 1, -1, 1, 0], [1, 1])]
+    vectors = [100.0 * number + np.arange(len(each))[:, None] for number, each in enumerate(labels)]
+    sequences = ["A" * len(each) for each in labels]
+    examples = Examples(sequences, "classification", ["a", "b"], labels, True, None, "", "")
+    folds = np.array([0, 1, 2, -1, 2])
+    split = Split(folds, np.array([5, 6, 7, 8, 9]), "")
+    for chosen in (folds >= 0, folds < 0, np.ones(5, bool)):
+        found = labels_of(Source(None, "", {}, "none", [1]), examples, split, vectors, chosen)
+        whose, where = np.divmod(found.rows.cut(1)[:, 0].astype(int), 100)
+        known = [
+            (number, place)
+            for number, each in enumerate(labels)
+            for place, label in enumerate(each)
+            if chosen[number] and label >= 0
+        ]
+        pairs = list(zip(whose.tolist(), where.tolist(), strict=True))
+        assert len(pairs) == min(most, len(known))
+        assert len(set(pairs)) == len(pairs)
+        assert set(pairs) <= set(known)
+        assert found.rows.labels.tolist() == [labels[number][place] for number, place in pairs]
+        assert found.folds.tolist() == folds[whose].tolist()
+        assert (np.diff(found.rows.groups[np.argsort(whose, kind="stable")]) >= 0).all()

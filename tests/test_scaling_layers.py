@@ -161,6 +161,20 @@ def test_a_signal_in_a_middle_layer_is_found_by_the_choice_and_by_nothing_else(t
     assert max(abs(average[name]) for name in (PLAIN_LAST, PCA_LAST, NESTED_LAST)) < 0.1
 
 
+def test_each_score_is_that_of_its_own_head(tmp_path):
+    data = set_of(3, noise(draw(240, 3), 3))
+    study, sample = Study(Drawn(tmp_path), [data]), Sample("drawn", (["M"] * 500,))
+    heads = (probes.NEAREST, probes.LINEAR)
+    (records,) = study.run([Fit(sample, study.solver(sample), [Approach("plain", PLAIN, heads=heads)])])
+    assert len(records) == len(LAST) * len(heads)
+    rows, labels = torch.from_numpy(draw(240, 3)).float().double(), torch.from_numpy(data.labels)
+    for record in records:
+        features = layer_of(rows, *record.layers)
+        parts = [Rows(features[part], labels[part]) for part in data.splits[0]]
+        expected = probes.judge(record.head, *parts, 0, 0)["Spearman"]
+        assert record.scores["Spearman"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_several_processes_give_the_scores_of_one(tmp_path):
     approaches = [each for each in RIVALS if each.name in (PLAIN_LAST, NESTED_CHOSEN)]
     found = []

@@ -219,6 +219,7 @@ def test_what_is_no_store_is_refused(mini, tmp_path):
             "'std', 'cls' in .parquet, got 'none'",
         ),
         ("pt", {"save_dtype": "float64"}, "'float32', 'float16', 'bfloat16' in .pt, got 'float64'"),
+        ("h5", {"save_dtype": "sites"}, "save_dtype to be one of 'float32', 'float16' in .h5, got 'sites'"),
         ("h5", {"pool": "median"}, "one or several of 'mean', 'max', 'std', 'cls'.*got 'median'"),
         ("h5", {"width": 129}, "width from 1 to 128"),
         ("h5", {"width": 0}, "width from 1 to 128"),

@@ -11,7 +11,7 @@ import rd_torch
 from rd_torch import RDModel, open_store
 from rd_torch.cli import main
 from rd_torch.disk import take_lock
-from rd_torch.variants import SCORINGS, all_single, asking, read_variant
+from rd_torch.variants import SCORINGS, Substitution, Variant, all_single, asking, read_variant
 from rd_torch.variants.heatmap import ORDER
 
 WILD = random_sequence(24, seed=3)
@@ -57,11 +57,14 @@ def test_the_command_writes_what_python_gives(tmp_path, shipped, table, scoring)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["assay.csv", "scores.csv"]
 
 
-def test_named_levels_are_columns_in_their_order(tmp_path, table):
+@pytest.mark.parametrize("levels", [["28K", "207K"], ["207K", "28K"]])
+def test_named_levels_are_columns_in_their_order(tmp_path, table, levels):
     output = tmp_path / "scores.tsv"
-    assert run(table, "--sequence", WILD, "-o", output, "--level", "28K,207K").exit_code == 0
+    assert run(table, "--sequence", WILD, "-o", output, "--level", ",".join(levels)).exit_code == 0
     header = output.read_text().splitlines()[0]
-    assert header == "mutant\tscore\tmasked_28K\tmasked_207K"
+    assert header == f"mutant\tscore\tmasked_{levels[0]}\tmasked_{levels[1]}"
+    result = run(table, "--sequence", WILD, "-o", output, "--level", f"{levels[0]},5M")
+    assert "expected level to be one of '28K', '90K', '207K', '1M', got '5M'" in result.stderr
 
 
 def test_rows_without_a_score_stay_and_are_listed(tmp_path):
@@ -140,6 +143,8 @@ def test_the_wild_type_is_one_record_of_a_file(tmp_path, table):
     )
     assert "called c, got none" in run(table, "--wild-type", fasta, "--record", "c", "-o", output).stderr
     assert run(table, "--wild-type", fasta, "--record", "b", "-o", output).exit_code == 0
+    result = run(table, "--sequence", WILD, "--record", "b", "-o", output)
+    assert "expected --record together with --wild-type FASTA" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -371,3 +376,14 @@ def test_the_command_embeds_and_lists_what_it_cannot(tmp_path, shipped):
     assert list(open_store(store)) == SINGLE[:2]
     assert np.abs(np.asarray(open_store(store)) - np.asarray(open_store(tmp_path / "p.parquet"))).max() < 1e-6
     assert "K2del" in (tmp_path / "v.parquet.failed.tsv").read_text()
+
+
+def test_another_wild_type_is_refused_though_its_variants_have_the_same_sequences(shipped, tmp_path):
+    other = f"A{WILD[1:]}"
+    variants = [Variant("v", (Substitution(0, sequence[0], "K"),)) for sequence in (WILD, other)]
+    assert variants[0].mutate(WILD) == variants[1].mutate(other)
+    for pool in ("mean-difference", "mean"):
+        path = tmp_path / f"{pool}.h5"
+        rd_torch.embed_variants(shipped, WILD, variants[:1], path, pool=pool)
+        with pytest.raises(ValueError, match="was made, got others"):
+            rd_torch.embed_variants(shipped, other, variants[1:], path, pool=pool)

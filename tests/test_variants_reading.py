@@ -249,9 +249,13 @@ def test_several_substitutions_may_stand_between_the_tables_own_delimiters(tmp_p
     assert [row.variant.substitutions for row in read(path)] == [(K2R, V3I)] * 2
 
 
-def test_parquet_is_read_with_row_numbers(tmp_path):
+@pytest.mark.parametrize("packed", [False, True])
+def test_parquet_is_read_with_row_numbers(tmp_path, packed):
     table = pa.table({"mutant": ["K2R", None, "A2R"], "score": [0.5, 1.0, None]})
     pq.write_table(table, tmp_path / "a.parquet")
+    if packed:
+        whole = (tmp_path / "a.parquet").read_bytes()
+        (tmp_path / "a.parquet").write_bytes(gzip.compress(whole))
     rows = read(tmp_path / "a.parquet")
     assert texts(rows) == [
         "K2R",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from rd_torch.choices import FloatType
 from rd_torch.cli.command import Command, option
 from rd_torch.cli.reading import (
     proteins_argument,
@@ -21,6 +20,7 @@ from rd_torch.cli.shared import (
     absolute_name,
     budget_option,
     device_option,
+    dtype_option,
     format_option,
     load_model,
     model_option,
@@ -95,14 +95,7 @@ PIPED = "The proteins come from a pipe. If this is interrupted, pipe the same on
 @strict_option
 @reading_options
 @device_option
-@option(
-    "--dtype",
-    group="Speed",
-    type=click.Choice(get_args(FloatType)),
-    default="float32",
-    help="Type of number in which the backbones compute. float16 and bfloat16 are less exact, and faster "
-    "where the device supports them.",
-)
+@dtype_option
 @budget_option
 @sharing_options
 @cluster_options

@@ -7,13 +7,14 @@ from typing import Any, get_args
 
 import click
 
-from rd_torch.choices import FloatType, HeadName, LearningTask
+from rd_torch.choices import HeadName, LearningTask
 from rd_torch.cli.command import Command, option
 from rd_torch.cli.embedding import parse_pool
 from rd_torch.cli.reading import proteins_argument, reading_options, report_failures, take_proteins
 from rd_torch.cli.shared import (
     budget_option,
     device_option,
+    dtype_option,
     level_option,
     load_model,
     model_option,
@@ -90,13 +91,7 @@ from rd_torch.cli.shared import (
 @model_option
 @level_option
 @device_option
-@option(
-    "--dtype",
-    group="Speed",
-    type=click.Choice(get_args(FloatType)),
-    default="float32",
-    help="Type of number in which the backbones compute.",
-)
+@dtype_option
 @budget_option
 @published_options
 def learn(

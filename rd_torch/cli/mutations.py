@@ -79,6 +79,8 @@ def wild_type_of(fasta: Path | None, record: str | None, sequence: str | None) -
         raise ValueError(
             f"expected the wild type as --wild-type FASTA or --sequence, got {'both' if fasta else 'none'}"
         )
+    if fasta is None and record is not None:
+        raise ValueError("expected --record together with --wild-type FASTA, got it with --sequence")
     if fasta is None:
         return read_wild_type(sequence or "")
     found = [each for each in Fasta(fasta) if record in (None, each.identifier)]

@@ -108,6 +108,14 @@ device_option = option(
     show_default="cuda where there is a GPU, else cpu",
     help="Device to compute on: cpu, cuda, cuda:1, mps and so on.",
 )
+dtype_option = option(
+    "--dtype",
+    group="Speed",
+    type=click.Choice(get_args(FloatType)),
+    default="float32",
+    help="Type of number in which the backbones compute. float16 and bfloat16 are less exact, and faster "
+    "where the device supports them.",
+)
 budget_option = option(
     "--tokens-per-batch",
     group="Speed",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from rd_torch.choices import FloatType, Scoring
+from rd_torch.choices import Scoring
 from rd_torch.cli.command import Command, option
 from rd_torch.cli.mutations import mutation_options, open_rows, wild_type_of
 from rd_torch.cli.reading import INCOMPLETE
@@ -16,6 +16,7 @@ from rd_torch.cli.shared import (
     absolute_name,
     budget_option,
     device_option,
+    dtype_option,
     load_model,
     model_option,
     model_title,
@@ -64,7 +65,7 @@ SAYINGS = {
     group="Scores",
     metavar="NAME,...|all",
     show_default="the model's largest",
-    help="Ask the language models of these levels, smallest first, or of all. Each has a column of its own.",
+    help="Ask the language models of these levels, or of all. Each has a column of its own.",
 )
 @option(
     "--window",
@@ -114,13 +115,7 @@ SAYINGS = {
 @model_option
 @trust_option
 @device_option
-@option(
-    "--dtype",
-    group="Speed",
-    type=click.Choice(get_args(FloatType)),
-    default="float32",
-    help="Type of number in which the backbones compute.",
-)
+@dtype_option
 @budget_option
 @published_options
 def variants(
@@ -159,7 +154,7 @@ def variants(
     _require_outputs(output, embeddings, options)
     name, published = options.pop("model"), take_published(options)
     named = _levels_of(options.pop("levels"))
-    last = None if named in ([], ["all"]) else named[-1]
+    last = None if named in ([], ["all"]) else _largest(named, name or DEFAULT_MODEL, published)
     published["trust_remote_code"] = [*map(absolute_name, options.pop("trusted"))]
     chain = load_model(name or DEFAULT_MODEL, last, options.pop("dtype"), options.pop("device"), **published)
     every = list(chain.config.widths)
@@ -180,6 +175,17 @@ def _levels_of(text: str | None) -> list[str]:
     if "" in named or len(set(named)) < len(named):
         raise ValueError(f"expected --level as NAME,... with each level once, or as all, got {text!r}")
     return named
+
+
+def _largest(levels: list[str], model: str, published: dict[str, Any]) -> str:
+    """Return the level up to which a model has to be loaded, so that all of these are there."""
+    from rd_torch.weights import read_checkpoint
+
+    if len(levels) == 1 or model.startswith("hf:"):
+        return levels[-1]
+    every = list(read_checkpoint(model, **published).config.widths)
+    unknown = [level for level in levels if level not in every]
+    return unknown[0] if unknown else max(levels, key=every.index)
 
 
 def _require_outputs(output: Path | None, embeddings: Path | None, options: dict[str, Any]) -> None:

@@ -93,6 +93,8 @@ def read_examples(
         ValueError: for columns that are not there, a row without a sequence, labels of another kind than the
             task's, labels that are all equal, classes with too few sequences, and too few rows.
     """
+    if task is not None:
+        check_choice("task", task, get_args(LearningTask))
     cells, source = _cells_of(table)
     names = [name for name in (target, sequence_column, split_column) if name is not None]
     for name in names:
@@ -167,8 +169,6 @@ def _read_whole(
 ) -> tuple[LearningTask, list[str], list[Any]]:
     """Read a label of each sequence, or several."""
     cells = [text for _, text in texts]
-    if task is not None:
-        check_choice("task", task, get_args(LearningTask))
     if task == "multilabel":
         return "multilabel", *_read_labels(cells, name)
     numbers = [_number_of(text) for text in cells]

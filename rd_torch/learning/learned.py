@@ -33,7 +33,7 @@ PICTURE: Final = "widths.png"
 CARD: Final = "README.md"
 
 RECORDS_AT_ONCE: Final = 512
-"""Number of records that are embedded before their predictions are given."""
+"""Number of records that are embedded, or read from a store, before their predictions are given."""
 
 HALF: Final = 0.5
 

@@ -6,20 +6,17 @@ import csv
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 
 from rd_torch.disk import require_folder, write_whole
 from rd_torch.embedding import embed_to_store
 from rd_torch.learning.findings import Findings
-from rd_torch.learning.learned import Learned, work_folder
+from rd_torch.learning.learned import RECORDS_AT_ONCE, Learned, work_folder
 from rd_torch.learning.prediction import Prediction
 from rd_torch.model import RDModel
 from rd_torch.store import Failure, ProgressCallback, Store, failure_list, open_store, write_failures
-
-RECORDS_AT_ONCE: Final = 512
-"""Number of records that are read from the store together."""
 
 
 def predict_to_table(

@@ -131,15 +131,14 @@ def _learn(
     """Choose the width and the setting, fit the head, and say what was found."""
     taught = labels_of(source, examples, split, vectors, split.folds >= 0)
     found = select(taught.rows, taught.folds, kind, source.widths)
-    heads = [fit_final(taught.rows, kind, each) for each in found.widths]
-    tests: list[float | None] = [None] * len(heads)
-    if (split.folds < 0).any():
+    is_judged = bool((split.folds < 0).any())
+    fitted = found.widths if is_judged else [found.widths[found.chosen]]
+    heads = {each.width: fit_final(taught.rows, kind, each) for each in fitted}
+    tests: list[float | None] = [None] * len(found.widths)
+    if is_judged:
         judging = labels_of(source, examples, split, vectors, split.folds < 0).rows
         judge, every = Judge(judging.task, judging.labels, judging.groups), np.arange(len(judging.labels))
-        tests = [
-            judge.value(head(judging.cut(each.width)), every)
-            for head, each in zip(heads, found.widths, strict=True)
-        ]
+        tests = [judge.value(head(judging.cut(width)), every) for width, head in heads.items()]
     rows = [
         WidthRow(
             source.level(each.width),
@@ -165,7 +164,7 @@ def _learn(
         sequences=taught.sequences,
         rows=len(taught.folds),
     )
-    return Learned(findings, heads[found.chosen])
+    return Learned(findings, heads[findings.width])
 
 
 def _origin(source: Source, examples: Examples, chosen: WidthRow) -> dict[str, Any]:
@@ -238,8 +237,8 @@ def _warn_of_nothing(findings: Findings) -> None:
     nothing = chance(findings.task, len(findings.classes))
     if findings.low <= nothing:
         warnings.warn(
-            f"the embeddings predict little of {findings.target}, or nothing: a {findings.score_name} of "
-            f"{nothing:.2f} is that of guessing, and {findings.score:.3f} was found, with an interval from "
-            f"{findings.low:.3f} to {findings.high:.3f}",
+            f"the embeddings predict little of {findings.target}, or nothing: the {findings.score_name} is "
+            f"{findings.score:.3f}, with an interval from {findings.low:.3f} to {findings.high:.3f}, and "
+            f"that of guessing is {nothing:.2f}",
             stacklevel=3,
         )

@@ -135,9 +135,10 @@ def labels_of(
         if len(known) > MOST_ROWS:
             known = np.sort(np.random.default_rng(0).choice(known, MOST_ROWS, replace=False))
         ends = np.cumsum([0, *(len(each) for each in labels)])
+        bounds = np.searchsorted(known, ends[1:-1])
         parts = [
-            vectors[int(place)][known[(known >= start) & (known < end)] - start]
-            for place, start, end in zip(places, ends, ends[1:], strict=False)
+            vectors[int(place)][own - start]
+            for place, start, own in zip(places, ends, np.split(known, bounds), strict=False)
         ]
         matrix, values, owners = np.concatenate(parts), flat[known], owners[known]
     else:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from rd_torch.reading.items import entries_of, sequences_of
 from rd_torch.reading.proteins import Fasta, Proteins
-from rd_torch.reading.rows import Cells, read_cells
-from rd_torch.reading.tables import delimiter_of, find_sequence_column
-from rd_torch.reading.text import open_source
+from rd_torch.reading.rows import Cells, read_cells, read_rows
+from rd_torch.reading.tables import find_sequence_column
 
 __all__ = [
     "Cells",
     "Fasta",
     "Proteins",
-    "delimiter_of",
     "entries_of",
     "find_sequence_column",
-    "open_source",
     "read_cells",
+    "read_rows",
     "sequences_of",
 ]

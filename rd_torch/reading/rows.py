@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from rd_torch.reading.tables import delimiter_of
 from rd_torch.reading.text import OpenFile, open_source
@@ -33,7 +34,7 @@ def read_cells(path: str | Path) -> Cells:
         path: the table.
 
     Returns:
-        Its cells. A cell without a value is empty.
+        Its cells, without blanks around them. A cell without a value is empty.
 
     Raises:
         FileNotFoundError: where there is no file.
@@ -42,8 +43,12 @@ def read_cells(path: str | Path) -> Cells:
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"expected a table at {path}, got nothing there")
-    with open_source(path) as file:
-        cells = _read_parquet(file) if file.is_parquet else _read_text(file)
+    (_, header), *numbered = read_rows(path)
+    cells = Cells(header, [line for line, _ in numbered], [[*map(str.strip, row)] for _, row in numbered])
+    if len(cells.header) < 2:
+        raise ValueError(
+            f"expected a table with commas, tabs or semicolons between columns, got one column in {path}"
+        )
     if len(set(cells.header)) < len(cells.header):
         listed = ", ".join(map(repr, cells.header))
         raise ValueError(f"expected a table whose columns have different names, got {listed} in {path}")
@@ -56,44 +61,54 @@ def read_cells(path: str | Path) -> Cells:
     return cells
 
 
-def _read_text(file: OpenFile) -> Cells:
-    """Read a table that is text; blank lines and comments before the header are skipped."""
-    delimiter = delimiter_of(file.beginning())
-    if delimiter is None:
-        raise ValueError(
-            f"expected a table with commas, tabs or semicolons between columns, got none in {file.name}"
-        )
-    handle: IO[str] = file.text(newline="")
-    reader = csv.reader(handle, delimiter=delimiter, strict=True)
-    header: list[str] = []
-    lines: list[int] = []
-    rows: list[list[str]] = []
+def read_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    """Read the rows of a table as they come; what kind of file it is, its content tells.
+
+    Args:
+        path: the table, as for `read_cells`.
+
+    Yields:
+        The line of each row, or its number in a Parquet file, and its cells. The header row comes first.
+
+    Raises:
+        ValueError: for a file that is no table or broken, or that has no header row.
+    """
+    with open_source(path) as file:
+        yield from _parquet_rows(file, Path(path)) if file.is_parquet else _text_rows(file)
+
+
+def _text_rows(file: OpenFile) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows that are neither blank nor, before the header, comments."""
+    delimiter = delimiter_of(file.beginning()) or "\t"
+    reader, begun = csv.reader(file.text(newline=""), delimiter=delimiter, strict=True), False
     try:
         for row in reader:
-            if not any(map(str.strip, row)) or (not header and row[0].strip("\ufeff ").startswith(_COMMENT)):
+            cells = row if begun else [cell.strip("\ufeff \t") for cell in row]
+            if not any(map(str.strip, cells)) or (not begun and cells[0].startswith(_COMMENT)):
                 continue
-            if header:
-                lines.append(reader.line_num)
-                rows.append([cell.strip() for cell in row])
-            else:
-                header = [cell.strip("\ufeff \t") for cell in row]
+            begun = True
+            yield reader.line_num, cells
     except csv.Error as error:
         raise ValueError(
             f"expected a table, got one that does not read in line {reader.line_num:,} of {file.name}: "
             f"{error}"
         ) from error
-    return Cells(header, lines, rows)
+    if not begun:
+        raise ValueError(f"expected a table with a header row, got no row in {file.name}")
 
 
-def _read_parquet(file: OpenFile) -> Cells:
-    """Read a table that is a Parquet file."""
+def _parquet_rows(file: OpenFile, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the names of the columns, and then the rows; only a packed file is held in memory."""
     import pyarrow as pa  # here, because it takes long to load and few files need it
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(file.body.read()))
+        table = pq.ParquetFile(pa.BufferReader(file.body.read()) if file.is_packed else path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"expected a Parquet file, got one that is broken: {file.name}: {error}") from error
-    columns = [column.to_pylist() for column in table.columns]
-    rows = [["" if cell is None else str(cell) for cell in row] for row in zip(*columns, strict=True)]
-    return Cells(list(table.column_names), list(range(1, len(rows) + 1)), rows)
+    yield 0, list(table.schema_arrow.names)
+    number = 0
+    for batch in table.iter_batches():
+        for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            number += 1
+            yield number, ["" if cell is None else str(cell) for cell in cells]

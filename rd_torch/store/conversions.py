@@ -27,11 +27,14 @@ class Readable(Protocol):
     pool: str
 
     @property
-    def identifiers(self) -> Sequence[str]: ...
+    def identifiers(self) -> Sequence[str]:
+        """Names of the records."""
 
-    def read(self, key: Any, *, width: int | None = None, as_torch: bool = False) -> Any: ...
+    def read(self, key: Any, *, width: int | None = None, as_torch: bool = False) -> Any:
+        """Read the embeddings of records."""
 
-    def lengths(self, key: slice = slice(None)) -> list[int | None]: ...
+    def lengths(self, key: slice = slice(None)) -> list[int | None]:
+        """Read how many residues records have."""
 
     def __len__(self) -> int: ...
 

@@ -88,9 +88,10 @@ def require_fitting(form: Format, facts: Facts) -> None:
     Raises:
         ValueError: for such a one; it lists what the format holds.
     """
-    pools = [("pool", way, form.pools) for way in pools_of(facts.pool) or ("none",)]
+    ways = [way for way in pools_of(facts.pool) or ("none",) if way not in form.variant_pools]
+    pools = [("pool", way, form.pools) for way in ways]
     for what, got, taken in [("save_dtype", facts.save_dtype, form.dtypes), *pools]:
-        if got not in taken and got not in form.variant_pools:
+        if got not in taken:
             raise ValueError(
                 f"expected {what} to be one of {', '.join(map(repr, taken))} in .{form.name}, got {got!r}"
             )

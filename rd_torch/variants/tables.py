@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, Final, NamedTuple
+from typing import Final, NamedTuple
 
-from rd_torch.reading import delimiter_of, open_source
+from rd_torch.reading import read_rows
 from rd_torch.variants.notation import Written, read_notation
 from rd_torch.variants.variant import (
     Variant,
@@ -30,7 +29,6 @@ MUTATED_SEQUENCE: Final = "mutated_sequence"
 """ProteinGym's column with the whole sequence of each variant."""
 
 _SEQUENCE_NAMES: Final = (MUTATED_SEQUENCE, "mutant_sequence", "sequence", "mutated_seq", "mutant_seq")
-_COMMENT: Final = "#"
 _ROWS_FOR_HINT: Final = 2_000
 
 
@@ -98,10 +96,7 @@ class VariantTable:
         if not self.path.is_file():
             got = "a pipe: write it to a file first" if self.path.exists() else "nothing there"
             raise FileNotFoundError(f"expected a table of variants at {path}, got {got}")
-        with open_source(self.path) as file:
-            self.is_parquet = file.is_parquet
-            self._delimiter = "" if file.is_parquet else delimiter_of(file.beginning()) or "\t"
-        self.header = next(self._rows())[1]
+        _, self.header = next(read_rows(self.path))
         self._by_sequence, self.reads = self._choose(mutation_column, sequence_column)
         self._place = self.header.index(self.reads)
         self._beside = None
@@ -144,7 +139,7 @@ class VariantTable:
         Raises:
             ValueError: for a table that does not read any further.
         """
-        rows, reference = self._rows(), ""
+        rows, reference = read_rows(self.path), ""
         next(rows)
         for line, cells in rows:
             if len(cells) != len(self.header):
@@ -196,49 +191,6 @@ class VariantTable:
             f": they fit where the wild type's first residue has number {first}, which is --offset "
             f"{first - 1} without --zero-based"
         )
-
-    def _rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield line and cells of each row, the header first."""
-        with open_source(self.path) as file:
-            if file.is_parquet:
-                yield from _parquet_rows(self.path)
-            else:
-                yield from _text_rows(file.text(newline=""), self._delimiter, self.path)
-
-
-def _text_rows(handle: IO[str], delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield line and cells of each row that is neither blank nor, before the header, a comment."""
-    reader, begun = csv.reader(handle, delimiter=delimiter, strict=True), False
-    try:
-        for row in reader:
-            cells = row if begun else [cell.strip("\ufeff \t") for cell in row]
-            if not any(map(str.strip, cells)) or (not begun and cells[0].startswith(_COMMENT)):
-                continue
-            begun = True
-            yield reader.line_num, cells
-    except csv.Error as error:
-        raise ValueError(
-            f"expected a table, got one that does not read in line {reader.line_num:,} of {path}: {error}"
-        ) from error
-    if not begun:
-        raise ValueError(f"expected a table with a header row, got no row in {path}")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield number and cells of each row of a Parquet file, its columns' names first."""
-    import pyarrow as pa  # here, because it takes long to load and few files need it
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"expected a Parquet file, got one that is broken: {path}: {error}") from error
-    yield 0, list(table.schema_arrow.names)
-    number = 0
-    for batch in table.iter_batches():
-        for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            number += 1
-            yield number, ["" if cell is None else str(cell) for cell in cells]
 
 
 class AllSingle:
