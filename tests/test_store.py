@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from rd_torch.store import FORMATS, Facts, Names, format_of, load_format, open_s
 from rd_torch.store.hdf5 import chunk_columns
 from rd_torch.store.naming import dataset_name, file_name, identifier_of
 from rd_torch.store.parquet import Parquet, ParquetStore
+from rd_torch.store.windows import Record, gather
 
 SEQUENCES = ["MKTAYIAKQR", "M", "GGGSXBUZO" * 30, "MLLAVLYCLLWSFQTSA", "MKV"]
 PROTEINS = [Protein(f"sp|P{i}/x", sequence) for i, sequence in enumerate(SEQUENCES)]
@@ -417,3 +419,19 @@ def test_a_store_that_was_begun_before_levels_had_fingerprints_goes_on(tmp_path)
     older = Facts.from_json(json.dumps(stated))
     assert older.level_fingerprints == ()
     facts.require_same(older, tmp_path)
+
+
+def test_a_store_of_more_files_than_a_process_may_open_is_read(tmp_path):
+    facts = Facts("m", "f", ("a", "b"), (2, 4), 1, "mean", "float32", "float32", 100)
+    (tmp_path / "s.parquet").mkdir()
+    records = [Record(f"p{n}", "M", 1, 1, [b"M"], ("", n)) for n in range(300)]
+    for window in gather(records, 1, Names(str)):
+        Parquet().write(tmp_path / "s.parquet", window, [(0, torch.full((4,), float(window.number)))], facts)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    try:
+        with open_store(tmp_path / "s.parquet") as store:
+            assert store.identifiers == [f"p{n}" for n in range(300)]
+            assert store.read(slice(None))[:, 3].tolist() == list(range(300))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -15,7 +15,7 @@ SaveDtype: TypeAlias = FloatType
 """Type of number that a store holds."""
 
 _FREE: Final = ("model", "tokens_per_batch", "rd_torch_version", "level_fingerprints")
-"""Facts in which a run that goes on may differ; the last one follows from others, and older stores lack it."""
+"""Facts in which a run that goes on may differ; the last follows from others, and older stores lack it."""
 
 
 @dataclass(frozen=True)
