@@ -41,14 +41,7 @@ if TYPE_CHECKING:
     show_default="width of the first level",
     help="Number of first features that the first stage of a search compares.",
 )
-@option(
-    "--model",
-    group="Model",
-    metavar="MODEL",
-    show_default="the one that the stores name",
-    help="Model that made the stores. It does not run: the index notes which part the first stage needs.",
-)
-def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None, model: str | None) -> None:
+def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None) -> None:
     """Index the proteins of embedding files for rd-torch search.
 
     \b
@@ -65,36 +58,15 @@ def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None, 
     from rd_torch.searching import add_to_index, build_index
 
     if add:
-        if width is not None or model is not None:
-            raise ValueError("expected --width and --model when an index is made, got them with --add")
+        if width is not None:
+            raise ValueError("expected --width when an index is made, got it with --add")
         for store in stores:
             with add_to_index(output, store) as made:
                 count = len(made)
     else:
-        with build_index(stores, output, width=width, model=_load(model, stores[0])) as made:
+        with build_index(stores, output, width=width) as made:
             count = len(made)
     click.echo(f"Indexed {count:,} proteins in {output}.", err=True)
-
-
-def _load(name: str | None, store: Path) -> RDModel | None:
-    """Load the model that made a store; None where the store names one that cannot be had."""
-    from rd_torch.store import open_store
-
-    with open_store(store) as opened:
-        facts = opened.facts
-    if facts is None or (name is None and not facts.model):
-        return None
-    try:
-        return load_model(name or facts.model, facts.levels[-1], facts.backbone_dtype, "cpu")
-    except (OSError, ValueError):
-        if name is not None:
-            raise
-        click.echo(
-            f"The model {facts.model} is not here. A search by the first stage alone will load all of it; "
-            "--model names it here.",
-            err=True,
-        )
-        return None
 
 
 @click.command(cls=Command)
@@ -197,7 +169,7 @@ def search(
     find_device(device)
     with open_index(index) as opened, ResidueBar(proteins) as bar:
         chain = _load_for(opened, model, device, options["first_stage_only"])
-        failures = search_to_file(
+        report = search_to_file(
             chain,
             bar.count_read(proteins.entries("word")),
             opened,
@@ -207,14 +179,25 @@ def search(
             progress=bar,
             **options,
         )
+    if report.threshold is not None:
+        click.echo(_describe_threshold(report.threshold, options["least"]), err=True)
     click.echo(f"Wrote {'the labels' if labels else 'the hits'} to {output}.", err=True)
-    report_failures(failure_list(output), len(failures))
+    report_failures(failure_list(output), len(report.failures))
+
+
+def _describe_threshold(threshold: float, least: float) -> str:
+    """Say in a sentence what counts as near."""
+    if threshold == float("inf"):
+        return f"No protein is near: at no similarity are labels {least:.0%} reliable."
+    return (
+        f"Proteins are near from a similarity of {threshold:.3f} on: there, labels are {least:.0%} reliable."
+    )
 
 
 def _load_for(opened: Index, name: str | None, device: str | None, first_alone: bool) -> RDModel:
-    """Load the model of an index, or what the first stage needs of it where the index knows that part."""
-    facts, parts = opened.config.facts, opened.config.parts
-    level = next(iter(parts)) if first_alone and parts else facts.levels[-1]
+    """Load the model of an index, or the part of it that suffices for the first stage."""
+    facts = opened.config.facts
+    level = opened.config.first_level if first_alone and facts.level_fingerprints else facts.levels[-1]
     name = name or facts.model
     if not name:
         raise ValueError(f"expected --model, because {opened.path} does not name its model, got none")

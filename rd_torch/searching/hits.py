@@ -15,6 +15,7 @@ class Hit(NamedTuple):
         similarity: cosine similarity by all features, -1 to 1; by the first ones where these alone are asked.
         first_similarity: cosine similarity by the first features.
         query_length: number of residues of the query.
+        target_length: number of residues of the protein that was found; 0 where the store does not know.
     """
 
     query: str
@@ -23,6 +24,7 @@ class Hit(NamedTuple):
     similarity: float
     first_similarity: float
     query_length: int
+    target_length: int
 
 
 class Transferred(NamedTuple):

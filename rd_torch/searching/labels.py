@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,15 +105,22 @@ class LabelTransfer:
             if name in labels.by_name
         }
         self.known = len(self._of)
+        unknown = labels.by_name.keys() - set(finder.index.identifiers)
         if self.known < LEAST_LABELLED:
             raise ValueError(
-                f"expected labels of {LEAST_LABELLED} proteins or more of {finder.index.path}, got "
-                f"{self.known} of {len(labels.by_name):,} identifiers that it has"
+                f"expected labels of {LEAST_LABELLED} proteins or more of {finder.index.path}, got those of "
+                f"{self.known}: it has names such as {finder.index.identifier(0)!r}, and the labels are of "
+                f"{min(unknown or labels.by_name)!r}"
+            )
+        if unknown:
+            warnings.warn(
+                f"labels of proteins that {finder.index.path} does not have, such as {min(unknown)!r}, left "
+                f"out: {len(unknown):,}",
+                stacklevel=3,
             )
         self._places = np.fromiter(self._of, np.int64)
         self._curve = self._calibrate()
-        grid = self._curve.X_thresholds_[self._curve.y_thresholds_ >= least]
-        self.threshold = float(grid.min()) if len(grid) else float("inf")
+        self.threshold = _crossing(self._curve.X_thresholds_, self._curve.y_thresholds_, least)
 
     def _calibrate(self) -> Any:
         """Return the curve from similarity to reliability."""
@@ -153,14 +161,14 @@ class LabelTransfer:
             for label in sorted(self._of[int(place)]):
                 first = best.get(label)
                 if first is None:
-                    name = self._finder.index.identifiers[place]
+                    name = self._finder.index.identifier(int(place))
                     best[label] = Transferred(query, label, float(reliability), float(similarity), name, 1)
                 else:
                     best[label] = first._replace(support=first.support + 1)
         if best:
             yield from sorted(best.values(), key=lambda each: (-each.similarity, -each.support, each.label))
             return
-        nearest = self._finder.index.identifiers[near.places[0]] if len(near.places) else ""
+        nearest = self._finder.index.identifier(int(near.places[0])) if len(near.places) else ""
         similarity = float(near.similarities[0]) if len(near.places) else 0.0
         reliability = float(reliabilities[0]) if len(near.places) else 0.0
         yield Transferred(query, "", reliability, similarity, nearest, 0)
@@ -168,3 +176,12 @@ class LabelTransfer:
     def near(self, vectors: np.ndarray) -> list[Near]:
         """Return the labelled proteins near vectors."""
         return self._finder.near(vectors, self._places)
+
+
+def _crossing(places: np.ndarray, values: np.ndarray, least: float) -> float:
+    """Return where a curve that never falls first reaches a value; infinity where it does not."""
+    first = int(np.searchsorted(values, least))
+    if first == len(values):
+        return float("inf")
+    before = max(0, first - 1)
+    return float(np.interp(least, values[before : first + 1], places[before : first + 1]))
