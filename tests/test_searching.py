@@ -314,7 +314,7 @@ def test_files_of_an_index_that_belong_to_another_are_refused(model, proteins, s
     rd_torch.embed_to_store(model, proteins[:40], tmp_path / "s.parquet")
     rd_torch.build_index(tmp_path / "s.parquet", tmp_path / "few.index").close()
     rd_torch.build_index(store, tmp_path / "all.index").close()
-    for name, message in (("mean.safetensors", "the mean that"), ("first-000001.faiss", "expected vectors")):
+    for name, message in (("mean.npy", "the mean that"), ("first-000001.faiss", "expected vectors")):
         shutil.copytree(tmp_path / "all.index", tmp_path / f"{name}.index")
         shutil.copy(tmp_path / "few.index" / name, tmp_path / f"{name}.index" / name)
         with pytest.raises(ValueError, match=message):
@@ -348,9 +348,13 @@ def test_wrong_stores_widths_and_numbers_are_refused(model, store, index, tmp_pa
         rd_torch.build_index([store, tmp_path / "narrow.h5"], tmp_path / "i.index")
     with pytest.raises(FileExistsError, match="expected nothing at"):
         rd_torch.build_index(store, index.path)
-    for options in ({"k": 0}, {"k": 20, "candidates": 10}):
-        with pytest.raises(ValueError, match="expected k of at least 1 and candidates of at least k"):
+    for options, message in (
+        ({"k": 0}, "expected k of at least 1, got 0"),
+        ({"k": 400}, "expected candidates to be k, which is 400, or more, got 300"),
+    ):
+        with pytest.raises(ValueError, match=message):
             list(search(model, draw(1, 9), index, **options))
+    assert len(list(search(model, draw(1, 9), index, k=400, first_stage_only=True))) == 150
     with pytest.raises(FileNotFoundError, match="expected an index at"):
         open_index(tmp_path / "nothing.index")
     with pytest.raises(ValueError, match="expected an index, a folder that rd-torch index wrote"):

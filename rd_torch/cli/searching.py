@@ -9,7 +9,7 @@ import click
 
 from rd_torch.cli.command import Command, option
 from rd_torch.cli.reading import proteins_argument, reading_options, report_failures, take_proteins
-from rd_torch.cli.shared import budget_option, device_option, find_device, load_model, model_option
+from rd_torch.cli.shared import budget_option, device_option, find_device, load_model
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel
@@ -86,7 +86,7 @@ def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None) 
     group="Output",
     metavar="COLUMN,...",
     show_default="query,target,rank,similarity,first_similarity",
-    help="Columns of the table of hits. There is query_length, too.",
+    help="Columns of the table of hits. There are query_length and target_length, too, in residues.",
 )
 @option("-k", "k", group="Search", type=click.IntRange(min=1), default=10, help="Hits for each query.")
 @option(
@@ -126,7 +126,13 @@ def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None) 
     help="Give no label that is less reliable, which is the share of labelled neighbours as near that have a "
     "label in common.",
 )
-@model_option
+@option(
+    "--model",
+    group="Model",
+    metavar="MODEL",
+    show_default="the one that the index names",
+    help="Where the model of the index is now. Another model is refused.",
+)
 @reading_options
 @device_option
 @budget_option

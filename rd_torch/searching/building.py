@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from safetensors.numpy import save_file
 
 from rd_torch.disk import move, part_folder, require_folder, take_lock, write_whole
 from rd_torch.pooling import pools_of
 from rd_torch.searching.config import IndexConfig, Source, checks_file
 from rd_torch.searching.index import (
-    MEAN,
     MEAN_FILE,
     ROWS_READ,
     Index,
@@ -113,7 +111,7 @@ def _fill(part: Path, folder: Path, stores: list[Store], first: int) -> None:
     surveys = [survey(store) for store in stores]
     mean = np.sum([each.total for each in surveys], axis=0) / total
     _require_spread(surveys, total)
-    write_whole(part / MEAN_FILE, partial(save_file, {MEAN: mean}))
+    write_whole(part / MEAN_FILE, partial(_save, mean))
     vectors = _empty(stores, total, mean[:first])
     sources = []
     for number, (store, each) in enumerate(zip(stores, surveys, strict=True)):

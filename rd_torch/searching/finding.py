@@ -72,10 +72,10 @@ class Finder:
         first_stage_only: bool = False,
         tokens_per_batch: int | None = None,
     ) -> None:
-        if k < 1 or candidates < k:
-            raise ValueError(
-                f"expected k of at least 1 and candidates of at least k, got {k} and {candidates}"
-            )
+        if k < 1:
+            raise ValueError(f"expected k of at least 1, got {k}")
+        if candidates < k and not first_stage_only:
+            raise ValueError(f"expected candidates to be k, which is {k:,}, or more, got {candidates:,}")
         self.fingerprint = require_model(model, index.config, first_alone=first_stage_only)
         self.index, self.k, self.candidates = index, k, candidates
         self.first_stage_only = first_stage_only

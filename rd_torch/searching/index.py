@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from rd_torch.searching.config import IndexConfig, checks_file
 from rd_torch.store import Length, Store, open_store
@@ -19,8 +18,7 @@ from rd_torch.store import Length, Store, open_store
 if TYPE_CHECKING:
     import faiss
 
-MEAN_FILE: Final = "mean.safetensors"
-MEAN: Final = "mean"
+MEAN_FILE: Final = "mean.npy"
 
 ROWS_READ: Final = 4_096
 """Number of vectors that are read from a store at once."""
@@ -66,7 +64,7 @@ class Index:
 
     def _read_mean(self) -> np.ndarray:
         """Read the mean that vectors are taken from."""
-        mean: np.ndarray = load_file(self.path / MEAN_FILE)[MEAN]
+        mean: np.ndarray = np.load(self.path / MEAN_FILE)
         if digest_of(mean) != self.config.mean:
             raise ValueError(f"expected the mean that {self.path} was made with, got another one in it")
         return mean
