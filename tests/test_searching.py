@@ -27,6 +27,7 @@ from rd_torch.searching import (
     search_to_file,
     transfer_labels,
 )
+from rd_torch.searching.reliability import Reliability
 from rd_torch.sequences import Protein
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -539,12 +540,52 @@ def test_labels_of_planted_families_are_transferred_and_strangers_get_none(model
         assert first.reliability > 0.5
         assert first.target.startswith(f"f{number}_")
         assert first.support >= 2
-    strangers = by_query(transfer_labels(model, draw(12, 22, 80), index, labels, least=0.9))
-    assert sum(rows[0].label == "" for rows in strangers.values()) >= 10
+    strangers = by_query(transfer_labels(model, draw(12, 22, 80), index, labels))
+    assert sum(rows[0].label == "" for rows in strangers.values()) >= 11
     for rows in strangers.values():
         if rows[0].label == "":
             assert (len(rows), rows[0].support) == (1, 0)
-            assert rows[0].reliability < 0.9
+            assert rows[0].reliability < 0.5
+
+
+def test_stated_reliabilities_are_those_of_queries_half_of_which_have_a_relative():
+    rng = np.random.default_rng(0)
+
+    def draw_pairs():
+        """Similarities to a protein's relatives and to strangers, nearest first."""
+        pairs = [(each, True) for each in rng.normal(0.55, 0.2, 2)]
+        pairs += [(each, False) for each in rng.normal(0.2, 0.15, 8)]
+        return sorted(((float(min(each, 1)), shared) for each, shared in pairs), reverse=True)
+
+    known = Reliability([draw_pairs() for _ in range(2_000)], 5)
+    threshold = known.threshold(0.5)
+    stated, right, given = [], [], []
+    for has_relative in [True, False] * 4_000:
+        pairs = [pair for pair in draw_pairs() if has_relative or not pair[1]]
+        reliabilities = known.of(np.array([similarity for similarity, _ in pairs[:5]]))
+        stated.append(reliabilities[0])
+        right.append(pairs[0][1])
+        given.append(pairs[0][0] >= threshold)
+    stated, right, given = map(np.array, (stated, right, given))
+    for low in np.arange(0, 1, 0.2):
+        inside = (stated >= low) & (stated < low + 0.2)
+        assert stated[inside].mean() == pytest.approx(right[inside].mean(), abs=0.06)
+    assert given[1::2].mean() == pytest.approx(known.strangers(threshold), abs=0.03)
+    assert stated.max() < 1
+
+
+def test_labels_that_all_share_are_refused(model, families):
+    _, index, labels = families
+    same = Labels(dict.fromkeys(labels.by_name, frozenset(["all"])), "family")
+    with pytest.raises(ValueError, match="expected labels that some neighbours do not have in common"):
+        list(transfer_labels(model, draw(1, 30), index, same))
+
+
+def test_labels_of_unknown_proteins_are_said(model, families):
+    _, index, labels = families
+    more = Labels(dict(labels.by_name) | {"P1": frozenset(["x"])}, "family")
+    with pytest.warns(UserWarning, match="such as 'P1', left out: 1"):
+        list(transfer_labels(model, draw(1, 30), index, more))
 
 
 def test_shuffled_labels_are_not_reliable(model, families):

@@ -13,7 +13,7 @@ from rd_torch.cli.shared import budget_option, device_option, find_device, load_
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel
-    from rd_torch.searching import Index
+    from rd_torch.searching import Index, Report
 
 
 @click.command(cls=Command)
@@ -123,8 +123,8 @@ def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None) 
     group="Labels",
     type=click.FloatRange(0, 1),
     default=0.5,
-    help="Give no label that is less reliable, which is the share of labelled neighbours as near that have a "
-    "label in common.",
+    help="Give no label that is less reliable: the share of labelled proteins as near as this that have a "
+    "label in common, if half of the queries have no relative among them.",
 )
 @option(
     "--model",
@@ -156,9 +156,8 @@ def search(
     whole vectors of the best candidates. Similarities are cosines, from -1 to 1, of distances from the mean
     of the indexed proteins.
 
-    With --labels a query takes the labels of the proteins near it. The reliability of a label is the share
-    of labelled proteins of the index as near as these that have a label in common. Where nothing is near
-    enough, the label is empty.
+    With --labels a query takes the labels of the proteins near it, each with its reliability, which the
+    labelled proteins tell of each other. Where nothing is near enough, the label is empty.
 
     If the command is interrupted, run it again: it continues where it stopped.
     """
@@ -185,18 +184,19 @@ def search(
             progress=bar,
             **options,
         )
-    if report.threshold is not None:
-        click.echo(_describe_threshold(report.threshold, options["least"]), err=True)
+    if labels:
+        click.echo(_describe_nearness(report, options["least"]), err=True)
     click.echo(f"Wrote {'the labels' if labels else 'the hits'} to {output}.", err=True)
     report_failures(failure_list(output), len(report.failures))
 
 
-def _describe_threshold(threshold: float, least: float) -> str:
-    """Say in a sentence what counts as near."""
-    if threshold == float("inf"):
+def _describe_nearness(report: Report, least: float) -> str:
+    """Say in sentences what counts as near, and how often that errs."""
+    if report.threshold == float("inf"):
         return f"No protein is near: at no similarity are labels {least:.0%} reliable."
     return (
-        f"Proteins are near from a similarity of {threshold:.3f} on: there, labels are {least:.0%} reliable."
+        f"Proteins are near from a similarity of {report.threshold:.3f} on: there, labels are {least:.0%} "
+        f"reliable. Of queries for which no label is right, about {report.strangers:.1%} get one."
     )
 
 

@@ -32,12 +32,13 @@ class Report(NamedTuple):
 
     Attributes:
         failures: the queries that could not be embedded, by name.
-        threshold: smallest similarity that counts as near, where labels were transferred; infinite where none
-            does.
+        threshold: smallest similarity that counts as near, where labels were transferred; infinite for none.
+        strangers: share of proteins of unknown labels that would be given one, where labels were transferred.
     """
 
     failures: dict[str, Failure]
-    threshold: float | None
+    threshold: float | None = None
+    strangers: float | None = None
 
 
 def search_to_file(  # noqa: PLR0913
@@ -72,7 +73,7 @@ def search_to_file(  # noqa: PLR0913
             begun with, unless it is given.
 
     Returns:
-        The queries that could not be embedded, and from which similarity on a protein counted as near.
+        The queries that could not be embedded, and from which similarity on proteins counted as near.
 
     Raises:
         FileNotFoundError: where the folder of the output does not exist.
@@ -107,7 +108,7 @@ def search_to_file(  # noqa: PLR0913
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         lock.release()
-    return Report(failures, None if transfer is None else transfer.threshold)
+    return Report(failures, transfer.threshold, transfer.strangers) if transfer else Report(failures)
 
 
 def _fill(

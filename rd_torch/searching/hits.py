@@ -33,7 +33,7 @@ class Transferred(NamedTuple):
     Attributes:
         query: name of the query.
         label: the label; empty where nothing is near enough.
-        reliability: share of labelled proteins as near as this that have the label in common.
+        reliability: share of labelled neighbours as near as this that have a label in common.
         similarity: cosine similarity to the nearest protein with this label.
         target: name of that protein.
         support: number of neighbours that have the label.

@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from rd_torch.reading import read_cells
 from rd_torch.searching.finding import Finder, Near
 from rd_torch.searching.hits import Transferred
+from rd_torch.searching.reliability import Pair, Reliability
 
 PROTEINS_COMPARED: Final = 2_000
 """Number of labelled proteins, evenly spread, by whose neighbours reliability is known."""
@@ -77,9 +78,9 @@ class LabelTransfer:
     """Gives queries the labels of labelled proteins near them, with a reliability.
 
     The reliability of a similarity is the share of labelled neighbours as near as this that have a label in
-    common. It is known from the index's own labelled proteins: each of up to 2,000 is compared with its own
-    neighbours, by the search that serves queries, and isotonic regression makes a curve of it that never
-    falls. So it holds for queries that resemble the labelled proteins as these resemble each other.
+    common, where half of the queries have a relative among the labelled proteins and half have none. It is
+    known from up to 2,000 labelled proteins of the index, each compared with its own neighbours by the search
+    that serves queries. So it holds for queries that resemble these as they resemble each other.
 
     Args:
         finder: finds neighbours.
@@ -88,10 +89,13 @@ class LabelTransfer:
 
     Attributes:
         known: number of proteins in the index that have a label.
-        threshold: smallest similarity whose reliability is at least `least`; infinite where there is none.
+        threshold: smallest similarity at which the nearest protein is reliable enough; infinite for none.
+        strangers: share of the labelled proteins that would be given a label though none of their own were
+            known; so many queries without a relative get one.
 
     Raises:
-        ValueError: for fewer than 20 labelled proteins in the index, or a reliability that is no share.
+        ValueError: for fewer than 20 labelled proteins in the index, labels that all neighbours share, or a
+            reliability that is no share.
         ModuleNotFoundError: where scikit-learn is not installed.
     """
 
@@ -119,32 +123,23 @@ class LabelTransfer:
                 stacklevel=3,
             )
         self._places = np.fromiter(self._of, np.int64)
-        self._curve = self._calibrate()
-        self.threshold = _crossing(self._curve.X_thresholds_, self._curve.y_thresholds_, least)
+        self._reliability = Reliability(self._neighbours(), finder.k)
+        self.threshold = self._reliability.threshold(least)
+        self.strangers = self._reliability.strangers(self.threshold)
 
-    def _calibrate(self) -> Any:
-        """Return the curve from similarity to reliability."""
-        try:
-            from sklearn.isotonic import IsotonicRegression
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "expected scikit-learn to tell how reliable labels are, got none: pip install "
-                "rd_torch[search]"
-            ) from error
-        chosen = self._places[:: max(1, self.known // PROTEINS_COMPARED)]
-        pairs = [
-            pair for places, rows in self._finder.index.rows(chosen) for pair in self._pairs(places, rows)
-        ]
-        similarities, shared = zip(*pairs, strict=True)
-        return IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(similarities, shared)
-
-    def _pairs(self, places: np.ndarray, rows: np.ndarray) -> Iterator[tuple[float, bool]]:
-        """Yield similarities of proteins to their labelled neighbours, and whether these share a label."""
-        neighbours = self._finder.near(np.asarray(rows, np.float32), self._places, self._finder.k + 1)
-        for place, near in zip(map(int, places), neighbours, strict=True):
-            for other, similarity in zip(map(int, near.places), near.similarities, strict=True):
-                if other != place:
-                    yield float(similarity), bool(self._of[place] & self._of[other])
+    def _neighbours(self) -> Iterator[list[Pair]]:
+        """Yield how similar labelled proteins are to others, nearest first, and which share a label."""
+        finder = self._finder
+        count = max(finder.candidates, finder.k + 1)
+        chosen = self._places[:: -(-self.known // PROTEINS_COMPARED)]
+        for places, rows in finder.index.rows(chosen):
+            found = finder.near(np.asarray(rows, np.float32), self._places, count)
+            for place, near in zip(map(int, places), found, strict=True):
+                yield [
+                    (float(similarity), bool(self._of[place] & self._of[int(other)]))
+                    for other, similarity in zip(near.places, near.similarities, strict=True)
+                    if other != place
+                ]
 
     def of(self, query: str, near: Near) -> Iterator[Transferred]:
         """Yield the labels of a query, most reliable first; one without a label where nothing is near.
@@ -153,7 +148,7 @@ class LabelTransfer:
             query: name of the query.
             near: the labelled proteins near it.
         """
-        reliabilities = self._curve.predict(near.similarities) if len(near.places) else np.zeros(0)
+        reliabilities = self._reliability.of(near.similarities)
         best: dict[str, Transferred] = {}
         for place, similarity, reliability in zip(near.places, near.similarities, reliabilities, strict=True):
             if reliability < self._least:
@@ -176,12 +171,3 @@ class LabelTransfer:
     def near(self, vectors: np.ndarray) -> list[Near]:
         """Return the labelled proteins near vectors."""
         return self._finder.near(vectors, self._places)
-
-
-def _crossing(places: np.ndarray, values: np.ndarray, least: float) -> float:
-    """Return where a curve that never falls first reaches a value; infinity where it does not."""
-    first = int(np.searchsorted(values, least))
-    if first == len(values):
-        return float("inf")
-    before = max(0, first - 1)
-    return float(np.interp(least, values[before : first + 1], places[before : first + 1]))
