@@ -40,12 +40,12 @@ def page(request, tmp_path_factory):
             }
             exec(LOAD, names)
             exec(ASK, names)
-            yield names | {"dtype": request.param}
+            yield names
 
 
 def require_same_answers(page, candidates):
     queries = draw(12, 1)
-    vectors = rd_torch.embed(page["model"], [sequence for _, sequence in queries]).astype(page["dtype"])
+    vectors = rd_torch.embed(page["model"], [sequence for _, sequence in queries])
     hits = rd_torch.search(page["model"], queries, page["index"], k=10, candidates=candidates)
     for vector in vectors:
         expected = [next(hits) for _ in range(10)]
