@@ -246,6 +246,18 @@ def test_an_approximate_index_finds_nearly_the_same(model, proteins, store, inde
     assert [hit[:3] for hit in found] == [hit[:3] for hit in search(model, draw(10, 7), index, k=5)]
 
 
+def test_among_few_proteins_of_an_approximate_index_none_is_missed(model, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "MOST_EXACT", 100)
+    monkeypatch.setattr("rd_torch.searching.index.CLUSTERS_SCANNED", 1)
+    few = np.arange(0, 150, 10)
+    with rd_torch.build_index(store, tmp_path / "i.index") as opened, rd_torch.open_store(store) as vectors:
+        queries = vectors.read(slice(0, 20), width=32)
+        _, whole = opened.first(queries, 150)
+        _, found = opened.first_among(queries, 15, few)
+    assert (whole < 0).any()
+    assert (np.sort(found, axis=1) == few).all()
+
+
 def test_index_and_store_move_together_and_a_changed_store_is_refused(model, proteins, tmp_path):
     home = tmp_path / "home"
     home.mkdir()

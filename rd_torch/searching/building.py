@@ -18,6 +18,7 @@ from rd_torch.pooling import pools_of
 from rd_torch.searching.config import IndexConfig, Source, checks_file
 from rd_torch.searching.index import (
     MEAN_FILE,
+    MOST_EXACT,
     ROWS_READ,
     Index,
     checks_of,
@@ -31,9 +32,6 @@ from rd_torch.store import Facts, Store, open_store
 
 if TYPE_CHECKING:
     import faiss
-
-MOST_EXACT: Final = 1_000_000
-"""Number of proteins up to which the first stage compares each query with every one of them."""
 
 CLUSTERS_BY_ROOT: Final = 4
 """Clusters of an approximate index, as a multiple of the square root of the number of proteins."""
