@@ -198,6 +198,24 @@ def test_a_store_that_was_combined_from_raw_embeddings_is_searched(model, protei
     assert [hit.similarity for hit in hits] == pytest.approx(np.ones(5), abs=1e-5)
 
 
+def test_an_index_states_the_recall_of_its_first_stage(model, store, tmp_path, monkeypatch):
+    monkeypatch.setattr("rd_torch.searching.recall.CANDIDATES", 12)
+    monkeypatch.setattr("rd_torch.searching.index.ROWS_READ", 17)
+    found = {}
+    for width in (4, 32, 128):
+        with rd_torch.build_index(store, tmp_path / f"{width}.index", width=width) as opened:
+            found[width] = opened.config.recall
+    with rd_torch.open_store(store) as opened:
+        vectors = opened.read(slice(None)).astype(np.float64)
+    shares = []
+    by_four, by_all = (cosines(vectors[:, :width], vectors[:, :width]) for width in (4, 128))
+    for n in range(150):
+        some, all_ = ([each for each in np.argsort(-row[n]) if each != n] for row in (by_four, by_all))
+        shares.append(len(set(some[:12]) & set(all_[:10])) / 10)
+    assert found[4] == pytest.approx(np.mean(shares))
+    assert found[4] < found[32] < found[128] == 1
+
+
 def test_proteins_are_added_and_the_mean_stays(model, proteins, tmp_path):
     one, two = tmp_path / "one.parquet", tmp_path / "two.h5"
     rd_torch.embed_to_store(model, proteins[:100], one)
@@ -213,6 +231,7 @@ def test_proteins_are_added_and_the_mean_stays(model, proteins, tmp_path):
         assert list(search(model, proteins[:3], after, k=1)) == old
         hits = list(search(model, proteins[98:103], after, k=1))
     assert [hit.target for hit in hits] == [name for name, _ in proteins[98:103]]
+    assert after.config.recall == 1
     assert len(list((tmp_path / "i.index").glob("first-*"))) == 1
     with pytest.raises(ValueError, match="does not have yet, got 'p0_100'"):
         add_to_index(tmp_path / "i.index", two)
@@ -225,6 +244,18 @@ def test_an_approximate_index_finds_nearly_the_same(model, proteins, store, inde
         assert not opened.config.is_exact
         found = list(search(model, draw(10, 7), opened, k=5))
     assert [hit[:3] for hit in found] == [hit[:3] for hit in search(model, draw(10, 7), index, k=5)]
+
+
+def test_among_few_proteins_of_an_approximate_index_none_is_missed(model, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "MOST_EXACT", 100)
+    monkeypatch.setattr("rd_torch.searching.index.CLUSTERS_SCANNED", 1)
+    few = np.arange(0, 150, 10)
+    with rd_torch.build_index(store, tmp_path / "i.index") as opened, rd_torch.open_store(store) as vectors:
+        queries = vectors.read(slice(0, 20), width=32)
+        _, whole = opened.first(queries, 150)
+        _, found = opened.first_among(queries, 15, few)
+    assert (whole < 0).any()
+    assert (np.sort(found, axis=1) == few).all()
 
 
 def test_index_and_store_move_together_and_a_changed_store_is_refused(model, proteins, tmp_path):
@@ -636,7 +667,9 @@ def test_commands_index_and_search(proteins, tmp_path, monkeypatch):
     )
     (tmp_path / "l.tsv").write_text(f"id\tparity\n{labels}")
     run_cli("embed", "p.fasta", "-o", "p.parquet")
-    assert "Indexed 60 proteins" in run_cli("index", "p.parquet", "-o", "p.index")
+    said = run_cli("index", "p.parquet", "-o", "p.index")
+    assert "Indexed 60 proteins in p.index." in said
+    assert "compares 32 features, and hands on 100% of the ten nearest by all 128" in said
     run_cli("search", "p.fasta", "p.index", "-o", "hits.tsv", "-k", "1")
     rows = lines_of(tmp_path / "hits.tsv")
     assert (

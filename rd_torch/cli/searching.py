@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     type=int,
     metavar="K",
     show_default="width of the first level",
-    help="Number of first features that the first stage of a search compares.",
+    help="Number of first features that the first stage of a search compares. More features take more "
+    "memory, and find more.",
 )
 def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None) -> None:
     """Index the proteins of embedding files for rd-torch search.
@@ -61,12 +62,18 @@ def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None) 
         if width is not None:
             raise ValueError("expected --width when an index is made, got it with --add")
         for store in stores:
-            with add_to_index(output, store) as made:
-                count = len(made)
+            made = add_to_index(output, store)
+            made.close()
     else:
-        with build_index(stores, output, width=width) as made:
-            count = len(made)
-    click.echo(f"Indexed {count:,} proteins in {output}.", err=True)
+        made = build_index(stores, output, width=width)
+        made.close()
+    click.echo(f"Indexed {len(made):,} proteins in {output}.", err=True)
+    click.echo(
+        f"The first stage compares {made.config.first_width} features, and hands on "
+        f"{made.config.recall or 0:.0%} of the ten nearest by all {made.config.facts.width} among 300 "
+        "candidates.",
+        err=True,
+    )
 
 
 @click.command(cls=Command)

@@ -18,6 +18,7 @@ from rd_torch.pooling import pools_of
 from rd_torch.searching.config import IndexConfig, Source, checks_file
 from rd_torch.searching.index import (
     MEAN_FILE,
+    MOST_EXACT,
     ROWS_READ,
     Index,
     checks_of,
@@ -26,13 +27,11 @@ from rd_torch.searching.index import (
     read_vectors,
     to_units,
 )
+from rd_torch.searching.recall import measure_recall
 from rd_torch.store import Facts, Store, open_store
 
 if TYPE_CHECKING:
     import faiss
-
-MOST_EXACT: Final = 1_000_000
-"""Number of proteins up to which the first stage compares each query with every one of them."""
 
 CLUSTERS_BY_ROOT: Final = 4
 """Clusters of an approximate index, as a multiple of the square root of the number of proteins."""
@@ -54,7 +53,8 @@ def build_index(
 
     The index holds the first features of every protein, as directions from the mean over all of them; the
     stores stay where they are. Up to a million proteins, a search compares a query with every one. Beyond,
-    proteins lie in clusters, of which the nearest are scanned.
+    proteins lie in clusters, of which the nearest are scanned. How many of the nearest proteins by all
+    features the first stage hands on is measured, and stated in `config.recall`; a larger `width` finds more.
 
     Args:
         stores: files or folders of pooled embeddings that `rd_torch.embed_to_store` wrote with one model.
@@ -101,6 +101,7 @@ def build_index(
         lock = take_lock(part, folder)
         stack.callback(lock.release)
         _fill(part, folder, opened, first)
+        _note_recall(part)
         move(part, folder)
     return Index(folder)
 
@@ -153,7 +154,8 @@ def add_to_index(path: str | Path, store: str | Path) -> Index:
         vectors = read_vectors(index.path, config)
         _add(vectors, added, index.mean[: config.first_width])
         source = _note_source(index.path, index.path, len(config.sources), added, surveyed.checks)
-        _write(index.path, replace(config, sources=(*config.sources, source)), vectors)
+        _write(index.path, replace(config, sources=(*config.sources, source), recall=None), vectors)
+        _note_recall(index.path)
     return Index(path)
 
 
@@ -265,6 +267,12 @@ def _save(array: np.ndarray, path: Path) -> None:
     """Write an array under just this name."""
     with path.open("wb") as handle:
         np.save(handle, array)
+
+
+def _note_recall(folder: Path) -> None:
+    """Measure how many of the nearest proteins the first stage hands on, and state it in the config."""
+    with Index(folder) as index:
+        replace(index.config, recall=measure_recall(index)).write(folder)
 
 
 def _write(folder: Path, config: IndexConfig, vectors: Any) -> None:

@@ -52,6 +52,8 @@ class IndexConfig:
         is_exact: whether the first stage compares each query with every protein.
         mean: checksum of the mean that vectors are taken from.
         sources: the stores, in the order of their records' places.
+        recall: share of the ten nearest proteins by all features that are among 300 candidates of the first
+            stage, measured on some of the indexed ones; None where it was not measured.
     """
 
     facts: Facts
@@ -59,6 +61,7 @@ class IndexConfig:
     is_exact: bool
     mean: str
     sources: tuple[Source, ...]
+    recall: float | None = None
 
     def write(self, folder: Path) -> None:
         """Write the config into an index's folder; with it the index is whole."""

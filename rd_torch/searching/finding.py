@@ -15,6 +15,7 @@ from rd_torch.nesting import Nesting
 from rd_torch.searching.config import IndexConfig
 from rd_torch.searching.hits import Hit
 from rd_torch.searching.index import Index, to_units
+from rd_torch.searching.recall import CANDIDATES
 from rd_torch.store import Compute, Window
 
 NUMBERS_AT_ONCE: Final = 2**23
@@ -68,7 +69,7 @@ class Finder:
         index: Index,
         *,
         k: int = 10,
-        candidates: int = 300,
+        candidates: int = CANDIDATES,
         first_stage_only: bool = False,
         tokens_per_batch: int | None = None,
     ) -> None:

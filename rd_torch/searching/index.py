@@ -23,6 +23,9 @@ MEAN_FILE: Final = "mean.npy"
 ROWS_READ: Final = 4_096
 """Number of vectors that are read from a store at once."""
 
+MOST_EXACT: Final = 1_000_000
+"""Number of proteins up to which the first stage compares each query with every one of them."""
+
 CLUSTERS_SCANNED: Final = 64
 """Number of clusters that an approximate index scans for each query."""
 
@@ -269,7 +272,6 @@ def search_vectors(
         return vectors.search(units, count)
     selector = faiss.IDSelectorBitmap(np.packbits(chosen, bitorder="little"))
     if isinstance(vectors, faiss.IndexIVF):
-        return vectors.search(
-            units, count, params=faiss.SearchParametersIVF(sel=selector, nprobe=CLUSTERS_SCANNED)
-        )
+        clusters = vectors.nlist if chosen.sum() <= MOST_EXACT else CLUSTERS_SCANNED
+        return vectors.search(units, count, params=faiss.SearchParametersIVF(sel=selector, nprobe=clusters))
     return vectors.search(units, count, params=faiss.SearchParameters(sel=selector))
