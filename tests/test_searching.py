@@ -594,6 +594,7 @@ def test_stated_reliabilities_are_those_of_queries_half_of_which_have_a_relative
     for has_relative in [True, False] * 4_000:
         pairs = [pair for pair in draw_pairs() if has_relative or not pair[1]]
         reliabilities = known.of(np.array([similarity for similarity, _ in pairs[:5]]))
+        assert (np.diff(reliabilities) <= 0).all()
         stated.append(reliabilities[0])
         right.append(pairs[0][1])
         given.append(pairs[0][0] >= threshold)

@@ -1,6 +1,10 @@
 """Search: the nearest proteins of a store, by a scan of first features and a second look at all of them.
 
 Names load on first use, as those of `rd_torch` do.
+
+Examples:
+    >>> rd_torch.searching.columns_of("query,target,similarity")
+    ('query', 'target', 'similarity')
 """
 
 from __future__ import annotations

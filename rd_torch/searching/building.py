@@ -78,11 +78,11 @@ def build_index(
 
     Examples:
         >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
-        >>> _ = rd_torch.embed_to_store(model, rd_torch.Fasta("proteins.fasta"), "proteins.parquet")
-        >>> index = rd_torch.build_index("proteins.parquet", "proteins.index")
-        >>> first = next(iter(rd_torch.Fasta("proteins.fasta")))
-        >>> [(hit.rank, f"{hit.similarity:.2f}") for hit in rd_torch.search(model, [first], index, k=1)]
-        [(1, '1.00')]
+        >>> letters = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIF"
+        >>> proteins = [(f"piece {start}", letters[start : start + 15]) for start in range(24)]
+        >>> _ = rd_torch.embed_to_store(model, proteins, "pieces.parquet")
+        >>> len(rd_torch.build_index("pieces.parquet", "pieces.index"))
+        24
     """
     load_faiss()
     folder = Path(path)

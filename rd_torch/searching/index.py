@@ -203,6 +203,16 @@ def open_index(path: str | Path) -> Index:
         FileNotFoundError: where there is no index, or a store of it is not where it was.
         ValueError: for anything but an index, and a store that has changed.
         ModuleNotFoundError: where faiss is not installed.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> letters = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIF"
+        >>> proteins = [(f"piece {start}", letters[start : start + 15]) for start in range(24)]
+        >>> _ = rd_torch.embed_to_store(model, proteins, "pieces.parquet")
+        >>> rd_torch.build_index("pieces.parquet", "pieces.index").close()
+        >>> with rd_torch.open_index("pieces.index") as index:
+        ...     print(len(index), index.config.first_width)
+        24 32
     """
     return Index(path)
 

@@ -58,11 +58,9 @@ class Reliability:
         """
         if not len(similarities):
             return np.zeros(0)
-        return np.append(self._nearest.predict(similarities[:1]), self._further_of(similarities[1:]))
-
-    def _further_of(self, similarities: np.ndarray) -> np.ndarray:
-        """Return reliabilities of neighbours that are not the nearest."""
-        return self._further.predict(similarities) if len(similarities) else similarities
+        further = self._further.predict(similarities[1:]) if len(similarities) > 1 else np.zeros(0)
+        # The two curves may cross, and a neighbour that lies further away is never more reliable.
+        return np.minimum.accumulate(np.append(self._nearest.predict(similarities[:1]), further))
 
     def threshold(self, least: float) -> float:
         """Return the smallest similarity at which a nearest neighbour is that reliable, or infinity."""
