@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rd_torch import cluster, pretrained, sklearn, variants
+    from rd_torch import cluster, pretrained, searching, sklearn, variants
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
     from rd_torch.basis import change_basis
     from rd_torch.choosing import choose_layers
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from rd_torch.predictor import Predictor
     from rd_torch.reading import Fasta, Proteins
     from rd_torch.reconstruct import Reconstruction
+    from rd_torch.searching import build_index, open_index, search, transfer_labels
     from rd_torch.solve import concat_pca, solve_stages
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
@@ -81,6 +82,7 @@ _HOMES = {
     "TransformersForSequenceClassification": "huggingface",
     "TransformersForTokenClassification": "huggingface",
     "align_labels": "heads",
+    "build_index": "searching",
     "change_basis": "basis",
     "choose_layers": "choosing",
     "cluster": "cluster",
@@ -93,14 +95,18 @@ _HOMES = {
     "fit": "fitting",
     "fit_stores": "fitting_stores",
     "learn": "learning",
+    "open_index": "searching",
     "open_store": "store",
     "plot_store": "plotting",
     "plot_variants": "variants",
     "pretrained": "pretrained",
     "score_variants": "variants",
+    "search": "searching",
+    "searching": "searching",
     "similarity": "comparing",
     "sklearn": "sklearn",
     "solve_stages": "solve",
+    "transfer_labels": "searching",
     "variants": "variants",
 }
 
@@ -136,6 +142,7 @@ __all__ = [
     "TransformersForSequenceClassification",
     "TransformersForTokenClassification",
     "align_labels",
+    "build_index",
     "change_basis",
     "choose_layers",
     "cluster",
@@ -148,14 +155,18 @@ __all__ = [
     "fit",
     "fit_stores",
     "learn",
+    "open_index",
     "open_store",
     "plot_store",
     "plot_variants",
     "pretrained",
     "score_variants",
+    "search",
+    "searching",
     "similarity",
     "sklearn",
     "solve_stages",
+    "transfer_labels",
     "variants",
 ]
 

@@ -83,7 +83,7 @@ def test_the_wheel_embeds_in_an_empty_environment(wheel, tmp_path):
 def modules_of(requirements):
     """Names under which the packages of requirements are imported."""
     names = {re.split(r"[\[=>]", each)[0] for each in requirements}
-    modules = {"fair-esm": "esm", "scikit-learn": "sklearn"}
+    modules = {"fair-esm": "esm", "scikit-learn": "sklearn", "faiss-cpu": "faiss"}
     return {modules.get(name, name) for name in names}
 
 

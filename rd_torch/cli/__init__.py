@@ -13,6 +13,7 @@ from rd_torch.cli.environment import env
 from rd_torch.cli.fitting import fit
 from rd_torch.cli.learning import learn, predict
 from rd_torch.cli.plotting import plot
+from rd_torch.cli.searching import index, search
 from rd_torch.cli.variants import variants
 
 
@@ -34,6 +35,8 @@ for command in (
     embed,
     combine,
     plot,
+    index,
+    search,
     variants,
     learn,
     predict,
