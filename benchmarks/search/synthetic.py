@@ -75,7 +75,8 @@ def write_store(natural: Natural, path: Path, count: int) -> None:
         count: Number of vectors.
     """
     facts = replace(natural.facts, save_dtype="float16")
-    spread = np.linalg.cholesky(natural.share * np.cov(natural.centres.T)).astype(np.float32)
+    variances, directions = np.linalg.eigh(natural.share * np.cov(natural.centres.T))
+    spread = (directions * np.sqrt(variances.clip(min=0))).astype(np.float32)
     lengths = natural.lengths
 
     def records() -> Iterator[Record[int]]:
