@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import Any, Final, TypedDict, Unpack
@@ -118,6 +119,12 @@ def windows_of(proteins: Iterable[Any], model: RDModel, names: Names) -> Iterato
     with closing(run_ahead(cut_windows(read, TOKENS_OF_A_WINDOW, names), 1)) as windows:
         yield from windows
     corrections.warn()
+    if names.renamed:
+        warnings.warn(
+            "queries whose identifier an earlier query has, listed as IDENTIFIER#2 and so on: "
+            f"{names.renamed:,}",
+            stacklevel=3,
+        )
 
 
 def labels_of(
