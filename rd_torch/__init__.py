@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rd_torch import cluster, pretrained, sklearn, variants
+    from rd_torch import cluster, pretrained, searching, sklearn, variants
     from rd_torch.backbone import ESM2, ESMC, Backbone, TransformersBackbone
     from rd_torch.basis import change_basis
     from rd_torch.choosing import choose_layers
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from rd_torch.predictor import Predictor
     from rd_torch.reading import Fasta, Proteins
     from rd_torch.reconstruct import Reconstruction
-    from rd_torch.searching import build_index, open_index, search
+    from rd_torch.searching import build_index, open_index, search, transfer_labels
     from rd_torch.solve import concat_pca, solve_stages
     from rd_torch.stage import ConcatPCA, Stage
     from rd_torch.store import open_store
@@ -102,9 +102,11 @@ _HOMES = {
     "pretrained": "pretrained",
     "score_variants": "variants",
     "search": "searching",
+    "searching": "searching",
     "similarity": "comparing",
     "sklearn": "sklearn",
     "solve_stages": "solve",
+    "transfer_labels": "searching",
     "variants": "variants",
 }
 
@@ -160,9 +162,11 @@ __all__ = [
     "pretrained",
     "score_variants",
     "search",
+    "searching",
     "similarity",
     "sklearn",
     "solve_stages",
+    "transfer_labels",
     "variants",
 ]
 

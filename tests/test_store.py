@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -20,10 +21,11 @@ from rd_torch import store as face
 from rd_torch.cluster import require_parts
 from rd_torch.embedding import embed_to_store
 from rd_torch.sequences import Protein
-from rd_torch.store import FORMATS, Names, format_of, load_format, open_store
+from rd_torch.store import FORMATS, Facts, Names, format_of, load_format, open_store
 from rd_torch.store.hdf5 import chunk_columns
 from rd_torch.store.naming import dataset_name, file_name, identifier_of
 from rd_torch.store.parquet import Parquet, ParquetStore
+from rd_torch.store.windows import Record, gather
 
 SEQUENCES = ["MKTAYIAKQR", "M", "GGGSXBUZO" * 30, "MLLAVLYCLLWSFQTSA", "MKV"]
 PROTEINS = [Protein(f"sp|P{i}/x", sequence) for i, sequence in enumerate(SEQUENCES)]
@@ -397,3 +399,39 @@ def test_a_format_is_a_file_of_its_own_and_a_line_in_the_list(mini, tmp_path, mo
     assert require_parts(tmp_path / "out.fourth", None, "mean").name == "fourth"
     with pytest.raises(ValueError, match="expected .fourth or .parquet or .pt, and pooling, on a cluster"):
         require_parts(tmp_path / "out.h5", None, "mean")
+
+
+@pytest.mark.parametrize("name", ["s.h5", "s.parquet", "s.pt"])
+def test_a_store_knows_every_shorter_chain_that_gives_its_first_features(mini, tmp_path, name):
+    embed_to_store(mini, [("one", "MKVAQ")], tmp_path / name, width=64)
+    with open_store(tmp_path / name) as store:
+        assert store.facts.levels == ("28K", "90K", "207K")
+        assert store.facts.level_fingerprints == tuple(
+            rd_torch.RDModel.from_pretrained("esm2-rd-mini", level=level).fingerprint()
+            for level in store.facts.levels
+        )
+
+
+def test_a_store_that_was_begun_before_levels_had_fingerprints_goes_on(tmp_path):
+    facts = Facts("m", "f", ("a",), (4,), 1, "mean", "float32", "float32", 100, level_fingerprints=("g",))
+    stated = json.loads(facts.to_json())
+    del stated["level_fingerprints"]
+    older = Facts.from_json(json.dumps(stated))
+    assert older.level_fingerprints == ()
+    facts.require_same(older, tmp_path)
+
+
+def test_a_store_of_more_files_than_a_process_may_open_is_read(tmp_path):
+    facts = Facts("m", "f", ("a", "b"), (2, 4), 1, "mean", "float32", "float32", 100)
+    (tmp_path / "s.parquet").mkdir()
+    records = [Record(f"p{n}", "M", 1, 1, [b"M"], ("", n)) for n in range(300)]
+    for window in gather(records, 1, Names(str)):
+        Parquet().write(tmp_path / "s.parquet", window, [(0, torch.full((4,), float(window.number)))], facts)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    try:
+        with open_store(tmp_path / "s.parquet") as store:
+            assert store.identifiers == [f"p{n}" for n in range(300)]
+            assert store.read(slice(None))[:, 3].tolist() == list(range(300))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

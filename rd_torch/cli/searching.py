@@ -9,11 +9,11 @@ import click
 
 from rd_torch.cli.command import Command, option
 from rd_torch.cli.reading import proteins_argument, reading_options, report_failures, take_proteins
-from rd_torch.cli.shared import budget_option, device_option, find_device, load_model, model_option
+from rd_torch.cli.shared import budget_option, device_option, find_device, load_model
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel
-    from rd_torch.searching import Index
+    from rd_torch.searching import Index, Report
 
 
 @click.command(cls=Command)
@@ -39,16 +39,10 @@ if TYPE_CHECKING:
     type=int,
     metavar="K",
     show_default="width of the first level",
-    help="Number of first features that the first stage of a search compares.",
+    help="Number of first features that the first stage of a search compares. More features take more "
+    "memory, and find more.",
 )
-@option(
-    "--model",
-    group="Model",
-    metavar="MODEL",
-    show_default="the one that the stores name",
-    help="Model that made the stores. It does not run: the index notes which part the first stage needs.",
-)
-def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None, model: str | None) -> None:
+def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None) -> None:
     """Index the proteins of embedding files for rd-torch search.
 
     \b
@@ -65,36 +59,21 @@ def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None, 
     from rd_torch.searching import add_to_index, build_index
 
     if add:
-        if width is not None or model is not None:
-            raise ValueError("expected --width and --model when an index is made, got them with --add")
+        if width is not None:
+            raise ValueError("expected --width when an index is made, got it with --add")
         for store in stores:
-            with add_to_index(output, store) as made:
-                count = len(made)
+            made = add_to_index(output, store)
+            made.close()
     else:
-        with build_index(stores, output, width=width, model=_load(model, stores[0])) as made:
-            count = len(made)
-    click.echo(f"Indexed {count:,} proteins in {output}.", err=True)
-
-
-def _load(name: str | None, store: Path) -> RDModel | None:
-    """Load the model that made a store; None where the store names one that cannot be had."""
-    from rd_torch.store import open_store
-
-    with open_store(store) as opened:
-        facts = opened.facts
-    if facts is None or (name is None and not facts.model):
-        return None
-    try:
-        return load_model(name or facts.model, facts.levels[-1], facts.backbone_dtype, "cpu")
-    except (OSError, ValueError):
-        if name is not None:
-            raise
-        click.echo(
-            f"The model {facts.model} is not here. A search by the first stage alone will load all of it; "
-            "--model names it here.",
-            err=True,
-        )
-        return None
+        made = build_index(stores, output, width=width)
+        made.close()
+    click.echo(f"Indexed {len(made):,} proteins in {output}.", err=True)
+    click.echo(
+        f"The first stage compares {made.config.first_width} features, and hands on "
+        f"{made.config.recall or 0:.0%} of the ten nearest by all {made.config.facts.width} among 300 "
+        "candidates.",
+        err=True,
+    )
 
 
 @click.command(cls=Command)
@@ -114,7 +93,7 @@ def _load(name: str | None, store: Path) -> RDModel | None:
     group="Output",
     metavar="COLUMN,...",
     show_default="query,target,rank,similarity,first_similarity",
-    help="Columns of the table of hits. There is query_length, too.",
+    help="Columns of the table of hits. There are query_length and target_length, too, in residues.",
 )
 @option("-k", "k", group="Search", type=click.IntRange(min=1), default=10, help="Hits for each query.")
 @option(
@@ -151,10 +130,16 @@ def _load(name: str | None, store: Path) -> RDModel | None:
     group="Labels",
     type=click.FloatRange(0, 1),
     default=0.5,
-    help="Give no label that is less reliable, which is the share of labelled neighbours as near that have a "
-    "label in common.",
+    help="Give no label that is less reliable: the share of labelled proteins as near as this that have a "
+    "label in common, if half of the queries have no relative among them.",
 )
-@model_option
+@option(
+    "--model",
+    group="Model",
+    metavar="MODEL",
+    show_default="the one that the index names",
+    help="Where the model of the index is now. Another model is refused.",
+)
 @reading_options
 @device_option
 @budget_option
@@ -178,9 +163,8 @@ def search(
     whole vectors of the best candidates. Similarities are cosines, from -1 to 1, of distances from the mean
     of the indexed proteins.
 
-    With --labels a query takes the labels of the proteins near it. The reliability of a label is the share
-    of labelled proteins of the index as near as these that have a label in common. Where nothing is near
-    enough, the label is empty.
+    With --labels a query takes the labels of the proteins near it, each with its reliability, which the
+    labelled proteins tell of each other. Where nothing is near enough, the label is empty.
 
     If the command is interrupted, run it again: it continues where it stopped.
     """
@@ -197,7 +181,7 @@ def search(
     find_device(device)
     with open_index(index) as opened, ResidueBar(proteins) as bar:
         chain = _load_for(opened, model, device, options["first_stage_only"])
-        failures = search_to_file(
+        report = search_to_file(
             chain,
             bar.count_read(proteins.entries("word")),
             opened,
@@ -207,14 +191,26 @@ def search(
             progress=bar,
             **options,
         )
+    if labels:
+        click.echo(_describe_nearness(report, options["least"]), err=True)
     click.echo(f"Wrote {'the labels' if labels else 'the hits'} to {output}.", err=True)
-    report_failures(failure_list(output), len(failures))
+    report_failures(failure_list(output), len(report.failures))
+
+
+def _describe_nearness(report: Report, least: float) -> str:
+    """Say in sentences what counts as near, and how often that errs."""
+    if report.threshold == float("inf"):
+        return f"No protein is near: at no similarity are labels {least:.0%} reliable."
+    return (
+        f"Proteins are near from a similarity of {report.threshold:.3f} on: there, labels are {least:.0%} "
+        f"reliable. Of queries for which no label is right, about {report.strangers:.1%} get one."
+    )
 
 
 def _load_for(opened: Index, name: str | None, device: str | None, first_alone: bool) -> RDModel:
-    """Load the model of an index, or what the first stage needs of it where the index knows that part."""
-    facts, parts = opened.config.facts, opened.config.parts
-    level = next(iter(parts)) if first_alone and parts else facts.levels[-1]
+    """Load the model of an index, or the part of it that suffices for the first stage."""
+    facts = opened.config.facts
+    level = opened.config.first_level if first_alone and facts.level_fingerprints else facts.levels[-1]
     name = name or facts.model
     if not name:
         raise ValueError(f"expected --model, because {opened.path} does not name its model, got none")

@@ -1,6 +1,10 @@
 """Search: the nearest proteins of a store, by a scan of first features and a second look at all of them.
 
 Names load on first use, as those of `rd_torch` do.
+
+Examples:
+    >>> rd_torch.searching.columns_of("query,target,similarity")
+    ('query', 'target', 'similarity')
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rd_torch.searching.building import add_to_index, build_index
-    from rd_torch.searching.filing import search_to_file
+    from rd_torch.searching.filing import Report, search_to_file
     from rd_torch.searching.finding import Finder
     from rd_torch.searching.hits import COLUMNS, Hit, Transferred, columns_of
     from rd_torch.searching.index import Index, open_index
@@ -23,6 +27,7 @@ _HOMES = {
     "Hit": "hits",
     "Index": "index",
     "Labels": "labels",
+    "Report": "filing",
     "Transferred": "hits",
     "add_to_index": "building",
     "build_index": "building",
@@ -40,6 +45,7 @@ __all__ = [
     "Hit",
     "Index",
     "Labels",
+    "Report",
     "Transferred",
     "add_to_index",
     "build_index",

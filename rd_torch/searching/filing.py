@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final, Unpack
+from typing import Any, Final, NamedTuple, Unpack
 
 from rd_torch.disk import part_folder, require_folder, take_lock, write_whole
 from rd_torch.model import RDModel
@@ -20,10 +20,25 @@ from rd_torch.searching.labels import Labels, LabelTransfer
 from rd_torch.store import Failure, Names, Window, failure_list, write_failures
 
 SUFFIXES: Final = (".tsv", ".jsonl")
+SETTINGS_FILE: Final = "settings.json"
 DIGITS: Final = 6
 
 Found = Hit | Transferred
 Progress = Callable[[int, bool], object]
+
+
+class Report(NamedTuple):
+    """What there is to say of a table that was written.
+
+    Attributes:
+        failures: the queries that could not be embedded, by name.
+        threshold: smallest similarity that counts as near, where labels were transferred; infinite for none.
+        strangers: share of proteins of unknown labels that would be given one, where labels were transferred.
+    """
+
+    failures: dict[str, Failure]
+    threshold: float | None = None
+    strangers: float | None = None
 
 
 def search_to_file(  # noqa: PLR0913
@@ -37,8 +52,8 @@ def search_to_file(  # noqa: PLR0913
     least: float = 0.5,
     progress: Progress = lambda residues, before: None,
     **options: Unpack[SearchOptions],
-) -> dict[str, Failure]:
-    """Search, and write a table of what was found.
+) -> Report:
+    """Search, and write a table of what was found. One that is there is replaced when the new one is whole.
 
     The same call after a kill goes on where it was: what is found of a window of queries lies in
     `<output>.part` until the table is whole. Queries that cannot be embedded are left out, and
@@ -54,10 +69,11 @@ def search_to_file(  # noqa: PLR0913
         least: reliability below which nothing counts as near.
         progress: function that is called with a number of residues that are done, and with True if an earlier
             run did them, else False.
-        **options: as in `search`.
+        **options: as in `search`. A table that was begun goes on with the `tokens_per_batch` that it was
+            begun with, unless it is given.
 
     Returns:
-        The queries that could not be embedded, by name.
+        The queries that could not be embedded, and from which similarity on proteins counted as near.
 
     Raises:
         FileNotFoundError: where the folder of the output does not exist.
@@ -68,6 +84,9 @@ def search_to_file(  # noqa: PLR0913
     if output.suffix not in SUFFIXES:
         raise ValueError(f"expected an output that ends in {' or '.join(SUFFIXES)}, got {str(output)!r}")
     require_folder(output)
+    folder = part_folder(output)
+    if options.get("tokens_per_batch") is None:
+        options["tokens_per_batch"] = _begun(folder).get("tokens_per_batch")
     finder = Finder(model, index, **options)
     transfer = None if labels is None else LabelTransfer(finder, labels, least)
     fields = Transferred._fields if transfer else tuple(columns)
@@ -79,7 +98,6 @@ def search_to_file(  # noqa: PLR0913
         )
         return "".join(_line(each, fields, output.suffix) for each in found)
 
-    folder = part_folder(output)
     folder.mkdir(exist_ok=True)
     lock = take_lock(folder, output)
     try:
@@ -90,7 +108,7 @@ def search_to_file(  # noqa: PLR0913
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         lock.release()
-    return failures
+    return Report(failures, transfer.threshold, transfer.strangers) if transfer else Report(failures)
 
 
 def _fill(
@@ -133,39 +151,41 @@ def _write(path: Path, text: str) -> None:
 
 def _settings(finder: Finder, labels: Labels | None, least: float, fields: Sequence[str]) -> dict[str, Any]:
     """Return all that a table depends on beside the queries."""
-    config = finder.index.config
     return {
-        "stores": [source.checksum for source in config.sources],
-        "fingerprint": config.facts.fingerprint,
-        "first_width": config.first_width,
+        "model": finder.fingerprint,
+        "index": finder.index.config.identity,
         "k": finder.k,
         "candidates": finder.candidates,
         "first_stage_only": finder.first_stage_only,
-        "labels": ""
-        if labels is None
-        else _digest(sorted((n, *sorted(w)) for n, w in labels.by_name.items())),
+        "tokens_per_batch": finder.tokens_per_batch,
+        "labels": None if labels is None else _digest(labels),
         "least": least,
         "columns": list(fields),
     }
 
 
-def _digest(content: Any) -> str:
-    """Return a digest of something that JSON can hold."""
+def _digest(labels: Labels) -> str:
+    """Return a digest of labels."""
+    content = sorted((name, *sorted(each)) for name, each in labels.by_name.items())
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def _begun(folder: Path) -> dict[str, Any]:
+    """Return the settings of a table that was begun; none where there is no such."""
+    path = folder / SETTINGS_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _begin(folder: Path, output: Path, settings: dict[str, Any]) -> None:
     """Note the settings of a table that is begun; refuse to go on with others."""
-    path = folder / "settings.json"
-    if path.is_file():
-        begun = json.loads(path.read_text())
-        for name, value in settings.items():
-            if begun.get(name) != value:
-                raise ValueError(
-                    f"expected {name} {begun.get(name)}, with which {output} was begun, got {value}: use "
-                    "what it was begun with, or choose another output"
-                )
-    write_whole(path, lambda part: part.write_text(json.dumps(settings)))
+    begun = _begun(folder)
+    for name, value in settings.items() if begun else ():
+        if begun.get(name) != value:
+            raise ValueError(
+                f"expected {name} {begun.get(name)}, with which {output} was begun, got {value}: use "
+                "what it was begun with, or choose another output"
+            )
+    write_whole(folder / SETTINGS_FILE, lambda part: part.write_text(json.dumps(settings)))
 
 
 def _line(found: Found, fields: Sequence[str], suffix: str) -> str:

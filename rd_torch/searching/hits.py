@@ -15,6 +15,7 @@ class Hit(NamedTuple):
         similarity: cosine similarity by all features, -1 to 1; by the first ones where these alone are asked.
         first_similarity: cosine similarity by the first features.
         query_length: number of residues of the query.
+        target_length: number of residues of the protein that was found; 0 where the store does not know.
     """
 
     query: str
@@ -23,6 +24,7 @@ class Hit(NamedTuple):
     similarity: float
     first_similarity: float
     query_length: int
+    target_length: int
 
 
 class Transferred(NamedTuple):
@@ -31,7 +33,7 @@ class Transferred(NamedTuple):
     Attributes:
         query: name of the query.
         label: the label; empty where nothing is near enough.
-        reliability: share of labelled proteins as near as this that have the label in common.
+        reliability: share of labelled neighbours as near as this that have a label in common.
         similarity: cosine similarity to the nearest protein with this label.
         target: name of that protein.
         support: number of neighbours that have the label.

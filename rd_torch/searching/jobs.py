@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import Any, Final, TypedDict, Unpack
@@ -55,6 +56,17 @@ def search(
     Raises:
         ValueError: for another model than that of the index, numbers that do not fit, and a query that cannot
             be embedded, with its line.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> letters = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIF"
+        >>> proteins = [(f"piece {start}", letters[start : start + 15]) for start in range(24)]
+        >>> _ = rd_torch.embed_to_store(model, proteins, "pieces.parquet")
+        >>> index = rd_torch.build_index("pieces.parquet", "pieces.index")
+        >>> for hit in rd_torch.search(model, [("a query", letters[8:22])], index, k=2):
+        ...     print(hit.rank, hit.target, f"{hit.similarity:.1f}")
+        1 piece 7 0.9
+        2 piece 6 0.8
     """
     finder = Finder(model, index, **options)
     for window in windows_of(proteins, model, Names(str)):
@@ -93,6 +105,19 @@ def transfer_labels(
     Raises:
         ValueError: as in `search`; and for fewer than 20 labelled proteins in the index.
         ModuleNotFoundError: where scikit-learn is not installed.
+
+    Examples:
+        >>> model = rd_torch.RDModel.from_pretrained("esm2-rd-mini")
+        >>> letters = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIF"
+        >>> proteins = [(f"piece {start}", letters[start : start + 15]) for start in range(24)]
+        >>> _ = rd_torch.embed_to_store(model, proteins, "pieces.parquet")
+        >>> index = rd_torch.build_index("pieces.parquet", "pieces.index")
+        >>> ends = {name: frozenset(["early" if number < 12 else "late"])
+        ...     for number, (name, _) in enumerate(proteins)}
+        >>> labels = rd_torch.searching.Labels(ends, "end")
+        >>> found = rd_torch.transfer_labels(model, [("a query", letters[2:17])], index, labels)
+        >>> next(found).label
+        'early'
     """
     transfer = LabelTransfer(finder := Finder(model, index, **options), labels, least)
     for window in windows_of(proteins, model, Names(str)):
@@ -118,6 +143,12 @@ def windows_of(proteins: Iterable[Any], model: RDModel, names: Names) -> Iterato
     with closing(run_ahead(cut_windows(read, TOKENS_OF_A_WINDOW, names), 1)) as windows:
         yield from windows
     corrections.warn()
+    if names.renamed:
+        warnings.warn(
+            "queries whose identifier an earlier query has, listed as IDENTIFIER#2 and so on: "
+            f"{names.renamed:,}",
+            stacklevel=3,
+        )
 
 
 def labels_of(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from rd_torch.reading import read_cells
 from rd_torch.searching.finding import Finder, Near
 from rd_torch.searching.hits import Transferred
+from rd_torch.searching.reliability import Pair, Reliability
 
 PROTEINS_COMPARED: Final = 2_000
 """Number of labelled proteins, evenly spread, by whose neighbours reliability is known."""
@@ -76,9 +78,9 @@ class LabelTransfer:
     """Gives queries the labels of labelled proteins near them, with a reliability.
 
     The reliability of a similarity is the share of labelled neighbours as near as this that have a label in
-    common. It is known from the index's own labelled proteins: each of up to 2,000 is compared with its own
-    neighbours, by the search that serves queries, and isotonic regression makes a curve of it that never
-    falls. So it holds for queries that resemble the labelled proteins as these resemble each other.
+    common, where half of the queries have a relative among the labelled proteins and half have none. It is
+    known from up to 2,000 labelled proteins of the index, each compared with its own neighbours by the search
+    that serves queries. So it holds for queries that resemble these as they resemble each other.
 
     Args:
         finder: finds neighbours.
@@ -87,10 +89,13 @@ class LabelTransfer:
 
     Attributes:
         known: number of proteins in the index that have a label.
-        threshold: smallest similarity whose reliability is at least `least`; infinite where there is none.
+        threshold: smallest similarity at which the nearest protein is reliable enough; infinite for none.
+        strangers: share of the labelled proteins that would be given a label though none of their own were
+            known; so many queries without a relative get one.
 
     Raises:
-        ValueError: for fewer than 20 labelled proteins in the index, or a reliability that is no share.
+        ValueError: for fewer than 20 labelled proteins in the index, labels that all neighbours share, or a
+            reliability that is no share.
         ModuleNotFoundError: where scikit-learn is not installed.
     """
 
@@ -104,39 +109,37 @@ class LabelTransfer:
             if name in labels.by_name
         }
         self.known = len(self._of)
+        unknown = labels.by_name.keys() - set(finder.index.identifiers)
         if self.known < LEAST_LABELLED:
             raise ValueError(
-                f"expected labels of {LEAST_LABELLED} proteins or more of {finder.index.path}, got "
-                f"{self.known} of {len(labels.by_name):,} identifiers that it has"
+                f"expected labels of {LEAST_LABELLED} proteins or more of {finder.index.path}, got those of "
+                f"{self.known}: it has names such as {finder.index.identifier(0)!r}, and the labels are of "
+                f"{min(unknown or labels.by_name)!r}"
+            )
+        if unknown:
+            warnings.warn(
+                f"labels of proteins that {finder.index.path} does not have, such as {min(unknown)!r}, left "
+                f"out: {len(unknown):,}",
+                stacklevel=3,
             )
         self._places = np.fromiter(self._of, np.int64)
-        self._curve = self._calibrate()
-        grid = self._curve.X_thresholds_[self._curve.y_thresholds_ >= least]
-        self.threshold = float(grid.min()) if len(grid) else float("inf")
+        self._reliability = Reliability(self._neighbours(), finder.k)
+        self.threshold = self._reliability.threshold(least)
+        self.strangers = self._reliability.strangers(self.threshold)
 
-    def _calibrate(self) -> Any:
-        """Return the curve from similarity to reliability."""
-        try:
-            from sklearn.isotonic import IsotonicRegression
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "expected scikit-learn to tell how reliable labels are, got none: pip install "
-                "rd_torch[search]"
-            ) from error
-        chosen = self._places[:: max(1, self.known // PROTEINS_COMPARED)]
-        pairs = [
-            pair for places, rows in self._finder.index.rows(chosen) for pair in self._pairs(places, rows)
-        ]
-        similarities, shared = zip(*pairs, strict=True)
-        return IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(similarities, shared)
-
-    def _pairs(self, places: np.ndarray, rows: np.ndarray) -> Iterator[tuple[float, bool]]:
-        """Yield similarities of proteins to their labelled neighbours, and whether these share a label."""
-        neighbours = self._finder.near(np.asarray(rows, np.float32), self._places, self._finder.k + 1)
-        for place, near in zip(map(int, places), neighbours, strict=True):
-            for other, similarity in zip(map(int, near.places), near.similarities, strict=True):
-                if other != place:
-                    yield float(similarity), bool(self._of[place] & self._of[other])
+    def _neighbours(self) -> Iterator[list[Pair]]:
+        """Yield how similar labelled proteins are to others, nearest first, and which share a label."""
+        finder = self._finder
+        count = max(finder.candidates, finder.k + 1)
+        chosen = self._places[:: -(-self.known // PROTEINS_COMPARED)]
+        for places, rows in finder.index.rows(chosen):
+            found = finder.near(np.asarray(rows, np.float32), self._places, count)
+            for place, near in zip(map(int, places), found, strict=True):
+                yield [
+                    (float(similarity), bool(self._of[place] & self._of[int(other)]))
+                    for other, similarity in zip(near.places, near.similarities, strict=True)
+                    if other != place
+                ]
 
     def of(self, query: str, near: Near) -> Iterator[Transferred]:
         """Yield the labels of a query, most reliable first; one without a label where nothing is near.
@@ -145,7 +148,7 @@ class LabelTransfer:
             query: name of the query.
             near: the labelled proteins near it.
         """
-        reliabilities = self._curve.predict(near.similarities) if len(near.places) else np.zeros(0)
+        reliabilities = self._reliability.of(near.similarities)
         best: dict[str, Transferred] = {}
         for place, similarity, reliability in zip(near.places, near.similarities, reliabilities, strict=True):
             if reliability < self._least:
@@ -153,14 +156,14 @@ class LabelTransfer:
             for label in sorted(self._of[int(place)]):
                 first = best.get(label)
                 if first is None:
-                    name = self._finder.index.identifiers[place]
+                    name = self._finder.index.identifier(int(place))
                     best[label] = Transferred(query, label, float(reliability), float(similarity), name, 1)
                 else:
                     best[label] = first._replace(support=first.support + 1)
         if best:
             yield from sorted(best.values(), key=lambda each: (-each.similarity, -each.support, each.label))
             return
-        nearest = self._finder.index.identifiers[near.places[0]] if len(near.places) else ""
+        nearest = self._finder.index.identifier(int(near.places[0])) if len(near.places) else ""
         similarity = float(near.similarities[0]) if len(near.places) else 0.0
         reliability = float(reliabilities[0]) if len(near.places) else 0.0
         yield Transferred(query, "", reliability, similarity, nearest, 0)

@@ -14,8 +14,8 @@ from rd_torch.pooling import pools_of
 SaveDtype: TypeAlias = FloatType
 """Type of number that a store holds."""
 
-_FREE: Final = ("model", "tokens_per_batch", "rd_torch_version")
-"""Facts in which a run that goes on may differ."""
+_FREE: Final = ("model", "tokens_per_batch", "rd_torch_version", "level_fingerprints")
+"""Facts in which a run that goes on may differ; the last follows from others, and older stores lack it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Facts:
             records in which a store is written.
         final_norm: whether the backbones' final LayerNorm acted on levels of hidden layers; None where there
             are none.
+        level_fingerprints: fingerprints of the model cut behind each level, any of which gives the first
+            features alike; none where no backbone ran.
     """
 
     model: str
@@ -55,6 +57,7 @@ class Facts:
     rd_torch_version: str = version("rd_torch")
     windows: tuple[int, int] | None = None
     final_norm: bool | None = None
+    level_fingerprints: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
@@ -92,7 +95,8 @@ class Facts:
         """Read the facts from JSON; what a later version of the program has added is left out."""
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {name: value for name, value in json.loads(text).items() if name in known}
-        values |= {name: tuple(values[name]) for name in ("levels", "widths", "windows") if values.get(name)}
+        lists = ("levels", "widths", "windows", "level_fingerprints")
+        values |= {name: tuple(values[name]) for name in lists if values.get(name) is not None}
         return cls(**values)
 
     def require_same(self, other: Facts, path: Path) -> None:

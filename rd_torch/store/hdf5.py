@@ -75,7 +75,7 @@ class HDF5(Format):
 
     def finish(self, folder: Path, records: Iterable[tuple[str, Path]], facts: Facts, checksum: str) -> Path:
         """Copy all windows into one file."""
-        known = {name: value for name, value in asdict(facts).items() if value is not None}
+        known = {name: value for name, value in asdict(facts).items() if value not in (None, ())}
         attributes = known | {"width": facts.width, "facts": facts.to_json(), "checksum": checksum}
         attributes[MODEL_NAME] = facts.model
         attributes["boundaries"] = facts.boundaries

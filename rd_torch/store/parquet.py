@@ -127,30 +127,41 @@ class ParquetStore(Store):
         paths = sorted(self._home.glob("part-*.parquet"))
         if not paths:
             raise ValueError(f"expected a folder of part-*.parquet files, got none in {self.path}")
-        self._files = [pq.ParquetFile(each) for each in paths]
-        metadata = self._files[-1].schema_arrow.metadata or {}
+        # Files are open while they are read: a large store has more than a process may hold open. Their
+        # footers are kept, because reading one takes more than reading a column of narrow features.
+        footers = [pq.read_metadata(each) for each in paths]
+        metadata = footers[-1].metadata or {}
         if b"rd_torch" not in metadata:
             raise ValueError(f"expected parquet files of rd_torch, got others in {self.path}")
         self.facts = Facts.from_json(metadata[b"rd_torch"].decode())
         self.checksum = metadata[b"checksum"].decode()
         self.width, self.model_name, self.layer = self.facts.width, self.facts.model, self.facts.num_layers
         self.pool = self.facts.pool
+        self._files = list(zip(paths, footers, strict=True))
         # Each row group with its file, and the place of its first record in the store.
         self._groups = [
-            (file, group) for file in self._files for group in range(file.metadata.num_row_groups)
+            (file, group) for file, footer in enumerate(footers) for group in range(footer.num_row_groups)
         ]
-        sizes = [file.metadata.row_group(group).num_rows for file, group in self._groups]
+        sizes = [footers[file].row_group(group).num_rows for file, group in self._groups]
         self._starts = list(accumulate(sizes, initial=0))
 
     @cached_property
     def identifiers(self) -> list[str]:
         """Names of the records, in FASTA order."""
-        return [name for file in self._files for name in file.read(["identifier"])[0].to_pylist()]
+        return self._column("identifier")
 
     def lengths(self, key: slice = slice(None)) -> list[Length]:
         """Read how many residues records have, from the column of lengths."""
+        return self._column("length")[key]
+
+    def _column(self, name: str) -> list[Any]:
+        """Read a whole column."""
         self._require_open()
-        return [length for file in self._files for length in file.read(["length"])[0].to_pylist()][key]
+        values: list[Any] = []
+        for path, footer in self._files:
+            with pq.ParquetFile(path, metadata=footer) as file:
+                values += file.read([name])[0].to_pylist()
+        return values
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -179,19 +190,20 @@ class ParquetStore(Store):
     def _group(self, number: int, width: int) -> np.ndarray:
         """Read the first features of the records of a row group, and no column beyond them."""
         width, pools = min(width, self.width), pools_of(self.pool)
-        file, group = self._groups[number]
+        place, group = self._groups[number]
         starts = [0, *self.facts.widths]
         levels = [level for level, start in zip(self.facts.levels, starts, strict=False) if start < width]
         names = [[column_name(level, pool, pools) for level in levels] for pool in pools]
-        read = file.read_row_group(group, columns=[name for each in names for name in each])
+        path, footer = self._files[place]
+        with pq.ParquetFile(path, metadata=footer) as file:
+            read = file.read_row_group(group, columns=[name for each in names for name in each])
         blocks = [
             np.concatenate([_numbers(read, name) for name in each], axis=1)[:, :width] for each in names
         ]
         return np.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
 
     def _shut(self) -> None:
-        for file in self._files:
-            file.close()
+        """Nothing is open between reads."""
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
