@@ -1,1 +1,1 @@
-"""What a search finds on the data at hand: how much of it, and how right it is."""
+"""How search by nested embeddings does."""

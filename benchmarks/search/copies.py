@@ -12,15 +12,15 @@ from rd_torch.reading import Fasta
 SHORTEST, LONGEST = 50, 300
 """Numbers of residues between which a domain lies."""
 
-LEAST_CHANGED, MOST_CHANGED = 0.1, 0.8
+LEAST_CHANGED, MOST_CHANGED = 0.05, 0.5
 """Shares of residues between which a copy differs from its domain."""
 
 
 def write_copies(model: rd_torch.RDModel, data: Path, path: Path, families: int, copies: int) -> Labelled:
     """Embed mutated copies of SCOPe domains into a store.
 
-    Residues at random sites are drawn anew from all residues of the domains. The share of sites is drawn for
-    each copy.
+    Of a superfamily one domain is copied at the most. Residues at random sites are drawn anew from all
+    residues of the domains. The share of sites is drawn for each copy.
 
     Args:
         model: The model.
@@ -33,12 +33,13 @@ def write_copies(model: rd_torch.RDModel, data: Path, path: Path, families: int,
         The copies, and the domain of each.
     """
     generator = random.Random(0)
-    domains = [
-        (each.identifier.split()[0], each.sequence)
-        for each in Fasta(data / "natural50_train.fasta.xz", identifier="header")
-        if SCOPE.search(each.identifier) and SHORTEST <= len(each.sequence) <= LONGEST
-    ]
-    chosen = generator.sample(domains, min(families, len(domains)))
+    domains: dict[str, tuple[str, str]] = {}
+    for protein in Fasta(data / "natural50_train.fasta.xz", identifier="header"):
+        domain = SCOPE.search(protein.identifier)
+        if domain and SHORTEST <= len(protein.sequence) <= LONGEST:
+            superfamily = ".".join(domain.groups()[:3])
+            domains.setdefault(superfamily, (protein.identifier.split()[0], protein.sequence))
+    chosen = generator.sample(list(domains.values()), min(families, len(domains)))
     letters = "".join(sequence for _, sequence in chosen)
     proteins, labels = [], {}
     for name, sequence in chosen:

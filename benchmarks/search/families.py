@@ -27,7 +27,7 @@ import rd_torch
 from benchmarks.options import add_data_option, add_model_option, data_folder, new_parser
 from benchmarks.result import Row, environment, report_progress, write_result
 from benchmarks.search.exact import directions
-from benchmarks.search.labelled import Labelled, read_labelled, shares_by_family, with_interval
+from benchmarks.search.labelled import Labelled, read_labelled, share_with_interval
 from benchmarks.search.parts import index_of
 from rd_torch.searching import Finder
 from rd_torch.store import Store
@@ -99,13 +99,12 @@ def rows_of(
             labelled.labels[query] == labelled.labels[near]
             for query, near in zip(queries, found, strict=True)
         ]
-        sums = shares_by_family([labelled.labels[query] for query in queries], right)
         yield {
             "families": labelled.name,
             "proteins": len(names),
             "queries": len(queries),
             "compared by": way,
-            "nearest is right": with_interval(sums),
+            "nearest is right": share_with_interval([labelled.labels[query] for query in queries], right),
             "by chance": f"{by_chance:.4f}",
         }
 

@@ -122,22 +122,18 @@ def split(labelled: Labelled, seed: int, share: float = 0.2) -> Split:
     return Split(known, [protein for protein in labelled.labels if protein in related], strange)
 
 
-def shares_by_family(families: Sequence[str], right: Sequence[bool]) -> np.ndarray:
-    """Return `(families, 2)`: how many of the answers for each family are right, and how many there are."""
-    places = np.unique(families, return_inverse=True)[1]
-    return np.stack([np.bincount(places, right), np.bincount(places)], axis=1)
-
-
-def with_interval(sums: np.ndarray) -> str:
+def share_with_interval(families: Sequence[str], right: Sequence[bool], weights: Sequence[float] = ()) -> str:
     """Return the share of answers that are right, with its 95 % interval when families are drawn again.
 
     Args:
-        sums: What `shares_by_family` returns.
+        families: Family of each query.
+        right: Whether its answer is right.
+        weights: What each query counts; by default all count the same.
     """
-    generator, shares = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        right, count = sums[generator.integers(len(sums), size=len(sums))].sum(0)
-        shares.append(right / count)
+    counts = np.asarray(weights if len(weights) else np.ones(len(families)))
+    places = np.unique(families, return_inverse=True)[1]
+    sums = np.stack([np.bincount(places, counts * np.asarray(right)), np.bincount(places, counts)], axis=1)
+    drawn = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
+    shares = np.divide(*sums[drawn].sum(1).T)
     low, high = np.quantile(shares, (0.025, 0.975))
-    right, count = sums.sum(0)
-    return f"{right / count:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{np.divide(*sums.sum(0)):.3f} [{low:.3f}, {high:.3f}]"
