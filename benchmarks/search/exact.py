@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import faiss
 import numpy as np
-
-import rd_torch.searching.index as searching
 
 FOUND = (1, 10, 100)
 """Numbers of nearest proteins of which the recall is given."""
@@ -85,11 +84,9 @@ class Exact(NamedTuple):
             projection: `(width, features)`, which maps directions to codes.
             count: Number of proteins to find.
         """
-        faiss = searching.load_faiss()
-        codes, asked = (
-            searching.to_units(each @ projection, np.zeros(projection.shape[1]))
-            for each in (self.proteins, self.queries)
-        )
+        codes, asked = ((each @ projection).astype(np.float32) for each in (self.proteins, self.queries))
+        for each in (codes, asked):
+            faiss.normalize_L2(each)
         scan = faiss.IndexFlatIP(codes.shape[1])
         scan.add(codes)
         return scan.search(asked, count)[1]

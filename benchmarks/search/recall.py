@@ -175,7 +175,7 @@ def rows_of(
     model: rd_torch.RDModel, store: Store, queries: np.ndarray, size: int, rounds: int
 ) -> Iterator[Row]:
     """Yield the rows of an index of the first proteins of a store."""
-    names = list(store.identifiers)[:size]
+    names = None if size == len(store) else list(store.identifiers)[:size]
     proteins = np.asarray(store.read(slice(size)))
     chosen, exact = ways(list(model.config.widths.values()), size), Exact.of(queries, proteins)
     timed: dict[Way, Row] = {}
