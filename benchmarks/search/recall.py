@@ -32,6 +32,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,16 +179,18 @@ def rows_of(
     names = None if size == len(store) else list(store.identifiers)[:size]
     proteins = np.asarray(store.read(slice(size)))
     chosen, exact = ways(list(model.config.widths.values()), size), Exact.of(queries, proteins)
-    timed: dict[Way, Row] = {}
-    for features in sorted({way.features for way in chosen}):
-        with index_of(store, names, features) as index:
-            finders = {way: way.finder(model, index) for way in chosen if way.features == features}
-            timed |= clock(finders, queries, rounds)
-            (vectors,) = index.path.glob("first-*.faiss")
-            memory = {"first stage, MiB": round(vectors.stat().st_size / MEBI, 2)}
-            for way, finder in finders.items():
-                row = recall_row(PREFIX, way, exact, [places_of(finder, queries)])
-                yield row | timed[way] | memory
+    with ExitStack() as stack:
+        indexes = {
+            way.features: stack.enter_context(index_of(store, names, way.features))
+            for way in chosen
+            if way.candidates is None
+        }
+        finders = {way: way.finder(model, indexes[way.features]) for way in chosen}
+        timed = clock(finders, queries, rounds)
+        for way, finder in finders.items():
+            (vectors,) = finder.index.path.glob("first-*.faiss")
+            row = recall_row(PREFIX, way, exact, [places_of(finder, queries)])
+            yield row | timed[way] | {"first stage, MiB": round(vectors.stat().st_size / MEBI, 2)}
     yield from projected_rows(exact, proteins, chosen)
 
 
