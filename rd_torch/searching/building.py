@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -99,7 +100,10 @@ def build_index(
         part = part_folder(folder)
         part.mkdir(exist_ok=True)
         lock = take_lock(part, folder)
+        stack.callback(shutil.rmtree, part, ignore_errors=True)  # after the move there is nothing to remove
         stack.callback(lock.release)
+        for left in part.glob("*.*"):  # by a run that was killed; the lock stays
+            left.unlink()
         _fill(part, folder, opened, first)
         _note_recall(part)
         move(part, folder)
