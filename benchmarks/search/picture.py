@@ -27,15 +27,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
     for ax, stage in zip(panels, stages, strict=True):
         draw_panel(ax, [row for row in rows if row["first stage"] == stage and row["features"] < whole])
-        exact = next(row for row in rows if row["features"] == whole)
-        ax.scatter(
-            exact["MiB a query"], exact["recall@10"], marker="*", s=90, color=INK, label="all features"
-        )
+        exact = [row[key] for row in rows if row["features"] == whole for key in ("MiB a query", "recall@10")]
+        ax.scatter(*exact, marker="*", s=90, color=INK, label="all features")
+        ends = {row["MiB a query"]: row["features"] for row in rows if row["candidates"] is None}
+        ax.set_xticks(list(ends), [f"{each:.3g}\n({width})" for each, width in ends.items()])
+        ax.minorticks_off()
         dress(ax, f"By {stage}", "", "recall@10" if ax is panels[0] else "")
     panels[0].legend(fontsize=SMALL, frameon=False, loc="lower right")
     figure.suptitle(f"What is found of the 10 nearest of {size:,} proteins", fontsize=SMALL + 3, color=INK)
     figure.supxlabel(
-        "MiB that a query is compared with, on a logarithmic scale (features of the first stage)",
+        "MiB that a query is compared with, on a logarithmic scale (in brackets: features of the first stage)",
         fontsize=SMALL,
         color=INK,
     )
@@ -57,7 +58,4 @@ def draw_panel(ax: Axes, rows: Sequence[Row]) -> None:
         ax.plot(sizes, recalls, marker="o", markersize=5, linewidth=1.5, color=colour, label=label)
     ax.set_xscale("log")
     ax.set_ylim(0, 1.04)
-    ends = {row["features"]: row["MiB a query"] for row in rows if row["candidates"] is None}
-    ax.set_xticks(list(ends.values()), [f"{each:.3g}\n({width})" for width, each in ends.items()])
-    ax.minorticks_off()
     ax.grid(color=GRID, linewidth=0.6)
