@@ -36,7 +36,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     panels[0].legend(fontsize=SMALL, frameon=False, loc="lower right")
     figure.suptitle(f"What is found of the 10 nearest of {size:,} proteins", fontsize=SMALL + 3, color=INK)
     figure.supxlabel(
-        "MiB that a query is compared with, on a logarithmic scale (in brackets: features of the first stage)",
+        "MiB that a query is compared with, on a logarithmic scale; in brackets, features of the first stage",
         fontsize=SMALL,
         color=INK,
     )
