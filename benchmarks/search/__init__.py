@@ -1,0 +1,1 @@
+"""How search by nested embeddings does."""
