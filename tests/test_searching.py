@@ -674,6 +674,9 @@ def test_commands_index_and_search(proteins, tmp_path, monkeypatch):
     said = run_cli("index", "p.parquet", "-o", "p.index")
     assert "Indexed 60 proteins in p.index." in said
     assert "compares 32 features, and hands on 100% of the ten nearest by all 128" in said
+    monkeypatch.setattr("rd_torch.searching.recall.CANDIDATES", 5)
+    said = run_cli("index", "p.parquet", "-o", "narrow.index", "--width", "3")
+    assert said.endswith("An index of --width 32 finds more.\n")
     run_cli("search", "p.fasta", "p.index", "-o", "hits.tsv", "-k", "1")
     rows = lines_of(tmp_path / "hits.tsv")
     assert (

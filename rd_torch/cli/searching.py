@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -13,7 +13,10 @@ from rd_torch.cli.shared import budget_option, device_option, find_device, load_
 
 if TYPE_CHECKING:
     from rd_torch.model import RDModel
-    from rd_torch.searching import Index, Report
+    from rd_torch.searching import Index, IndexConfig, Report
+
+ENOUGH: Final = 0.99
+"""Share of the nearest proteins above which nobody needs to be told how to find more."""
 
 
 @click.command(cls=Command)
@@ -68,12 +71,18 @@ def index(stores: tuple[Path, ...], output: Path, add: bool, width: int | None) 
         made = build_index(stores, output, width=width)
         made.close()
     click.echo(f"Indexed {len(made):,} proteins in {output}.", err=True)
-    click.echo(
-        f"The first stage compares {made.config.first_width} features, and hands on "
-        f"{made.config.recall or 0:.0%} of the ten nearest by all {made.config.facts.width} among 300 "
-        "candidates.",
-        err=True,
+    click.echo(_describe_recall(made.config), err=True)
+
+
+def _describe_recall(config: IndexConfig) -> str:
+    """Say in sentences how many of the nearest proteins a search finds, and what finds more."""
+    width, recall = config.facts.width, config.recall or 0.0
+    said = (
+        f"The first stage compares {config.first_width} features, and hands on {recall:.0%} of the ten "
+        f"nearest by all {width} among 300 candidates."
     )
+    wider = next((each for each in config.facts.widths if each > config.first_width), None)
+    return said if recall > ENOUGH or wider is None else f"{said} An index of --width {wider} finds more."
 
 
 @click.command(cls=Command)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rd_torch.searching.building import add_to_index, build_index
+    from rd_torch.searching.config import IndexConfig
     from rd_torch.searching.filing import Report, search_to_file
     from rd_torch.searching.finding import Finder
     from rd_torch.searching.hits import COLUMNS, Hit, Transferred, columns_of
@@ -26,6 +27,7 @@ _HOMES = {
     "Finder": "finding",
     "Hit": "hits",
     "Index": "index",
+    "IndexConfig": "config",
     "Labels": "labels",
     "Report": "filing",
     "Transferred": "hits",
@@ -44,6 +46,7 @@ __all__ = [
     "Finder",
     "Hit",
     "Index",
+    "IndexConfig",
     "Labels",
     "Report",
     "Transferred",
