@@ -8,10 +8,11 @@ has a share of the natural covariance: such a share that a drawn vector is as si
 drawn around as a query is to the nearest natural protein (medians).
 
 `rd_torch.build_index` then makes an exact index of the store for each of `--widths`, as it does for fewer
-proteins, and one with clusters for the first of them, as it does for so many. Every index is built in a process
-of its own, and searched in another one, by 1, 100 and 1,000 queries at a time, with as many clusters scanned as
-`--clusters` says. Times are of searching by vectors: embedding the queries is left out. What is read from the store is
-counted as the kernel is asked for it, so that it does not matter what lies in memory already.
+proteins, and one with clusters for the first of them, as it does for so many. Every index is built in a
+process of its own, and searched in another one, by 1, 100 and 1,000 queries at a time, with as many clusters
+scanned as `--clusters` says. Times are of searching by vectors: embedding the queries is left out. What is
+read from the store is counted as the kernel is asked for it, so that it does not matter what lies in memory
+already.
 
 Recall is the share of the 10 nearest that are found. Which are the nearest, by all features and by the first
 ones, a scan of the store says that shares no code with the search.
