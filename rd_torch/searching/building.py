@@ -34,7 +34,7 @@ from rd_torch.store import Facts, Store, open_store
 if TYPE_CHECKING:
     import faiss
 
-CLUSTERS_BY_ROOT: Final = 4
+CLUSTERS_BY_ROOT: Final = 1
 """Clusters of an approximate index, as a multiple of the square root of the number of proteins."""
 
 TAUGHT_BY_CLUSTER: Final = 64
