@@ -697,6 +697,12 @@ def test_commands_index_and_search(proteins, tmp_path, monkeypatch):
         "--reliability",
         "0",
     )
+    for wrong, message in (
+        (("--labels", "l.tsv", "--format", "query"), "got it with --labels, whose columns are fixed"),
+        (("--label-column", "parity"), "expected --label-column with --labels, got it without"),
+    ):
+        result = CliRunner().invoke(main, ["search", "p.fasta", "p.index", "-o", "w.tsv", *wrong])
+        assert (result.exit_code, message in result.output) == (1, True)
     first = {row["query"]: row["label"] for row in reversed(lines_of(tmp_path / "l.out.tsv"))}
     assert first[proteins[0][0]] == "even"
 

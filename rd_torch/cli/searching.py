@@ -181,6 +181,12 @@ def search(
     from rd_torch.searching import columns_of, open_index, read_labels, search_to_file
     from rd_torch.store import failure_list
 
+    if table is not None and options["columns"] is not None:
+        raise ValueError(
+            "expected --format for a table of hits, got it with --labels, whose columns are fixed"
+        )
+    if table is None and label_column is not None:
+        raise ValueError("expected --label-column with --labels, got it without")
     columns = columns_of(options.pop("columns"))
     labels = None if table is None else read_labels(table, label_column)
     model, device = options.pop("model"), options.pop("device")
