@@ -203,13 +203,23 @@ class Chain(nn.Module):
         """
         return {name: self.backbones[split_level(name)[0]] for name in self.config.levels_for(width)}
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, level: str | None = None) -> str:
         """Return a digest of all that embeddings depend on: shapes, choices, numbers of backbones and maps.
 
         Two chains with the same fingerprint are the same in the same dtype, wherever they come from.
+
+        Args:
+            level: name of a level, to have the fingerprint of the chain cut behind it; None for the whole.
         """
-        backbones = {f"backbones.{name}.": each.embedding_tensors() for name, each in self.backbones.items()}
-        return fingerprint(self.config, backbones | {"stages.": StateDict(self.stages)})
+        config = self.config if level is None else self.config.until(level)
+        run = {split_level(name)[0] for name in config.widths}
+        backbones = {
+            f"backbones.{name}.": each.embedding_tensors()
+            for name, each in self.backbones.items()
+            if name in run
+        }
+        stages = modules_of({name: self.stages[name] for name in config.widths if name in self.stages})
+        return fingerprint(config, backbones | {"stages.": StateDict(stages)})
 
     def freeze_backbones(self, *levels: str, except_top: int = 0) -> Self:
         """Stop backbones from training; the maps are frozen already.

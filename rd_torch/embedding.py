@@ -296,5 +296,5 @@ def facts_of(
         tokens_per_batch=budget,
         windows=pieces,
         final_norm=config.hidden_norm,
-        level_fingerprints=tuple(model.truncate(level).fingerprint() for level in prefixes),
+        level_fingerprints=tuple(model.fingerprint(level) for level in prefixes),
     )
