@@ -253,7 +253,7 @@ def test_among_few_proteins_of_an_approximate_index_none_is_missed(model, store,
     with rd_torch.build_index(store, tmp_path / "i.index") as opened, rd_torch.open_store(store) as vectors:
         queries = vectors.read(slice(0, 20), width=32)
         _, whole = opened.first(queries, 150)
-        _, found = opened.first_among(queries, 15, few)
+        _, found = opened.first(queries, 15, few)
     assert (whole < 0).any()
     assert (np.sort(found, axis=1) == few).all()
 

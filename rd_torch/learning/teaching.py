@@ -179,7 +179,7 @@ def _origin(source: Source, examples: Examples, chosen: WidthRow) -> dict[str, A
         "level": chosen.level,
         "width": chosen.width,
         "pool": source.pool,
-        "fingerprint": source.model.truncate(chosen.level).fingerprint(),
+        "fingerprint": source.model.fingerprint(chosen.level),
         "score_name": NAMES[examples.task],
         "source": examples.source,
         "checksum": examples.checksum,

@@ -25,7 +25,6 @@ from rd_torch.searching.index import (
     checks_of,
     digest_of,
     load_faiss,
-    read_vectors,
     to_units,
 )
 from rd_torch.searching.recall import measure_recall
@@ -100,12 +99,15 @@ def build_index(
         part = part_folder(folder)
         part.mkdir(exist_ok=True)
         lock = take_lock(part, folder)
-        stack.callback(shutil.rmtree, part, ignore_errors=True)  # after the move there is nothing to remove
         stack.callback(lock.release)
         for left in part.glob("*.*"):  # by a run that was killed; the lock stays
             left.unlink()
-        _fill(part, folder, opened, first)
-        _note_recall(part)
+        try:
+            _fill(part, folder, opened, first)
+            _note_recall(part)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
         move(part, folder)
     return Index(folder)
 
@@ -155,10 +157,9 @@ def add_to_index(path: str | Path, store: str | Path) -> Index:
         if twice := next((name for name in added.identifiers if name in known), None):
             raise ValueError(f"expected identifiers that {index.path} does not have yet, got {twice!r}")
         surveyed = survey(added)
-        vectors = read_vectors(index.path, config)
-        _add(vectors, added, index.mean[: config.first_width])
+        _add(index.vectors, added, index.mean[: config.first_width])
         source = _note_source(index.path, index.path, len(config.sources), added, surveyed.checks)
-        _write(index.path, replace(config, sources=(*config.sources, source), recall=None), vectors)
+        _write(index.path, replace(config, sources=(*config.sources, source), recall=None), index.vectors)
         _note_recall(index.path)
     return Index(path)
 

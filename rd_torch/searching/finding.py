@@ -129,12 +129,7 @@ class Finder:
         k = k or self.k
         first_width = self.index.config.first_width
         wanted = k if self.first_stage_only else max(k, self.candidates)
-        prefix = vectors[:, :first_width]
-        first, found = (
-            self.index.first(prefix, wanted)
-            if places is None
-            else self.index.first_among(prefix, wanted, places)
-        )
+        first, found = self.index.first(vectors[:, :first_width], wanted, places)
         similarities = first if self.first_stage_only else self._second(vectors, found)
         first, similarities = first.clip(-1, 1), np.where(found < 0, -np.inf, similarities.clip(-1, 1))
         order = np.lexsort((found, -similarities), axis=1)[:, :k]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
-from rd_torch.searching.config import IndexConfig, checks_file
+from rd_torch.searching.config import IndexConfig, Source, checks_file
 from rd_torch.store import Length, Store, open_store
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Index:
     """An index of the proteins of stores: where each lies by its first features.
 
     Proteins have places: those of the first store come first, in FASTA order. The stores stay where they
-    are, and the second stage reads them. `add` adds another store.
+    are, and the second stage reads them. `add_to_index` adds another store.
 
     Args:
         path: the folder of the index.
@@ -42,6 +42,8 @@ class Index:
     Attributes:
         path: the folder of the index.
         config: what it is of.
+        mean: `(width,)` mean that vectors are taken from, in float64.
+        vectors: the first features as faiss holds them.
 
     Raises:
         FileNotFoundError: where there is no index, or a store of it is not where it was.
@@ -53,14 +55,12 @@ class Index:
         self.path = Path(path)
         self.config = IndexConfig.read(self.path)
         self.mean = self._read_mean()
-        self._vectors = read_vectors(self.path, self.config)
+        self.vectors = read_vectors(self.path, self.config)
         self._open = ExitStack()
-        self._stores: dict[int, Store] = {}
+        self._stores = [self._open_store(source) for source in self.config.sources]
         self._checks: dict[int, np.ndarray] = {}
         self._lengths: dict[int, list[Length]] = {}
         self._starts = list(accumulate((source.records for source in self.config.sources), initial=0))
-        for number in range(len(self.config.sources)):
-            self._store(number)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -75,77 +75,62 @@ class Index:
     @property
     def identifiers(self) -> list[str]:
         """Names of the proteins, by place."""
-        numbers = range(len(self.config.sources))
-        return [name for number in numbers for name in self._store(number).identifiers]
+        return [name for store in self._stores for name in store.identifiers]
 
     def identifier(self, place: int) -> str:
         """Return the name of the protein at a place."""
         number = self._number(place)
-        return self._store(number).identifiers[place - self._starts[number]]
+        return self._stores[number].identifiers[place - self._starts[number]]
 
     def length(self, place: int) -> int | None:
         """Return the number of residues of the protein at a place; None where nobody counted them."""
         number = self._number(place)
         if number not in self._lengths:
-            self._lengths[number] = self._store(number).lengths()
+            self._lengths[number] = self._stores[number].lengths()
         return self._lengths[number][place - self._starts[number]]
 
     def _number(self, place: int) -> int:
         """Return the number of the store that has a place."""
         return bisect_right(self._starts, place) - 1
 
-    def _store(self, number: int) -> Store:
-        """Open a store, once, and hold it against what the index says of it."""
-        if number not in self._stores:
-            source = self.config.sources[number]
-            beside = self.path / source.beside
-            path = beside if beside.exists() else Path(source.path)
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"expected the store that {self.path} was made of at {source.path}, got nothing there: "
-                    "move it back, or index it anew"
-                )
-            store = self._open.enter_context(open_store(path))
-            if (store.checksum, len(store)) != (source.checksum, source.records):
-                raise ValueError(
-                    f"expected {path} to have the records that {self.path} was made of, got others: "
-                    "index it anew"
-                )
-            if store.facts is None:
-                raise ValueError(f"expected a store of rd_torch's at {path}, got another program's")
-            store.facts.require_same(self.config.facts, self.path)
-            self._stores[number] = store
-        return self._stores[number]
+    def _open_store(self, source: Source) -> Store:
+        """Open a store, and hold it against what the index says of it."""
+        beside = self.path / source.beside
+        path = beside if beside.exists() else Path(source.path)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"expected the store that {self.path} was made of at {source.path}, got nothing there: "
+                "move it back, or index it anew"
+            )
+        store = self._open.enter_context(open_store(path))
+        if (store.checksum, len(store)) != (source.checksum, source.records):
+            raise ValueError(
+                f"expected {path} to have the records that {self.path} was made of, got others: index it anew"
+            )
+        if store.facts is None:
+            raise ValueError(f"expected a store of rd_torch's at {path}, got another program's")
+        store.facts.require_same(self.config.facts, self.path)
+        return store
 
-    def first(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def first(
+        self, queries: np.ndarray, count: int, places: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Find the proteins whose first features are the most similar.
 
         Args:
             queries: `(queries, first_width)` first features, as they were embedded.
             count: number of proteins to find for each.
+            places: places of the proteins that may be found; by default all.
 
         Returns:
             `(queries, count)` similarities, falling, and places; -1 for the place where there is no more.
         """
-        return search_vectors(self._vectors, self._first_units(queries), min(count, len(self)))
-
-    def first_among(
-        self, queries: np.ndarray, count: int, places: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Find the most similar proteins among some; arguments and result are else those of `first`.
-
-        Args:
-            queries: `(queries, first_width)` first features.
-            count: number of proteins to find for each.
-            places: places of the proteins that may be found.
-        """
+        units = to_units(queries, self.mean[: self.config.first_width]).astype(np.float32)
+        if places is None:
+            return search_vectors(self.vectors, units, min(count, len(self)))
         chosen = np.zeros(len(self), bool)
         chosen[places] = True
-        return search_vectors(self._vectors, self._first_units(queries), min(count, len(places)), chosen)
-
-    def _first_units(self, queries: np.ndarray) -> np.ndarray:
-        """Return the directions of first features as they are scanned."""
-        return to_units(queries, self.mean[: self.config.first_width]).astype(np.float32)
+        return search_vectors(self.vectors, units, min(count, len(places)), chosen)
 
     def rows(self, places: Sequence[int] | np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Read whole vectors from the stores, some at a time.
@@ -163,7 +148,7 @@ class Index:
             mine = np.fromiter(group, int)
             for start in range(0, len(mine), ROWS_READ):
                 part = mine[start : start + ROWS_READ]
-                vectors = np.asarray(self._store(number).read(part - self._starts[number]))
+                vectors = np.asarray(self._stores[number].read(part - self._starts[number]))
                 self._require_same(number, part, vectors)
                 yield part, vectors
 
@@ -175,7 +160,7 @@ class Index:
         if not same.all():
             name = self.identifier(int(places[np.argmin(same)]))
             raise ValueError(
-                f"expected the vectors of {self._store(number).path} that {self.path} was made of, got "
+                f"expected the vectors of {self._stores[number].path} that {self.path} was made of, got "
                 f"another one for {name!r}: index it anew"
             )
 
