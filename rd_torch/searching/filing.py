@@ -15,7 +15,7 @@ from rd_torch.model import RDModel
 from rd_torch.searching.finding import Finder
 from rd_torch.searching.hits import USUAL, Hit, Transferred
 from rd_torch.searching.index import Index
-from rd_torch.searching.jobs import SearchOptions, labels_of, windows_of
+from rd_torch.searching.jobs import SearchOptions, windows_of
 from rd_torch.searching.labels import Labels, LabelTransfer
 from rd_torch.store import Failure, Names, Window, failure_list, write_failures
 
@@ -93,9 +93,7 @@ def search_to_file(  # noqa: PLR0913
 
     def found_in(window: Window[str], reasons: dict[int, str]) -> str:
         """Return the lines of a table for a window of queries."""
-        found = (
-            finder.hits(window, reasons) if transfer is None else labels_of(transfer, finder, window, reasons)
-        )
+        found = transfer.labels(window, reasons) if transfer else finder.hits(window, reasons)
         return "".join(_line(each, fields, output.suffix) for each in found)
 
     folder.mkdir(exist_ok=True)

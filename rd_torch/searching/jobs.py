@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from typing import Any, Final, TypedDict, Unpack
+from typing import Any, Final, TypedDict, TypeVar, Unpack
 
 from rd_torch.letters import Corrections
 from rd_torch.model import RDModel
@@ -17,6 +17,8 @@ from rd_torch.searching.labels import Labels, LabelTransfer
 from rd_torch.sequences import normalize_entries
 from rd_torch.store import Names, Window, cut_windows
 from rd_torch.threads import run_ahead
+
+Found = TypeVar("Found", Hit, Transferred)
 
 TOKENS_OF_A_WINDOW: Final = 8_192
 """A sixteenth of the number of tokens in the queries that are searched together."""
@@ -68,12 +70,7 @@ def search(
         1 piece 7 0.9
         2 piece 6 0.8
     """
-    finder = Finder(model, index, **options)
-    for window in windows_of(proteins, model, Names(str)):
-        failures: dict[int, str] = {}
-        yield from finder.hits(window, failures)
-        for place, reason in failures.items():
-            raise ValueError(f"{reason}, in query {window.names[place]}")
+    yield from _found(Finder(model, index, **options).hits, proteins, model)
 
 
 def transfer_labels(
@@ -119,10 +116,17 @@ def transfer_labels(
         >>> next(found).label
         'early'
     """
-    transfer = LabelTransfer(finder := Finder(model, index, **options), labels, least)
+    transfer = LabelTransfer(Finder(model, index, **options), labels, least)
+    yield from _found(transfer.labels, proteins, model)
+
+
+def _found(
+    find: Callable[[Window[str], dict[int, str]], Iterator[Found]], proteins: Iterable[Any], model: RDModel
+) -> Iterator[Found]:
+    """Yield what is found of queries; raise a ValueError for one that cannot be embedded."""
     for window in windows_of(proteins, model, Names(str)):
         failures: dict[int, str] = {}
-        yield from labels_of(transfer, finder, window, failures)
+        yield from find(window, failures)
         for place, reason in failures.items():
             raise ValueError(f"{reason}, in query {window.names[place]}")
 
@@ -149,22 +153,3 @@ def windows_of(proteins: Iterable[Any], model: RDModel, names: Names) -> Iterato
             f"{names.renamed:,}",
             stacklevel=3,
         )
-
-
-def labels_of(
-    transfer: LabelTransfer, finder: Finder, window: Window[str], failures: dict[int, str]
-) -> Iterator[Transferred]:
-    """Find the labels of the queries of a window.
-
-    Args:
-        transfer: gives queries labels.
-        finder: embeds queries.
-        window: the queries.
-        failures: to which the places and reasons of queries that cannot be embedded are added.
-
-    Yields:
-        The labels, query by query.
-    """
-    queries, vectors = finder.embed(window, failures)
-    for query, near in zip(queries, transfer.near(vectors), strict=True):
-        yield from transfer.of(window.names[query], near)

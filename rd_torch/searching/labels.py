@@ -14,6 +14,7 @@ from rd_torch.reading import read_cells
 from rd_torch.searching.finding import Finder, Near
 from rd_torch.searching.hits import Transferred
 from rd_torch.searching.reliability import Pair, Reliability
+from rd_torch.store import Window
 
 PROTEINS_COMPARED: Final = 2_000
 """Number of labelled proteins, evenly spread, by whose neighbours reliability is known."""
@@ -103,13 +104,10 @@ class LabelTransfer:
         if not 0 <= least <= 1:
             raise ValueError(f"expected a reliability from 0 to 1, got {least}")
         self._finder, self._least = finder, least
-        self._of = {
-            place: labels.by_name[name]
-            for place, name in enumerate(finder.index.identifiers)
-            if name in labels.by_name
-        }
+        names = finder.index.identifiers
+        self._of = {place: labels.by_name[name] for place, name in enumerate(names) if name in labels.by_name}
         self.known = len(self._of)
-        unknown = labels.by_name.keys() - set(finder.index.identifiers)
+        unknown = labels.by_name.keys() - set(names)
         if self.known < LEAST_LABELLED:
             raise ValueError(
                 f"expected labels of {LEAST_LABELLED} proteins or more of {finder.index.path}, got those of "
@@ -140,6 +138,20 @@ class LabelTransfer:
                     for other, similarity in zip(near.places, near.similarities, strict=True)
                     if other != place
                 ]
+
+    def labels(self, window: Window[str], failures: dict[int, str]) -> Iterator[Transferred]:
+        """Find the labels of the queries of a window.
+
+        Args:
+            window: records of queries.
+            failures: to which the places and reasons of queries that cannot be embedded are added.
+
+        Yields:
+            The labels, query by query.
+        """
+        queries, vectors = self._finder.embed(window, failures)
+        for query, near in zip(queries, self.near(vectors), strict=True):
+            yield from self.of(window.names[query], near)
 
     def of(self, query: str, near: Near) -> Iterator[Transferred]:
         """Yield the labels of a query, most reliable first; one without a label where nothing is near.
