@@ -700,6 +700,7 @@ def test_commands_index_and_search(proteins, tmp_path, monkeypatch):
     for wrong, message in (
         (("--labels", "l.tsv", "--format", "query"), "got it with --labels, whose columns are fixed"),
         (("--label-column", "parity"), "expected --label-column with --labels, got it without"),
+        (("--reliability", "0.5"), "expected --reliability with --labels, got it without"),
     ):
         result = CliRunner().invoke(main, ["search", "p.fasta", "p.index", "-o", "w.tsv", *wrong])
         assert (result.exit_code, message in result.output) == (1, True)

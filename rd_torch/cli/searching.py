@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rd_torch.model import RDModel
     from rd_torch.searching import Index, IndexConfig, Report
 
+RELIABLE: Final = 0.5
+"""Reliability below which no label is given, unless another one is asked for."""
+
 ENOUGH: Final = 0.99
 """Share of the nearest proteins above which nobody needs to be told how to find more."""
 
@@ -138,7 +141,7 @@ def _describe_recall(config: IndexConfig) -> str:
     "least",
     group="Labels",
     type=click.FloatRange(0, 1),
-    default=0.5,
+    show_default="0.5",
     help="Give no label that is less reliable: the share of labelled proteins as near as this that have a "
     "label in common, if half of the queries have no relative among them.",
 )
@@ -158,6 +161,7 @@ def search(
     output: Path,
     table: Path | None,
     label_column: str | None,
+    least: float | None,
     **options: Any,
 ) -> None:
     """Find proteins that are near others by their embeddings.
@@ -185,8 +189,10 @@ def search(
         raise ValueError(
             "expected --format for a table of hits, got it with --labels, whose columns are fixed"
         )
-    if table is None and label_column is not None:
-        raise ValueError("expected --label-column with --labels, got it without")
+    for name, value in (("--label-column", label_column), ("--reliability", least)):
+        if table is None and value is not None:
+            raise ValueError(f"expected {name} with --labels, got it without")
+    least = RELIABLE if least is None else least
     columns = columns_of(options.pop("columns"))
     labels = None if table is None else read_labels(table, label_column)
     model, device = options.pop("model"), options.pop("device")
@@ -203,11 +209,12 @@ def search(
             output,
             columns=columns,
             labels=labels,
+            least=least,
             progress=bar,
             **options,
         )
     if labels:
-        click.echo(_describe_nearness(report, options["least"]), err=True)
+        click.echo(_describe_nearness(report, least), err=True)
     click.echo(f"Wrote {'the labels' if labels else 'the hits'} to {output}.", err=True)
     report_failures(failure_list(output), len(report.failures))
 
