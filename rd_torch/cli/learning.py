@@ -223,7 +223,7 @@ def predict(
     from rd_torch.store import failure_list
 
     require_folder(output)
-    proteins = take_proteins(paths, options | {"cluster": None})
+    proteins = take_proteins(paths, options)
     learned = Learned.load(predictor)
     findings = learned.findings
     chain = learned.load_model(model, find_device(device))

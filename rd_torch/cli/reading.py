@@ -62,7 +62,7 @@ def take_proteins(paths: tuple[str, ...], options: dict[str, Any]) -> Proteins:
 
     rules = {name: options.pop(name) for name in ("identifier", "sequence_column", "identifier_column")}
     proteins = Proteins(*paths, **rules)
-    if options["cluster"]:
+    if options.get("cluster"):
         proteins.require_files()
     return proteins
 

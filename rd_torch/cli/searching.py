@@ -196,9 +196,7 @@ def search(
     columns = columns_of(options.pop("columns"))
     labels = None if table is None else read_labels(table, label_column)
     model, device = options.pop("model"), options.pop("device")
-    proteins = take_proteins(paths, options | {"cluster": None})
-    for rule in ("identifier", "sequence_column", "identifier_column"):
-        options.pop(rule)
+    proteins = take_proteins(paths, options)
     find_device(device)
     with open_index(index) as opened, ResidueBar(proteins) as bar:
         chain = _load_for(opened, model, device, options["first_stage_only"])
