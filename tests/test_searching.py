@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -229,6 +230,12 @@ def test_proteins_are_added_and_the_mean_stays(model, proteins, tmp_path):
         assert after.identifiers == [name for name, _ in proteins]
         assert (after.mean == mean).all()
         assert list(search(model, proteins[:3], after, k=1)) == old
+        vectors = rd_torch.embed(model, [sequence for _, sequence in proteins], width=32).astype(np.float64)
+        units = vectors - mean[:32]
+        units /= np.linalg.norm(units, axis=1, keepdims=True)
+        for hit in search(model, proteins[:1], after, k=150, first_stage_only=True):
+            place = int(hit.target.split("_")[1])
+            assert hit.similarity == pytest.approx(units[0] @ units[place], abs=2e-6)
         hits = list(search(model, proteins[98:103], after, k=1))
     assert [hit.target for hit in hits] == [name for name, _ in proteins[98:103]]
     assert after.config.recall == 1
@@ -494,6 +501,21 @@ def test_a_table_does_not_go_on_with_another_index(model, proteins, index, tmp_p
         pytest.raises(ValueError, match=f"expected index {index.config.identity}, .* choose another output"),
     ):
         search_to_file(model, queries, other, output)
+
+
+def test_the_identity_of_an_index_is_that_of_all_it_depends_on_and_not_of_places(index):
+    config, source = index.config, index.config.sources[0]
+    moved = replace(config, sources=(replace(source, path="/elsewhere", beside="elsewhere"),))
+    assert moved.identity == config.identity
+    others = [replace(source, **{name: "other"}) for name in ("checksum", "vectors")]
+    changed = [replace(config, sources=(other,)) for other in others]
+    changed += [
+        replace(config, first_width=7),
+        replace(config, is_exact=False),
+        replace(config, mean="other"),
+    ]
+    changed += [replace(config, facts=replace(config.facts, fingerprint="other"))]
+    assert len({config.identity, *(each.identity for each in changed)}) == 7
 
 
 def test_a_wrong_model_leaves_nothing_behind(model, index, tmp_path):
