@@ -59,7 +59,6 @@ class Index:
         self._open = ExitStack()
         self._stores = [self._open_store(source) for source in self.config.sources]
         self._checks: dict[int, np.ndarray] = {}
-        self._lengths: dict[int, list[Length]] = {}
         self._starts = list(accumulate((source.records for source in self.config.sources), initial=0))
 
     def __len__(self) -> int:
@@ -82,12 +81,11 @@ class Index:
         number = self._number(place)
         return self._stores[number].identifiers[place - self._starts[number]]
 
-    def length(self, place: int) -> int | None:
+    def length(self, place: int) -> Length:
         """Return the number of residues of the protein at a place; None where nobody counted them."""
         number = self._number(place)
-        if number not in self._lengths:
-            self._lengths[number] = self._stores[number].lengths()
-        return self._lengths[number][place - self._starts[number]]
+        local = place - self._starts[number]
+        return self._stores[number].lengths(slice(local, local + 1))[0]
 
     def _number(self, place: int) -> int:
         """Return the number of the store that has a place."""

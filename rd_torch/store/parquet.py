@@ -152,7 +152,13 @@ class ParquetStore(Store):
 
     def lengths(self, key: slice = slice(None)) -> list[Length]:
         """Read how many residues records have, from the column of lengths."""
-        return self._column("length")[key]
+        self._require_open()
+        return self._all_lengths[key]
+
+    @cached_property
+    def _all_lengths(self) -> list[Length]:
+        """The column of lengths."""
+        return self._column("length")
 
     def _column(self, name: str) -> list[Any]:
         """Read a whole column."""
